@@ -1,0 +1,148 @@
+"""The command line: `cs336-sft VERB [overrides]`. Verbs are thin; heavy imports wait until a verb runs."""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from cs336_alignment.config import nearest_key
+from cs336_alignment.errors import ExitStatus, UserError
+
+# Hydra's own flags, and those that it takes a value for.
+HYDRA_FLAGS = {"--help", "-h", "--hydra-help", "--version", "--resolve", "--multirun", "-m", "--run", "-r",
+               "--shell-completion", "-sc"}  # fmt: skip
+HYDRA_VALUE_FLAGS = {"--cfg", "-c", "--package", "-p", "--config-dir", "-cd", "--config-name", "-cn",
+                     "--config-path", "-cp", "--info", "-i", "--experimental-rerun"}  # fmt: skip
+FILE_FLAGS = {"--config", "--config_file", "--config-file", "--yaml"}
+
+
+@dataclass(frozen=True)
+class Verb:
+    """One command: its name, a line of help, and what runs with the arguments after it."""
+
+    name: str
+    help: str
+    run: Callable[[Sequence[str]], ExitStatus]
+
+
+def _train(arguments: Sequence[str]) -> ExitStatus:
+    from cs336_alignment.compose import run_with_config
+    from cs336_alignment.training.run import train
+
+    return run_with_config("train", arguments, lambda config: train(config, arguments))
+
+
+def _evaluate(arguments: Sequence[str]) -> ExitStatus:
+    from cs336_alignment.compose import run_with_config
+    from cs336_alignment.evaluation.run import evaluate
+
+    return run_with_config("evaluate", arguments, evaluate)
+
+
+VERBS = (
+    Verb("train", "fine-tune a model; the same command again continues", _train),
+    Verb("evaluate", "loss, generations and rewards of a model, checkpoint or export", _evaluate),
+)
+
+
+def usage() -> str:
+    """List the verbs."""
+    lines = ["usage: cs336-sft VERB [section.key=value ...]", ""]
+    lines += [f"  {verb.name:<10} {verb.help}" for verb in VERBS]
+    lines += [
+        "",
+        "cs336-sft train --help           every key and preset",
+        "cs336-sft train experiment=quickstart",
+        "cs336-sft train model.name_or_path=MODEL data.train_path=rows.jsonl",
+    ]
+    return "\n".join(lines)
+
+
+def refuse_foreign_flags(arguments: Sequence[str]) -> None:
+    """Refuse flags of another tool's style with the override to type instead.
+
+    Raises:
+        UserError: a flag that is not Hydra's (2).
+    """
+    skip = False
+    for index, argument in enumerate(arguments):
+        if skip or not argument.startswith("-"):
+            skip = False
+            continue
+        flag, equals, value = argument.partition("=")
+        if flag in HYDRA_VALUE_FLAGS:
+            skip = not equals
+            continue
+        if flag in HYDRA_FLAGS:
+            continue
+        following = arguments[index + 1] if index + 1 < len(arguments) else ""
+        if not equals:
+            value = following if following and not following.startswith("-") else "true"
+        raise _foreign_flag(flag, value)
+
+
+def _foreign_flag(flag: str, value: str) -> UserError:
+    name = flag.lstrip("-").replace("-", "_")
+    if flag in FILE_FLAGS:
+        stem = os.path.splitext(os.path.basename(value))[0]
+        folder = os.path.dirname(value) or "."
+        hint = (
+            f"put the file at {folder}/experiment/{stem}.yaml and type: "
+            f"--config-dir {folder} experiment={stem}"
+        )
+    elif near := nearest_key(name):
+        hint = f"type {near}={value}"
+    else:
+        hint = "overrides are section.key=value; `cs336-sft train --help` shows every key"
+    return UserError("C001", f"{flag} is not a flag of this command", ExitStatus.USAGE, hint=hint)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command line and leave with its exit status."""
+    sys.exit(int(run(list(sys.argv[1:] if argv is None else argv))))
+
+
+def run(arguments: list[str]) -> ExitStatus:
+    """Run one command.
+
+    Args:
+        arguments: verb and what follows it.
+
+    Returns:
+        The exit status; errors have been printed.
+    """
+    is_main = os.environ.get("RANK", "0") == "0"
+    debug = "--debug" in arguments
+    arguments = [argument for argument in arguments if argument != "--debug"]
+    if not arguments or arguments[0] in ("--help", "-h", "help"):
+        print(usage())
+        return ExitStatus.DONE if arguments else ExitStatus.USAGE
+    verb = next((verb for verb in VERBS if verb.name == arguments[0]), None)
+    try:
+        if verb is None:
+            raise UserError(
+                "C002", f"there is no verb {arguments[0]}", ExitStatus.USAGE,
+                expected="one of " + ", ".join(verb.name for verb in VERBS),
+                hint="overrides follow the verb: cs336-sft train " + " ".join(arguments),
+            )  # fmt: skip
+        refuse_foreign_flags(arguments[1:])
+        return verb.run(arguments[1:])
+    except UserError as error:
+        if is_main:
+            print(error, file=sys.stderr, flush=True)
+        if debug:
+            traceback.print_exc()
+        return error.status
+    except KeyboardInterrupt:
+        return ExitStatus.INTERRUPTED
+    except Exception as failure:
+        traceback.print_exc()
+        print(f"error[X001]: internal error: {failure}", file=sys.stderr, flush=True)
+        return ExitStatus.INTERNAL
+
+
+if __name__ == "__main__":
+    main()

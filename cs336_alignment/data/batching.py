@@ -1,0 +1,228 @@
+"""Which examples a step holds, who computes them, and the tensors of a microbatch; all pure functions.
+
+Everything is derived from (seed, step): a resumed run needs no stored position, and neither the number of
+processes nor the cut into microbatches changes what a step trains on.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+
+from cs336_alignment.data.tokenize import TokenizedExample
+from cs336_alignment.microbatch import FlatLayout, Microbatch
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """The order of training: step → example ids.
+
+    An epoch has ceil(examples / global_batch_size) steps; its last step is smaller, and no example is
+    repeated or dropped.
+
+    Attributes:
+        num_examples: in the data set, at least 1.
+        global_batch_size: examples per optimizer step over all processes.
+        seed: of the epochs' permutations.
+        shuffle: False keeps the order of the data in every epoch.
+    """
+
+    num_examples: int
+    global_batch_size: int
+    seed: int
+    shuffle: bool = True
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimizer steps in which every example is seen once."""
+        return math.ceil(self.num_examples / self.global_batch_size)
+
+    def total_steps(self, num_train_epochs: float, max_steps: int | None) -> int:
+        """Count the steps of a run; whichever of the two limits comes first ends it."""
+        steps = max(1, math.ceil(num_train_epochs * self.steps_per_epoch - 1e-9))
+        return steps if max_steps is None else min(steps, max_steps)
+
+    def example_ids(self, step: int) -> tuple[int, ...]:
+        """Give the examples of a step, counted from 0, in the order in which they are drawn."""
+        epoch, position = divmod(step, self.steps_per_epoch)
+        order = _permutation(self.num_examples, self.seed, epoch) if self.shuffle else None
+        start = position * self.global_batch_size
+        stop = min(start + self.global_batch_size, self.num_examples)
+        return tuple(range(start, stop)) if order is None else tuple(order[start:stop].tolist())
+
+
+@lru_cache(maxsize=2)
+def _permutation(num_examples: int, seed: int, epoch: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(mix_seed(seed, epoch))
+    return torch.randperm(num_examples, generator=generator)
+
+
+def mix_seed(*parts: int) -> int:
+    """Mix integers into one 63-bit seed, so that neighbouring parts give unrelated streams.
+
+    The steps are those of splitmix64 (Steele, Lea, Flood: Fast splittable pseudorandom number generators,
+    OOPSLA 2014), folded over the parts.
+
+    Example:
+        >>> mix_seed(42, 0) != mix_seed(42, 1) != mix_seed(0, 42)
+        True
+    """
+    mask = 2**64 - 1
+    state = 0
+    for part in parts:
+        state = (state + (part & mask) + 0x9E3779B97F4A7C15) & mask
+        state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & mask
+        state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & mask
+        state ^= state >> 31
+    return state >> 1
+
+
+def balance(example_ids: Sequence[int], lengths: Sequence[int], num_bins: int) -> list[list[int]]:
+    """Divide examples into bins of nearly equal tokens (longest first, into the emptiest bin).
+
+    Args:
+        example_ids: of one step or of one process's slice.
+        lengths: tokens of every example of the data set, by id.
+        num_bins: processes or microbatches; bins may stay empty if there are fewer examples.
+
+    Returns:
+        `num_bins` lists of ids, each in descending order of length; a pure function of the arguments.
+    """
+    bins: list[list[int]] = [[] for _ in range(num_bins)]
+    loads = [0] * num_bins
+    for example_id in sorted(example_ids, key=lambda i: (-lengths[i], i)):
+        lightest = min(range(num_bins), key=lambda b: (loads[b], len(bins[b]), b))
+        bins[lightest].append(example_id)
+        loads[lightest] += lengths[example_id]
+    return bins
+
+
+def cut_by_tokens(
+    example_ids: Sequence[int], lengths: Sequence[int], microbatch_tokens: int, *, flat: bool
+) -> list[list[int]]:
+    """Cut a process's examples into microbatches of at most `microbatch_tokens` tokens.
+
+    Flat microbatches are balanced by their tokens. Padded ones hold examples of similar length and count
+    their padding. An example longer than the budget gets a microbatch of its own.
+
+    Args:
+        example_ids: the process's examples of this step.
+        lengths: tokens of every example, by id.
+        microbatch_tokens: the budget.
+        flat: which layout the microbatches will have.
+    """
+    if not example_ids:
+        return []
+    if not flat:
+        return _cut_padded(example_ids, lengths, microbatch_tokens)
+    total = sum(lengths[i] for i in example_ids)
+    for num_bins in range(max(1, math.ceil(total / microbatch_tokens)), len(example_ids) + 1):
+        bins = balance(example_ids, lengths, num_bins)
+        if all(len(b) == 1 or sum(lengths[i] for i in b) <= microbatch_tokens for b in bins):
+            return bins
+    return [[i] for i in example_ids]
+
+
+def _cut_padded(
+    example_ids: Sequence[int], lengths: Sequence[int], microbatch_tokens: int
+) -> list[list[int]]:
+    bins: list[list[int]] = []
+    for example_id in sorted(example_ids, key=lambda i: (-lengths[i], i)):
+        # Longest first, so the first example of a microbatch sets its width.
+        if bins and (len(bins[-1]) + 1) * lengths[bins[-1][0]] <= microbatch_tokens:
+            bins[-1].append(example_id)
+        else:
+            bins.append([example_id])
+    return bins
+
+
+def plan_microbatches(
+    example_ids: Sequence[int],
+    lengths: Sequence[int],
+    *,
+    num_processes: int,
+    process_index: int,
+    microbatch_tokens: int | None,
+    gradient_accumulation_steps: int | None,
+    flat: bool,
+) -> list[list[int]]:
+    """Give the microbatches of one step on one process.
+
+    Args:
+        example_ids: all examples of the step.
+        lengths: tokens of every example of the data set, by id.
+        num_processes: how many share the step.
+        process_index: which of them this is.
+        microbatch_tokens: token budget, or None.
+        gradient_accumulation_steps: number of microbatches, or None; exactly one of the two is given.
+        flat: which layout the microbatches will have.
+
+    Returns:
+        At least one list of example ids; a single empty one if the process has no example in this step.
+
+    Raises:
+        ValueError: both or neither of budget and number are given.
+    """
+    if (microbatch_tokens is None) == (gradient_accumulation_steps is None):
+        raise ValueError("give one of microbatch_tokens and gradient_accumulation_steps")
+    mine = balance(example_ids, lengths, num_processes)[process_index]
+    if microbatch_tokens is not None:
+        microbatches = cut_by_tokens(mine, lengths, microbatch_tokens, flat=flat)
+    else:
+        assert gradient_accumulation_steps is not None
+        microbatches = balance(mine, lengths, gradient_accumulation_steps)
+    return [microbatch for microbatch in microbatches if microbatch] or [[]]
+
+
+def collate(examples: Sequence[TokenizedExample], *, flat: bool) -> Microbatch:
+    """Build the tensors of a microbatch, in the order of the examples.
+
+    Args:
+        examples: at least 2 tokens each; none at all gives a filler of one token with nothing trained, so
+            that a process without work still takes part in the gradient's reduction.
+        flat: one row without padding, or right-padded rows (filled with id 0, which nothing reads).
+    """
+    filler = not examples
+    if filler:
+        examples = [TokenizedExample(torch.zeros(2, dtype=torch.int64), torch.tensor([False, True]), -1)]
+    widths = [len(example.input_ids) - 1 for example in examples]
+    # The one shift: position t predicts token t + 1, so the mask moves one to the left.
+    masks = [example.response_mask[1:] for example in examples]
+    if flat:
+        row_starts = [0]
+        for width in widths[:-1]:
+            row_starts.append(row_starts[-1] + width)
+        input_ids = torch.cat([example.input_ids[:-1] for example in examples]).unsqueeze(0)
+        position_ids = torch.cat([torch.arange(width) for width in widths]).unsqueeze(0)
+        attention_mask = None
+    else:
+        stride = max(widths)
+        row_starts = [row * stride for row in range(len(examples))]
+        input_ids = torch.zeros((len(examples), stride), dtype=torch.int64)
+        attention_mask = torch.zeros((len(examples), stride), dtype=torch.bool)
+        for row, (example, width) in enumerate(zip(examples, widths, strict=True)):
+            input_ids[row, :width] = example.input_ids[:-1]
+            attention_mask[row, :width] = True
+        position_ids = torch.arange(stride).expand(len(examples), -1)
+    response_index = torch.cat(
+        [mask.nonzero().squeeze(1) + start for mask, start in zip(masks, row_starts, strict=True)]
+    )
+    labels = torch.cat([example.input_ids[1:][mask] for example, mask in zip(examples, masks, strict=True)])
+    response_tokens = [int(mask.sum()) for mask in masks]
+    return Microbatch(
+        input_ids=input_ids.long(),
+        position_ids=position_ids,
+        attention_mask=attention_mask,
+        flat_layout=FlatLayout.of(widths) if flat else None,
+        response_index=response_index,
+        labels=labels.long(),
+        response_mask=torch.full(labels.shape, not filler),
+        example_response_tokens=torch.tensor(response_tokens).repeat_interleave(torch.tensor(response_tokens)),
+        example_ids=() if filler else tuple(example.example_id for example in examples),
+        num_tokens=0 if filler else sum(len(example.input_ids) for example in examples),
+        num_response_tokens=0 if filler else sum(response_tokens),
+    )

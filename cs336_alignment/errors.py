@@ -1,0 +1,144 @@
+"""Errors meant for the person at the keyboard: a code, the place, what was expected, what to do."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+from pathlib import Path
+
+MAX_SHOWN = 20
+MAX_GOT_CHARS = 80
+
+
+class ExitStatus(IntEnum):
+    """Exit statuses of every command (the numbers are those of BSD's sysexits)."""
+
+    DONE = 0
+    USAGE = 2
+    BAD_DATA = 65
+    NOT_FOUND = 66
+    INTERNAL = 70
+    CANNOT_CREATE = 73
+    IO = 74
+    STOPPED = 75
+    BAD_CONFIG = 78
+    INTERRUPTED = 130
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where in the user's input something is: a file, its 1-based physical line, a field of the row."""
+
+    path: str | Path
+    line: int | None = None
+    field: str | None = None
+
+    def __str__(self) -> str:
+        line = "" if self.line is None else f":{self.line}"
+        field = "" if self.field is None else f', field "{self.field}"'
+        return f"{self.path}{line}{field}"
+
+
+class UserError(Exception):
+    """One mistake that the user can mend; the command line prints it without a traceback.
+
+    Args:
+        code: stable identifier, a letter for the area (C config, D data, M model, R run, X other) and
+            three digits.
+        message: what is wrong, in one sentence without a full stop.
+        status: the exit status of the command.
+        place: where it is wrong, if it has a place.
+        expected: what would have been right.
+        got: what was found instead (shortened to 80 characters, so that no data leaks into logs).
+        hint: what to type or change.
+
+    Example:
+        >>> print(UserError("D203", "response is empty", ExitStatus.BAD_DATA,
+        ...                 place=Place("train.jsonl", 418, "response"), expected="non-empty string"))
+        error[D203]: response is empty
+          --> train.jsonl:418, field "response"
+          expected: non-empty string
+    """
+
+    def __init__(
+        self,
+        code: str,
+        message: str,
+        status: ExitStatus,
+        *,
+        place: Place | None = None,
+        expected: str | None = None,
+        got: str | None = None,
+        hint: str | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.code = code
+        self.message = message
+        self.status = status
+        self.place = place
+        self.expected = expected
+        self.got = got
+        self.hint = hint
+
+    def __str__(self) -> str:
+        lines = [f"error[{self.code}]: {self.message}"]
+        if self.place is not None:
+            lines.append(f"  --> {self.place}")
+        found = []
+        if self.expected is not None:
+            found.append(f"expected: {self.expected}")
+        if self.got is not None:
+            found.append(f"got: {self.got}")
+        if found:
+            lines.append("  " + "; ".join(found))
+        if self.hint is not None:
+            lines.append(f"  hint: {self.hint}")
+        return "\n".join(lines)
+
+
+class UserErrors(UserError):
+    """Several mistakes found in one pass, shown together (the first 20, with the total).
+
+    Args:
+        errors: at least one error; the status is that of the first.
+        total: how many there were, if more than `errors` holds.
+    """
+
+    def __init__(self, errors: Sequence[UserError], total: int | None = None) -> None:
+        self.errors = list(errors)
+        self.total = len(self.errors) if total is None else total
+        first = self.errors[0]
+        super().__init__(first.code, first.message, first.status, place=first.place)
+
+    def __str__(self) -> str:
+        shown = self.errors[:MAX_SHOWN]
+        text = "\n".join(str(error) for error in shown)
+        more = self.total - len(shown)
+        if more > 0:
+            text += f"\n... and {more} more; {self.total} errors in all"
+        elif self.total > 1:
+            text += f"\n{self.total} errors in all"
+        return text
+
+
+def describe(value: object) -> str:
+    """Show a value with its type in at most about 80 characters, as the `got` of an error.
+
+    Example:
+        >>> describe("")
+        '"" (str, length 0)'
+        >>> describe(None)
+        'null'
+        >>> describe(3)
+        '3 (int)'
+    """
+    if value is None:
+        return "null"
+    if isinstance(value, str):
+        text = value if len(value) <= MAX_GOT_CHARS else value[:MAX_GOT_CHARS] + "…"
+        shown = text.replace("\\", "\\\\").replace("\n", "\\n").replace('"', '\\"')
+        return f'"{shown}" (str, length {len(value)})'
+    text = repr(value)
+    text = text if len(text) <= MAX_GOT_CHARS else text[:MAX_GOT_CHARS] + "…"
+    return f"{text} ({type(value).__name__})"

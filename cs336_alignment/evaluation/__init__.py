@@ -1,0 +1,1 @@
+"""Generation, rewards and evaluation loss."""

@@ -1,0 +1,1 @@
+"""Loading, attention over flat rows, and log-probs."""

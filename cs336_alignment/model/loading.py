@@ -1,0 +1,165 @@
+"""Models and tokenizers from a local folder, the hub, or the package; with weights or from a config."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+
+import torch
+import transformers
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from cs336_alignment.errors import ExitStatus, UserError
+
+BUILTIN = "builtin:"
+WEIGHT_FILES = ("*.safetensors", "pytorch_model*.bin")
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """Where a model comes from, resolved once at the start.
+
+    Attributes:
+        location: a local folder, or a hub id.
+        revision: of the hub repository; None: its default branch.
+        trust_remote_code: whether code in the repository may run.
+    """
+
+    location: str
+    revision: str | None
+    trust_remote_code: bool
+
+    @property
+    def is_local(self) -> bool:
+        """Whether the location is a folder on this machine."""
+        return Path(self.location).is_dir()
+
+
+def resolve_model(name_or_path: str, revision: str | None, trust_remote_code: bool) -> ModelSource:
+    """Resolve what the user gave: a folder, a hub id, or `builtin:arithmetic`.
+
+    Raises:
+        UserError: it looks like a path and there is no such folder (66).
+    """
+    if name_or_path.startswith(BUILTIN):
+        folder = Path(str(resources.files("cs336_alignment"))) / "assets" / name_or_path.removeprefix(BUILTIN)
+        if not folder.is_dir():
+            raise UserError(
+                "M101", f"there is no built-in model {name_or_path}", ExitStatus.NOT_FOUND,
+                expected="builtin:arithmetic",
+            )  # fmt: skip
+        return ModelSource(str(folder), None, False)
+    folder = Path(name_or_path).expanduser()
+    if folder.is_dir():
+        return ModelSource(str(folder), None, trust_remote_code)
+    if name_or_path.count("/") != 1 or name_or_path[0] in "./~" or folder.parent.is_dir():
+        raise UserError(
+            "M101", f"there is no model folder {name_or_path}", ExitStatus.NOT_FOUND,
+            hint="model.name_or_path takes a folder in Hugging Face form or a hub id such as "
+            "Qwen/Qwen2.5-0.5B" + ("; `make smollm2` makes this one" if "SmolLM2" in name_or_path else ""),
+        )  # fmt: skip
+    return ModelSource(name_or_path, revision, trust_remote_code)
+
+
+def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
+    """Load the tokenizer; it need have neither pad nor EOS token.
+
+    Padding is never recognized by its id here, so a missing pad token is filled in with EOS where generation
+    wants one; a missing EOS is the data step's business.
+
+    Raises:
+        UserError: it cannot be loaded (66).
+    """
+    try:
+        return AutoTokenizer.from_pretrained(
+            source.location, revision=source.revision, trust_remote_code=source.trust_remote_code
+        )
+    except Exception as failure:
+        raise _cannot_load("tokenizer", source, failure) from failure
+
+
+def load_model(source: ModelSource, *, random_init: bool, seed: int) -> PreTrainedModel:
+    """Load a causal language model in float32, on the CPU.
+
+    Args:
+        source: from `resolve_model`.
+        random_init: take only the config and draw the weights.
+        seed: of the drawn weights.
+
+    Raises:
+        UserError: it cannot be loaded, or has no weights and random_init is off (66).
+    """
+    common = {"trust_remote_code": source.trust_remote_code}
+    if source.is_local and not random_init:
+        _require_weights(source)
+    level = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()
+    try:
+        if random_init:
+            config = AutoConfig.from_pretrained(source.location, revision=source.revision, **common)
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(seed)
+                return AutoModelForCausalLM.from_config(config, dtype=torch.float32, **common)
+        return AutoModelForCausalLM.from_pretrained(
+            source.location, revision=source.revision, dtype=torch.float32, **common
+        )
+    except Exception as failure:
+        raise _cannot_load("model", source, failure) from failure
+    finally:
+        transformers.logging.set_verbosity(level)
+
+
+def _require_weights(source: ModelSource) -> None:
+    folder = Path(source.location)
+    if not any(any(folder.glob(pattern)) for pattern in WEIGHT_FILES):
+        raise UserError(
+            "M102", f"{folder} holds no weights", ExitStatus.NOT_FOUND,
+            expected="model.safetensors (or shards of it)",
+            hint="to train from scratch on its config.json: model.random_init=true",
+        )  # fmt: skip
+
+
+def _cannot_load(what: str, source: ModelSource, failure: Exception) -> UserError:
+    reason = (str(failure) or type(failure).__name__).strip().splitlines()[0]
+    hint = None if source.is_local else (
+        "check the id and the network; offline, give a local folder or fill the cache first"
+    )  # fmt: skip
+    return UserError(
+        "M103", f"cannot load the {what} of {source.location}: {reason}", ExitStatus.NOT_FOUND, hint=hint
+    )
+
+
+def check_fits(model: PreTrainedModel, highest_token_id: int, longest: int) -> None:
+    """Refuse data that the model cannot take, before the first step.
+
+    Args:
+        model: the model.
+        highest_token_id: over all examples.
+        longest: tokens of the longest example.
+
+    Raises:
+        UserError: a token id beyond the embedding, or an example beyond the model's positions (78).
+    """
+    rows = model.get_input_embeddings().weight.shape[0]
+    if highest_token_id >= rows:
+        raise UserError(
+            "M105", "the tokenizer gives token ids that the model's embedding does not have",
+            ExitStatus.BAD_CONFIG, expected=f"ids below {rows}", got=str(highest_token_id),
+            hint="model and tokenizer do not belong together",
+        )  # fmt: skip
+    config: PreTrainedConfig = model.config.get_text_config()
+    positions = getattr(config, "max_position_embeddings", None)
+    if positions is not None and longest - 1 > positions:
+        raise UserError(
+            "M106", "the longest example has more tokens than the model has positions",
+            ExitStatus.BAD_CONFIG, expected=f"at most {positions + 1} tokens", got=f"{longest} tokens",
+            hint=f"data.max_length={positions + 1}",
+        )  # fmt: skip

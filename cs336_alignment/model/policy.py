@@ -1,0 +1,78 @@
+"""The module that is trained: backbone and LM head in one forward, log-probs of response tokens out.
+
+DDP wraps this module. Calling an inner module past it would skip DDP's hooks and train unsynchronized.
+T tokens, R response tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import contextlib
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from cs336_alignment.microbatch import Microbatch
+from cs336_alignment.model.attention import FLAT_ATTENTION, why_not_flat
+from cs336_alignment.model.lm_head import head_log_probs, head_of
+
+
+class Policy(nn.Module):
+    """A causal language model that gives log-probs at response positions only.
+
+    Args:
+        model: the Hugging Face model; its attention is switched to the one that takes flat rows, if it can.
+        autocast_dtype: compute dtype inside `forward`; None: the weights' own.
+    """
+
+    def __init__(self, model: PreTrainedModel, autocast_dtype: torch.dtype | None = None) -> None:
+        super().__init__()
+        self.model = model
+        self.autocast_dtype = autocast_dtype
+        self.head = head_of(model)
+        if why_not_flat(model, max_length=0) is None:
+            model.set_attn_implementation(FLAT_ATTENTION)
+
+    def forward(self, batch: Microbatch, with_entropy: bool = False) -> tuple[Tensor, Tensor | None]:
+        """Compute the log-probs of a microbatch's response tokens.
+
+        Args:
+            batch: on the model's device.
+            with_entropy: also give the entropy of each response position, without a graph.
+
+        Returns:
+            log_probs (R,), differentiable, float32 or wider; entropies (R,) in nats, or None.
+        """
+        device = batch.input_ids.device.type
+        autocast: contextlib.AbstractContextManager[object] = contextlib.nullcontext()
+        if self.autocast_dtype is not None:
+            autocast = torch.autocast(device, dtype=self.autocast_dtype)
+        with autocast:
+            # use_cache=False: a cache makes transformers miss the borders of packed rows.
+            inputs = {
+                "input_ids": batch.input_ids,
+                "position_ids": batch.position_ids,
+                "attention_mask": batch.attention_mask,
+                "use_cache": False,
+            }
+            if batch.flat_layout is not None:
+                inputs["flat_layout"] = batch.flat_layout
+                # A 4-D mask is passed through as it is, so no dense (T, T) mask is built; never read.
+                inputs["attention_mask"] = batch.input_ids.new_zeros((1, 1, 1, 1), dtype=torch.bool)
+            if self.head is None:
+                return self._whole_model(inputs, batch, with_entropy)
+            hidden = self.model.base_model(**inputs).last_hidden_state.flatten(0, 1)  # (T, H)
+            hidden = hidden.index_select(0, batch.response_index)  # (R, H)
+            return head_log_probs(self.head, hidden, batch.labels, with_entropy)
+
+    def _whole_model(
+        self, inputs: dict[str, object], batch: Microbatch, with_entropy: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """Use the model's own head, whose logits (T, V) exist for the time of this call."""
+        logits = self.model(**inputs).logits.flatten(0, 1).index_select(0, batch.response_index)
+        log_p = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)  # (R, V)
+        log_probs = log_p.gather(1, batch.labels[:, None]).squeeze(1)
+        if not with_entropy:
+            return log_probs, None
+        with torch.no_grad():
+            return log_probs, -(log_p.exp() * log_p.clamp(min=torch.finfo(log_p.dtype).min)).sum(-1)

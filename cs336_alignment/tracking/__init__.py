@@ -1,0 +1,1 @@
+"""Where metrics go: console, metrics.jsonl, wandb, pictures."""

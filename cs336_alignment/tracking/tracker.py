@@ -1,0 +1,102 @@
+"""One place that the run reports to; it passes on to console, metrics.jsonl, wandb and pictures."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from cs336_alignment.tracking.console import Console
+from cs336_alignment.tracking.metrics import MetricsFile
+from cs336_alignment.tracking.plots import plot_loss
+from cs336_alignment.tracking.wandb_logger import Logger
+
+SHOWN_CHARACTERS = 400
+
+
+class RunTracker:
+    """Reports a run; without a metrics file (off the main process) it is silent.
+
+    Args:
+        console: prints.
+        metrics: the run's file, or None.
+        logger: wandb or nothing.
+        folder: of the run.
+    """
+
+    def __init__(
+        self, console: Console, metrics: MetricsFile | None, logger: Logger, folder: Path
+    ) -> None:
+        self.console = console
+        self.metrics = metrics
+        self.logger = logger
+        self.folder = folder
+
+    def step(self, step: int, metrics: Mapping[str, float], *, log: bool) -> None:
+        """Take one step's metrics; `log`: into the files too, else only to the progress bar."""
+        self.console.step(step, metrics, show=log)
+        if log and self.metrics is not None:
+            self.metrics.write(step, metrics)
+            self.logger.log(step, metrics)
+
+    def sync(self) -> None:
+        """Bring the metrics to the disk."""
+        if self.metrics is not None:
+            self.metrics.sync()
+
+    def saved(self, step: int, seconds: float) -> None:
+        """Take notice of a checkpoint."""
+        self.console.note(f"checkpoint of step {step} saved in {seconds:.1f} s")
+
+    def evaluation(
+        self, step: int, metrics: Mapping[str, float], rows: Sequence[Mapping[str, Any]]
+    ) -> None:
+        """Take an evaluation's metrics and generations; rows go to `generations/step-….jsonl`."""
+        if self.metrics is None:
+            return
+        self.metrics.write(step, metrics)
+        self.logger.log(step, metrics)
+        shown = ("eval/loss", "eval/format_reward", "eval/answer_reward", "eval/stop_rate")
+        parts = [f"{name} {metrics[name]:.4f}" for name in shown if name in metrics]
+        self.console.note(f"evaluation at step {step}: " + "  ".join(parts))
+        if rows:
+            write_generations(self.folder / "generations" / f"step-{step:06d}.jsonl", rows)
+            self.logger.log_table("eval/generations", step, rows)
+
+    def finish(self, exit_code: int, title: str) -> None:
+        """Draw the pictures and close everything."""
+        self.console.stop()
+        if self.metrics is None:
+            return
+        self.metrics.close()
+        if self.metrics.path.stat().st_size:
+            plot_loss(self.metrics.path, self.folder / "loss.png", title)
+            self.logger.log_image("loss", self.folder / "loss.png")
+        self.logger.finish(exit_code)
+
+
+def write_generations(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Write generations as JSON lines; replaces an older file at once."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}")
+    with temporary.open("w", encoding="utf-8") as file:
+        for row in rows:
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+    temporary.replace(path)
+
+
+def show_examples(console: Console, rows: Sequence[Mapping[str, Any]], count: int) -> None:
+    """Print some generations: the end of the prompt, the response, and how it was judged."""
+    for row in rows[:count]:
+        question = row["prompt"].rpartition("\nUser: ")[2].removesuffix("\nAssistant: <think>")
+        verdict = "correct" if row["answer_reward"] else "wrong" if row["format_reward"] else "no answer"
+        console.note(f"  prompt    {_shorten(question)}")
+        console.note(f"  response  {_shorten(row['response'])}")
+        console.note(f"  truth     {row['ground_truth']}  ({verdict})")
+        console.note("")
+
+
+def _shorten(text: str) -> str:
+    text = " ".join(text.split())
+    return text if len(text) <= SHOWN_CHARACTERS else text[:SHOWN_CHARACTERS] + " …"

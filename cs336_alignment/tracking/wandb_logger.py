@@ -1,0 +1,157 @@
+"""wandb as a view of the run: nothing that happens to it, or in it, stops the run."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+INIT_SECONDS = 20.0
+FINISH_SECONDS = 30.0
+FAMILIES = ("train", "eval", "perf")
+
+
+class Logger(Protocol):
+    """Takes metrics beside the run's own files."""
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Log the metrics of a step."""
+
+    def log_table(self, name: str, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Log rows, each with the same keys, as a table."""
+
+    def log_image(self, name: str, path: Path) -> None:
+        """Log a picture."""
+
+    def finish(self, exit_code: int) -> None:
+        """End the run there."""
+
+
+class NullLogger:
+    """A logger that does nothing."""
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Do nothing."""
+
+    def log_table(self, name: str, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Do nothing."""
+
+    def log_image(self, name: str, path: Path) -> None:
+        """Do nothing."""
+
+    def finish(self, exit_code: int) -> None:
+        """Do nothing."""
+
+
+class WandbLogger:
+    """Logs to wandb; offline without a login or when the server does not answer.
+
+    Args:
+        project: in wandb.
+        entity: in wandb; None: the user's default.
+        group: in wandb.
+        run_name: shown in wandb.
+        run_id: kept by the run folder, so that a continued run continues there too.
+        folder: of the run; files go to its `wandb/`.
+        config: logged as it is; it must hold no secrets.
+        note: prints a line.
+        warn: prints a warning.
+    """
+
+    def __init__(
+        self,
+        *,
+        project: str,
+        entity: str | None,
+        group: str | None,
+        run_name: str,
+        run_id: str,
+        folder: Path,
+        config: Mapping[str, Any],
+        note: Callable[[str], None],
+        warn: Callable[[str], None],
+    ) -> None:
+        self._warn = warn
+        self._note = note
+        self._run: Any = None
+        options = {
+            "project": project, "entity": entity, "group": group, "name": run_name, "id": run_id,
+            "resume": "allow", "dir": str(folder), "config": dict(config), "save_code": False,
+        }  # fmt: skip
+        try:
+            import wandb
+        except ImportError:
+            warn("wandb is not installed; the run is in metrics.jsonl (logger=none says so on purpose)")
+            return
+        self._wandb = wandb
+        mode = os.environ.get("WANDB_MODE")
+        if mode is None and not _logged_in(wandb):
+            mode = "offline"
+            note(f"wandb: no login, so it logs offline to {folder}/wandb; `wandb sync` uploads that later")
+        for attempt in (mode, "offline"):
+            try:
+                self._run = self._start(options, attempt)
+                break
+            except Exception as failure:
+                reason = str(failure).strip().splitlines() or [type(failure).__name__]
+                if attempt == "offline":
+                    warn(f"wandb cannot start ({reason[0]}); the run goes on without it")
+                    return
+                warn(f"wandb cannot be reached ({reason[0]}); it logs offline to {folder}/wandb")
+        if self._run.url:
+            note(f"wandb: {self._run.url}")
+
+    def _start(self, options: dict[str, Any], mode: str | None) -> Any:
+        settings = self._wandb.Settings(
+            init_timeout=INIT_SECONDS, finish_timeout=FINISH_SECONDS, finish_timeout_raises=False,
+            console="off", silent=True, disable_code=True, disable_git=True, disable_job_creation=True,
+        )  # fmt: skip
+        run = self._wandb.init(mode=mode, settings=settings, **options)
+        # wandb's own counter only rises, and would drop the steps that a resumed run repeats.
+        run.define_metric("step")
+        for family in FAMILIES:
+            run.define_metric(f"{family}/*", step_metric="step")
+        return run
+
+    def _guarded(self, what: str, call: Callable[[], Any]) -> None:
+        if self._run is None:
+            return
+        try:
+            call()
+        except Exception as failure:
+            self._run = None
+            self._warn(f"wandb failed to {what} ({failure}); the run goes on without it")
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Log the metrics of a step."""
+        self._guarded("log", lambda: self._run.log({"step": step, **metrics}))
+
+    def log_table(self, name: str, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Log rows, each with the same keys, as a table."""
+        if not rows:
+            return
+        columns = list(rows[0])
+
+        def call() -> None:
+            table = self._wandb.Table(columns=columns, data=[[row[c] for c in columns] for row in rows])
+            self._run.log({"step": step, name: table})
+
+        self._guarded("log a table", call)
+
+    def log_image(self, name: str, path: Path) -> None:
+        """Log a picture."""
+        self._guarded("log a picture", lambda: self._run.log({name: self._wandb.Image(str(path))}))
+
+    def finish(self, exit_code: int) -> None:
+        """End the run there, in at most half a minute."""
+        self._guarded("finish", lambda: self._run.finish(exit_code=exit_code))
+
+
+def _logged_in(wandb: Any) -> bool:
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    try:
+        return bool(wandb.api.api_key)  # a netrc entry, say
+    except Exception:
+        return False

@@ -1,0 +1,278 @@
+"""Checkpoints: written whole or not at all, verified by sha256 before they are believed.
+
+A checkpoint is a directory `step-000100`: weights under their Hugging Face names, configuration and
+tokenizer (so it loads as a model folder), the optimizer's state, the trainer's state, and `manifest.json`,
+written last. It is assembled in a temporary directory, flushed to disk and renamed in one operation.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from cs336_alignment.errors import ExitStatus, UserError
+
+MANIFEST = "manifest.json"
+INDEX = "index.json"
+WEIGHTS = "model.safetensors"
+OPTIMIZER = "optimizer.safetensors"
+STATE = "trainer_state.json"
+NAME = re.compile(r"step-(\d{6,})")
+TEMPORARY = ".tmp-"
+READ_BYTES = 2**22
+DTYPE_NAMES = {
+    torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16",
+    torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8",
+    torch.bool: "BOOL",
+}  # fmt: skip
+
+
+@dataclass
+class TrainState:
+    """Where a run stands. All that can be derived from the step is derived, not stored.
+
+    Attributes:
+        step: optimizer steps completed.
+        tokens_seen: prompt and response tokens of all examples so far.
+        response_tokens_seen: trained tokens so far.
+    """
+
+    step: int = 0
+    tokens_seen: int = 0
+    response_tokens_seen: int = 0
+
+
+def module_tensors(module: nn.Module) -> dict[str, Tensor]:
+    """Give the parameters (a tied one once) and persistent buffers of a module by name."""
+    persistent = module.state_dict()
+    buffers = {name: buffer for name, buffer in module.named_buffers() if name in persistent}
+    return {**dict(module.named_parameters()), **buffers}
+
+
+def optimizer_tensors(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Give the optimizer's state as `kind:parameter name` → tensor."""
+    return {
+        f"{kind}:{name}": value
+        for name, parameter in module.named_parameters()
+        for kind, value in optimizer.state.get(parameter, {}).items()
+    }
+
+
+def restore(
+    folder: Path, module: nn.Module, optimizer: torch.optim.Optimizer, device: torch.device
+) -> TrainState:
+    """Load a verified checkpoint into a module and its optimizer, in place.
+
+    Raises:
+        UserError: names or shapes are not those of this module (74).
+    """
+    weights, own = load_file(folder / WEIGHTS), module_tensors(module)
+    if weights.keys() != own.keys() or any(weights[n].shape != own[n].shape for n in own):
+        raise UserError(
+            "R205", f"{folder} holds weights of another model", ExitStatus.IO,
+            hint="give another run_name, or the model the run was started with",
+        )  # fmt: skip
+    with torch.no_grad():
+        for name, tensor in own.items():
+            tensor.copy_(weights[name])
+    parameters = dict(module.named_parameters())
+    for key, value in load_file(folder / OPTIMIZER).items():
+        kind, name = key.split(":", 1)
+        # Fused kernels want the step counter where the parameter is.
+        optimizer.state[parameters[name]][kind] = value.to(device)
+    state = json.loads((folder / STATE).read_text(encoding="utf-8"))
+    return TrainState(**state["progress"])
+
+
+def save_checkpoint(
+    checkpoints: Path,
+    state: TrainState,
+    module: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    *,
+    extra: Mapping[str, Any],
+    save_sidecars: Callable[[Path], None],
+    keep: int,
+) -> Path:
+    """Write a checkpoint, make it the latest, and delete the oldest beyond `keep`.
+
+    Args:
+        checkpoints: the run's folder of checkpoints.
+        state: goes into `trainer_state.json` as `progress`.
+        module: whose tensors are saved under their names.
+        optimizer: of the module.
+        extra: more of `trainer_state.json` (versions, hashes).
+        save_sidecars: writes small files (config, tokenizer) into the directory it is given.
+        keep: checkpoints that stay, at least 1.
+
+    Raises:
+        UserError: the disk is full or failing (74); the checkpoints before this one are intact.
+    """
+    final = checkpoints / f"step-{state.step:06d}"
+    if final.is_dir() and verify(final) is None:
+        return final
+    temporary = checkpoints / f"{TEMPORARY}{final.name}-{os.getpid()}"
+    try:
+        temporary.mkdir(parents=True)
+        save_sidecars(temporary)
+        manifest = {
+            WEIGHTS: write_safetensors(temporary / WEIGHTS, module_tensors(module)),
+            OPTIMIZER: write_safetensors(temporary / OPTIMIZER, optimizer_tensors(module, optimizer)),
+        }
+        write_json(temporary / STATE, {"progress": asdict(state), **extra})
+        for path in sorted(temporary.iterdir()):
+            if path.name not in manifest:
+                manifest[path.name] = _flush_and_hash(path)
+        write_json(temporary / MANIFEST, manifest)
+        _flush_folder(temporary)
+        if final.is_dir():  # one that does not verify stands in the way
+            shutil.rmtree(final)
+        temporary.rename(final)
+        _flush_folder(checkpoints)
+        write_json(checkpoints / INDEX, {"latest": final.name, "best": None})
+        _rotate(checkpoints, keep)
+    except OSError as failure:
+        shutil.rmtree(temporary, ignore_errors=True)
+        free = shutil.disk_usage(checkpoints.parent).free / 2**20
+        raise UserError(
+            "R206", f"cannot write the checkpoint {final}: {failure.strerror or failure}", ExitStatus.IO,
+            got=f"{free:,.0f} MiB free", hint="make room and run the same command again; "
+            "the checkpoints before this one are intact",
+        ) from failure  # fmt: skip
+    return final
+
+
+def verify(folder: Path) -> str | None:
+    """Check a checkpoint against its manifest; None if it is whole, else why not."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as failure:
+        return f"{MANIFEST} cannot be read ({type(failure).__name__})"
+    if not isinstance(manifest, dict) or not {WEIGHTS, OPTIMIZER, STATE} <= manifest.keys():
+        return f"{MANIFEST} does not list every file of a checkpoint"
+    for name, entry in manifest.items():
+        if not isinstance(entry, dict) or Path(name).name != name:
+            return f"{MANIFEST} has an entry that is no file of this folder"
+        path = folder / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if path.stat().st_size != entry.get("bytes"):
+            return f"{name} has {path.stat().st_size} bytes, not {entry.get('bytes')}"
+        if _sha256(path) != entry.get("sha256"):
+            return f"{name} differs from its sha256"
+    return None
+
+
+def find_latest(checkpoints: Path) -> tuple[Path | None, list[str]]:
+    """Find the newest checkpoint that verifies.
+
+    Returns:
+        Its folder, or None; and a line for each newer one that was passed over, with the reason.
+    """
+    skipped = []
+    for folder in sorted(list_checkpoints(checkpoints), reverse=True, key=_step_of):
+        reason = verify(folder)
+        if reason is None:
+            return folder, skipped
+        skipped.append(f"{folder}: {reason}")
+    return None, skipped
+
+
+def list_checkpoints(checkpoints: Path) -> list[Path]:
+    """List the checkpoint folders, whole or not, in no order."""
+    if not checkpoints.is_dir():
+        return []
+    return [path for path in checkpoints.iterdir() if NAME.fullmatch(path.name) and path.is_dir()]
+
+
+def remove_leftovers(checkpoints: Path) -> None:
+    """Delete half-written checkpoints of a killed process; call it only while holding the run's lock."""
+    if checkpoints.is_dir():
+        for path in checkpoints.glob(f"{TEMPORARY}*"):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def write_safetensors(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, int | str]:
+    """Write tensors in the safetensors format, one at a time, and give size and sha256 of the file.
+
+    The library's own writer wants all bytes at once or hides the system's error text; this one streams, and
+    a full disk is an OSError. The format: 8 bytes of little-endian header length, a JSON header, the data.
+    """
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, tensor in tensors.items():
+        start, end = end, end + tensor.numel() * tensor.element_size()
+        header[name] = {
+            "dtype": DTYPE_NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]
+        }  # fmt: skip
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    digest, size = hashlib.sha256(), 0
+    with path.open("wb") as file:
+        for part in (len(text).to_bytes(8, "little"), text):
+            file.write(part)
+            digest.update(part)
+            size += len(part)
+        for tensor in tensors.values():
+            data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+            file.write(data)
+            digest.update(data)
+            size += len(data)
+        file.flush()
+        os.fsync(file.fileno())
+    return {"bytes": size, "sha256": digest.hexdigest()}
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Replace a JSON file atomically: readers see the old one or the new one, whole."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    with temporary.open("w", encoding="utf-8") as file:
+        json.dump(value, file, indent=2)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def _rotate(checkpoints: Path, keep: int) -> None:
+    for folder in sorted(list_checkpoints(checkpoints), key=_step_of)[:-keep]:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _step_of(folder: Path) -> int:
+    match = NAME.fullmatch(folder.name)
+    assert match is not None
+    return int(match[1])
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(READ_BYTES):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _flush_and_hash(path: Path) -> dict[str, int | str]:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+    return {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+
+
+def _flush_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,108 @@
+"""What a run was made of: versions, commit, hashes of data, tokenizer and template."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import platform
+import subprocess
+import uuid
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from cs336_alignment.config import Config
+from cs336_alignment.data.formats import PromptTemplate
+from cs336_alignment.data.prepare import PreparedData
+from cs336_alignment.errors import ExitStatus, UserError
+
+PACKAGES = (
+    "cs336-alignment", "torch", "transformers", "accelerate", "datasets", "tokenizers", "safetensors",
+    "hydra-core", "numpy", "wandb",
+)  # fmt: skip
+
+
+def build_manifest(
+    config: Config,
+    *,
+    old: Mapping[str, Any],
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    template: PromptTemplate,
+    train: PreparedData,
+    held_out: PreparedData | None,
+    num_processes: int,
+    threads: int,
+) -> dict[str, Any]:
+    """Describe a run; what an earlier part of the same run noted (its wandb id) is kept.
+
+    Raises:
+        UserError: the data or tokenizer of the earlier part were others (78).
+    """
+    manifest = {
+        "versions": versions(),
+        "git_commit": git_commit(),
+        "data_sha256": train.fingerprint,
+        "eval_data_sha256": None if held_out is None else held_out.fingerprint,
+        "tokenizer_sha256": _tokenizer_hash(tokenizer),
+        "template_sha256": hashlib.sha256(template.text.encode()).hexdigest(),
+        "model_revision": getattr(model.config, "_commit_hash", None) or config.model.revision,
+        "data_revision": train.revision,
+        "num_processes": num_processes,
+        "threads_per_process": threads,
+        "parallel": config.parallel.strategy,
+        "wandb_run_id": old.get("wandb_run_id") or uuid.uuid4().hex[:12],
+        **count_parameters(model),
+    }
+    for key, what in (("data_sha256", "training data"), ("tokenizer_sha256", "tokenizer"),
+                      ("template_sha256", "prompt template")):  # fmt: skip
+        if old and old.get(key) != manifest[key]:
+            raise UserError(
+                "C302", f"the {what} differs from what this run was started with", ExitStatus.BAD_CONFIG,
+                expected=f"sha256 {str(old.get(key))[:16]}…", got=f"{manifest[key][:16]}…",
+                hint=f"to start another run: run_name={config.run_name}-2",
+            )  # fmt: skip
+    return manifest
+
+
+def versions() -> dict[str, str]:
+    """Give the versions of Python and of the packages that matter."""
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def git_commit() -> str | None:
+    """Give the commit of the checkout that this package runs from; None if it is installed."""
+    root = Path(__file__).resolve().parents[2]
+    if not (root / ".git").exists():
+        return None
+    try:
+        result = subprocess.run(
+            ["git", "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return result.stdout.strip() or None
+
+
+def count_parameters(module: nn.Module) -> dict[str, int]:
+    """Count parameters: all, trained, and held by this process."""
+    sizes = [(p.numel(), p.requires_grad) for p in module.parameters()]
+    total = sum(size for size, _ in sizes)
+    trained = sum(size for size, requires_grad in sizes if requires_grad)
+    return {"parameters": total, "trainable_parameters": trained, "local_parameters": total}
+
+
+def _tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    text = json.dumps(tokenizer.get_vocab(), sort_keys=True) if backend is None else backend.to_str()
+    return hashlib.sha256(text.encode()).hexdigest()

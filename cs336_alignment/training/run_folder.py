@@ -1,0 +1,237 @@
+"""The folder of a run: who holds it, how far it came, and whether a command may continue it."""
+
+from __future__ import annotations
+
+import dataclasses
+import fcntl
+import json
+import os
+import socket
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import yaml
+
+from cs336_alignment.config import Config, flatten
+from cs336_alignment.errors import ExitStatus, Place, UserError
+from cs336_alignment.training.checkpoint import find_latest, verify, write_json
+
+CONFIG = "config.yaml"
+STATUS = "status.json"
+MANIFEST = "manifest.json"
+LEDGER = "data_ledger.json"
+METRICS = "metrics.jsonl"
+LOCK = "run.lock"
+
+# What may change between a stop and a restart. These keys do not touch the weights:
+FREE = frozenset({
+    "run_name", "output_root", "trainer.logging_steps", "trainer.eval_steps", "trainer.save_steps",
+    "trainer.save_total_limit", "trainer.resume", "trainer.max_hours", "data.eval_path",
+    "data.max_eval_examples", "parallel.num_processes",
+})  # fmt: skip
+FREE_SECTIONS = ("evaluation.", "logger.")
+# These are told: the same examples in the same steps, with sums in another order, or a longer run.
+NOTICED = frozenset({
+    "trainer.max_steps", "trainer.num_train_epochs", "trainer.microbatch_tokens",
+    "trainer.gradient_accumulation_steps", "trainer.batching", "trainer.gradient_checkpointing",
+})  # fmt: skip
+LENGTH = frozenset({"trainer.max_steps", "trainer.num_train_epochs"})
+CUT = frozenset({"trainer.microbatch_tokens", "trainer.gradient_accumulation_steps", "trainer.batching"})
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What a command finds in its folder.
+
+    Attributes:
+        complete: nothing is left to do.
+        checkpoint: where training continues; None: from the start.
+        notices: lines to show before training.
+    """
+
+    complete: bool = False
+    checkpoint: Path | None = None
+    notices: tuple[str, ...] = ()
+
+
+@dataclass
+class Status:
+    """`status.json`: how a run stands or ended, since launchers flatten exit statuses to 1."""
+
+    state: str
+    step: int = 0
+    exit_code: int | None = None
+    error: str | None = None
+    resume_command: str | None = None
+    reload_check: str | None = None
+
+
+class RunFolder:
+    """One run's folder. Only the main process writes.
+
+    Args:
+        config: of the run; the folder is `output_root/run_name`.
+    """
+
+    def __init__(self, config: Config) -> None:
+        assert config.run_name is not None
+        self.path = Path(config.output_root).expanduser() / config.run_name
+        self.checkpoints = self.path / "checkpoints"
+        self._lock: IO[str] | None = None
+
+    def claim(self) -> None:
+        """Create the folder and lock it for the life of this process.
+
+        Raises:
+            UserError: it cannot be created or written, is a link, or another process holds it (73).
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            if self.path.is_symlink():
+                raise OSError(0, "it is a symbolic link")
+            self._lock = (self.path / LOCK).open("a+", encoding="utf-8")
+        except OSError as failure:
+            raise UserError(
+                "R101", f"cannot write to the run folder {self.path}: {failure.strerror or failure}",
+                ExitStatus.CANNOT_CREATE, hint="choose another output_root=… or run_name=…",
+            ) from failure  # fmt: skip
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as failure:
+            self._lock.seek(0)
+            raise UserError(
+                "R102", f"another process is running in {self.path}", ExitStatus.CANNOT_CREATE,
+                got=self._lock.read().strip() or None, hint="wait for it, or choose another run_name=…",
+            ) from failure  # fmt: skip
+        self._lock.truncate(0)
+        self._lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        self._lock.flush()
+
+    def decide(self, config: Config) -> Decision:
+        """Read the folder and say whether this command starts, continues or has nothing to do.
+
+        Raises:
+            UserError: `resume=never` on a folder that holds a run (73); a changed key (78); checkpoints of
+                which none verifies (74).
+        """
+        old = self._read_config()
+        if config.trainer.resume not in ("auto", "never"):
+            return self._from_explicit(Path(config.trainer.resume).expanduser(), holds_run=old is not None)
+        if old is None:
+            return Decision()
+        if config.trainer.resume == "never":
+            raise UserError(
+                "R103", f"{self.path} holds a run, and trainer.resume=never", ExitStatus.CANNOT_CREATE,
+                hint="choose another run_name=…, or leave trainer.resume=auto to continue it",
+            )  # fmt: skip
+        notices, lengthened = compare(old, config, Place(self.path / CONFIG))
+        status = self.read_status()
+        if status.get("state") == "completed" and not lengthened:
+            return Decision(complete=True)
+        checkpoint, skipped = find_latest(self.checkpoints)
+        if checkpoint is None and skipped:
+            raise UserError(
+                "R201", f"no checkpoint in {self.checkpoints} is whole", ExitStatus.IO,
+                got="; ".join(skipped), hint="restore one from a copy, or start anew with another run_name=…",
+            )  # fmt: skip
+        notices += [f"passed over a damaged checkpoint: {line}" for line in skipped]
+        return Decision(checkpoint=checkpoint, notices=tuple(notices))
+
+    def _from_explicit(self, checkpoint: Path, *, holds_run: bool) -> Decision:
+        if holds_run:
+            raise UserError(
+                "R104", f"{self.path} holds a run, and trainer.resume names a checkpoint",
+                ExitStatus.CANNOT_CREATE, hint="choose another run_name=…, or trainer.resume=auto",
+            )  # fmt: skip
+        if not checkpoint.is_dir():
+            raise UserError(
+                "R202", f"there is no checkpoint {checkpoint}", ExitStatus.NOT_FOUND,
+                hint="trainer.resume=outputs/NAME/checkpoints/step-000100",
+            )  # fmt: skip
+        if (reason := verify(checkpoint)) is not None:
+            raise UserError("R203", f"the checkpoint {checkpoint} is damaged: {reason}", ExitStatus.IO)
+        return Decision(checkpoint=checkpoint, notices=(f"starting from {checkpoint}",))
+
+    def _read_config(self) -> dict[str, Any] | None:
+        path = self.path / CONFIG
+        if not path.is_file():
+            return None
+        try:
+            old = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except (OSError, yaml.YAMLError, UnicodeDecodeError) as failure:
+            raise UserError("R204", f"cannot read {path}: {failure}", ExitStatus.IO) from failure
+        return dict(_flatten_dict(old))
+
+    def read_status(self) -> dict[str, Any]:
+        """Read `status.json`; {} if there is none."""
+        try:
+            return dict(json.loads((self.path / STATUS).read_text(encoding="utf-8")))
+        except (OSError, ValueError):
+            return {}
+
+    def write_status(self, status: Status) -> None:
+        """Replace `status.json`."""
+        write_json(self.path / STATUS, dataclasses.asdict(status))
+
+    def write_config(self, config: Config) -> None:
+        """Write `config.yaml`, every key with its value."""
+        text = yaml.safe_dump(dataclasses.asdict(config), sort_keys=False, allow_unicode=True)
+        temporary = self.path / f".{CONFIG}"
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(self.path / CONFIG)
+
+    def write_json(self, name: str, value: Any) -> None:
+        """Replace another JSON file of the folder."""
+        write_json(self.path / name, value)
+
+    def read_json(self, name: str) -> dict[str, Any]:
+        """Read a JSON file of the folder; {} if there is none."""
+        path = self.path / name
+        return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}
+
+
+def compare(old: dict[str, Any], new: Config, place: Place) -> tuple[list[str], bool]:
+    """Compare a run's config with the command's, key by key.
+
+    Args:
+        old: the run's `config.yaml`, flattened.
+        new: the command's config.
+        place: of the old config, for the error.
+
+    Returns:
+        Notices for the keys that may change but are worth telling, and whether the run's length changed.
+
+    Raises:
+        UserError: a key that changes training differs (78), with old and new value of each.
+    """
+    changed = {
+        key: (old.get(key), value)
+        for key, value in flatten(new)
+        if key not in FREE and not key.startswith(FREE_SECTIONS) and old.get(key) != value
+    }
+    # With a mean of means the cut is part of the loss.
+    noticed = NOTICED - CUT if new.trainer.loss_normalization == "microbatch" else NOTICED
+    refused = {key: values for key, values in changed.items() if key not in noticed}
+    if refused:
+        lines = "; ".join(f"{key}: {before} → {after}" for key, (before, after) in refused.items())
+        raise UserError(
+            "C301", "the folder holds a run whose config differs where it changes training",
+            ExitStatus.BAD_CONFIG, place=place, got=lines,
+            hint=f"to start another run: run_name={new.run_name}-2",
+        )  # fmt: skip
+    notices = [f"{key} changed from {before} to {after}" for key, (before, after) in changed.items()]
+    lengthened = bool(changed.keys() & LENGTH)
+    if lengthened:
+        notices.append("the learning rate follows the schedule of the new length from here on")
+    return notices, lengthened
+
+
+def _flatten_dict(value: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    items: list[tuple[str, Any]] = []
+    for key, inner in (value or {}).items():
+        if isinstance(inner, dict):
+            items += _flatten_dict(inner, f"{prefix}{key}.")
+        else:
+            items.append((f"{prefix}{key}", inner))
+    return items

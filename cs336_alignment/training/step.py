@@ -1,0 +1,113 @@
+"""One optimizer step's gradient: the microbatches of this process, forward and backward."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from cs336_alignment.config import TrainerConfig
+from cs336_alignment.data.batching import collate, mix_seed, plan_microbatches
+from cs336_alignment.data.prepare import TokenizedDataset
+from cs336_alignment.training.loss import StepCounts, loss_weights, masked_normalize, microbatch_loss
+from cs336_alignment.training.parallel import Processes
+
+
+@dataclass(frozen=True)
+class Cut:
+    """How a step is cut into microbatches; with `token`, `sequence` and `constant` it changes no result.
+
+    Attributes:
+        microbatch_tokens: token budget of a microbatch, or None.
+        gradient_accumulation_steps: microbatches per step and process, or None; exactly one is given.
+        flat: flat rows, or padded ones.
+    """
+
+    microbatch_tokens: int | None
+    gradient_accumulation_steps: int | None
+    flat: bool
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What a step's forward passes showed, on this process.
+
+    Attributes:
+        nll: scalar float64 tensor, the summed negative log-prob of the response tokens, in nats.
+        entropy: scalar float64 tensor, the summed entropy at those positions; 0 if not asked for.
+        not_finite: (microbatches,) bool tensor, True where a microbatch's loss is not finite.
+        microbatches: the example ids of each.
+    """
+
+    nll: Tensor
+    entropy: Tensor
+    not_finite: Tensor
+    microbatches: list[list[int]]
+
+
+def accumulate_gradients(
+    policy: nn.Module,
+    dataset: TokenizedDataset,
+    example_ids: Sequence[int],
+    *,
+    cut: Cut,
+    trainer: TrainerConfig,
+    processes: Processes,
+    seed: int,
+    step: int,
+    with_entropy: bool = False,
+) -> StepResult:
+    """Calls backward for every microbatch of the step; the gradient of the whole step is then in `.grad`.
+
+    Args:
+        policy: the (wrapped) policy, with gradients cleared.
+        dataset: all examples.
+        example_ids: those of this step, over all processes.
+        cut: into microbatches.
+        trainer: its `loss_normalization` and `normalize_constant` are read.
+        processes: who shares the step.
+        seed: of the run.
+        step: 0-based; with the seed it fixes dropout.
+        with_entropy: also sum the token entropies.
+    """
+    microbatches = plan_microbatches(
+        example_ids,
+        dataset.lengths,
+        num_processes=processes.count,
+        process_index=processes.index,
+        microbatch_tokens=cut.microbatch_tokens,
+        gradient_accumulation_steps=cut.gradient_accumulation_steps,
+        flat=cut.flat,
+    )
+    counts = StepCounts(
+        num_examples=len(example_ids),
+        num_response_tokens=sum(dataset.response_lengths[i] for i in example_ids),
+        num_microbatches=len(microbatches),
+        num_processes=processes.count,
+    )
+    nll = torch.zeros((), dtype=torch.float64, device=processes.device)
+    entropy_sum, not_finite = torch.zeros_like(nll), []
+    for index, ids in enumerate(microbatches):
+        batch = collate([dataset[i] for i in ids], flat=cut.flat).to(processes.device)
+        # Dropout is a function of where the run stands, so a resumed run draws the same.
+        torch.manual_seed(mix_seed(seed, step, index, processes.index))
+        with processes.no_sync(policy, active=index < len(microbatches) - 1):
+            log_probs, entropy = policy(batch, with_entropy)
+            mask, constant = loss_weights(
+                trainer.loss_normalization,
+                batch.response_mask,
+                batch.example_response_tokens,
+                batch.num_response_tokens,
+                counts,
+                trainer.normalize_constant,
+            )
+            loss = microbatch_loss(log_probs, mask, constant)
+            # Not accelerator.backward, which would divide by an accumulation of its own.
+            loss.backward()
+        nll -= masked_normalize(log_probs.detach().double(), batch.response_mask)
+        if entropy is not None:
+            entropy_sum += masked_normalize(entropy.double(), batch.response_mask)
+        not_finite.append(~loss.detach().isfinite())
+    return StepResult(nll, entropy_sum, torch.stack(not_finite), microbatches)
