@@ -1,4 +1,6 @@
-"""The command line: `cs336-sft VERB [overrides]`. Verbs are thin; heavy imports wait until a verb runs."""
+"""The command line: `cs336-sft VERB [overrides]`. Verbs are thin; heavy imports wait until a verb
+runs.
+"""
 
 from __future__ import annotations
 
@@ -12,10 +14,34 @@ from cs336_alignment.config import nearest_key
 from cs336_alignment.errors import ExitStatus, UserError
 
 # Hydra's own flags, and those that it takes a value for.
-HYDRA_FLAGS = {"--help", "-h", "--hydra-help", "--version", "--resolve", "--multirun", "-m", "--run", "-r",
-               "--shell-completion", "-sc"}  # fmt: skip
-HYDRA_VALUE_FLAGS = {"--cfg", "-c", "--package", "-p", "--config-dir", "-cd", "--config-name", "-cn",
-                     "--config-path", "-cp", "--info", "-i", "--experimental-rerun"}  # fmt: skip
+HYDRA_FLAGS = {
+    "--help",
+    "-h",
+    "--hydra-help",
+    "--version",
+    "--resolve",
+    "--multirun",
+    "-m",
+    "--run",
+    "-r",
+    "--shell-completion",
+    "-sc",
+}
+HYDRA_VALUE_FLAGS = {
+    "--cfg",
+    "-c",
+    "--package",
+    "-p",
+    "--config-dir",
+    "-cd",
+    "--config-name",
+    "-cn",
+    "--config-path",
+    "-cp",
+    "--info",
+    "-i",
+    "--experimental-rerun",
+}
 FILE_FLAGS = {"--config", "--config_file", "--config-file", "--yaml"}
 
 
@@ -124,10 +150,12 @@ def run(arguments: list[str]) -> ExitStatus:
     try:
         if verb is None:
             raise UserError(
-                "C002", f"there is no verb {arguments[0]}", ExitStatus.USAGE,
+                "C002",
+                f"there is no verb {arguments[0]}",
+                ExitStatus.USAGE,
                 expected="one of " + ", ".join(verb.name for verb in VERBS),
                 hint="overrides follow the verb: cs336-sft train " + " ".join(arguments),
-            )  # fmt: skip
+            )
         refuse_foreign_flags(arguments[1:])
         return verb.run(arguments[1:])
     except UserError as error:

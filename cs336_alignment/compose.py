@@ -1,7 +1,7 @@
 """Hydra, and only here: from the command line and YAML groups to one typed `Config`.
 
-Hydra composes and prints; it writes nothing and runs nothing of its own. Past `to_config` no OmegaConf
-object exists.
+Hydra composes and prints; it writes nothing and runs nothing of its own. Past `to_config` no
+OmegaConf object exists.
 """
 
 from __future__ import annotations
@@ -41,9 +41,9 @@ def config_folder() -> Path:
 def run_with_config(verb: str, arguments: Sequence[str], job: Job) -> ExitStatus:
     """Compose the config that the arguments describe and run the job on it.
 
-    `--cfg job`, `--help`, `--info`, `--config-dir` and `--multirun` are Hydra's and work as documented
-    there. A multirun calls the job once for each combination, in this process; each gets a `run_name` with
-    its own overrides appended, and the first that fails ends it.
+    `--cfg job`, `--help`, `--info`, `--config-dir` and `--multirun` are Hydra's and work as
+    documented there. A multirun calls the job once for each combination, in this process; each gets
+    a `run_name` with its own overrides appended, and the first that fails ends it.
 
     Args:
         verb: the command, for help texts and for the keys it needs.
@@ -69,7 +69,9 @@ def run_with_config(verb: str, arguments: Sequence[str], job: Job) -> ExitStatus
             status = job(config)
 
     with _hydra_process(verb, arguments):
-        entry = hydra.main(version_base="1.3", config_path=str(config_folder()), config_name="train")
+        entry = hydra.main(
+            version_base="1.3", config_path=str(config_folder()), config_name="train"
+        )
         try:
             entry(task)()
         except (HydraException, OmegaConfBaseException) as failure:
@@ -109,9 +111,11 @@ def to_config(composed: DictConfig, verb: str, overrides: Sequence[str]) -> Conf
     for key in missing:
         if key not in optional:
             raise UserError(
-                "C102", f"{key} is not given", ExitStatus.BAD_CONFIG,
+                "C102",
+                f"{key} is not given",
+                ExitStatus.BAD_CONFIG,
                 hint=f"add {key}=…, or choose a preset: experiment={_presets()}",
-            )  # fmt: skip
+            )
         OmegaConf.update(composed, key, "none")
     try:
         config = OmegaConf.to_object(composed)
@@ -119,7 +123,10 @@ def to_config(composed: DictConfig, verb: str, overrides: Sequence[str]) -> Conf
         raise translate(failure, overrides) from failure
     assert isinstance(config, Config)
     given = {override.split("=", 1)[0].lstrip("+~") for override in overrides}
-    if {"optimizer.warmup_ratio", "optimizer.warmup_steps"} <= given and config.optimizer.warmup_steps is not None:
+    if {
+        "optimizer.warmup_ratio",
+        "optimizer.warmup_steps",
+    } <= given and config.optimizer.warmup_steps is not None:
         raise warmup_clash()
     if config.run_name is None:
         config.run_name = _default_run_name(config, verb)
@@ -129,14 +136,18 @@ def to_config(composed: DictConfig, verb: str, overrides: Sequence[str]) -> Conf
 
 def _default_run_name(config: Config, verb: str) -> str:
     names = [config.model.name_or_path, "" if verb == "evaluate" else config.data.train_path]
-    parts = [re.split(r"[/:]", name.rstrip("/"))[-1].removesuffix(".jsonl") for name in names if name]
+    parts = [
+        re.split(r"[/:]", name.rstrip("/"))[-1].removesuffix(".jsonl") for name in names if name
+    ]
     prefix = [] if verb == "train" else [verb]
     return re.sub(r"[^A-Za-z0-9._-]+", "-", "-".join([*prefix, *parts])).strip("-._") or "run"
 
 
 def _swept_suffix(arguments: Sequence[str], job_overrides: Sequence[str]) -> str:
     """Name a multirun's job by the overrides that differ between its jobs."""
-    parsed = OverridesParser.create().parse_overrides([a for a in arguments if not a.startswith("-")])
+    parsed = OverridesParser.create().parse_overrides(
+        [a for a in arguments if not a.startswith("-")]
+    )
     swept = {o.get_key_element() for o in parsed if o.is_sweep_override()}
     chosen = [o.split("=", 1) for o in job_overrides if o.split("=", 1)[0] in swept]
     text = "".join(f"-{key.rsplit('.', 1)[-1]}-{value}" for key, value in chosen)
@@ -148,38 +159,70 @@ def _presets() -> str:
 
 
 def translate(failure: Exception, overrides: Sequence[str]) -> UserError:
-    """Turn what Hydra or OmegaConf raised into one readable error, with the nearest key or preset."""
+    """Turn what Hydra or OmegaConf raised into one readable error, with the nearest key or
+    preset.
+    """
     text = str(failure)
     if isinstance(failure, MissingConfigException):
         return _unknown_preset(text)
     if isinstance(failure, OverrideParseException):
         return UserError(
-            "C107", f"cannot read the override `{failure.override}`", ExitStatus.BAD_CONFIG,
-            expected="section.key=value", got=text.splitlines()[0],
+            "C107",
+            f"cannot read the override `{failure.override}`",
+            ExitStatus.BAD_CONFIG,
+            expected="section.key=value",
+            got=text.splitlines()[0],
             hint="put quotes around values with '=', ',' or spaces: 'key=\"a,b\"'",
-        )  # fmt: skip
+        )
     place = None
     if match := re.search(r"In '([^']+)'", text):
         place = Place(f"preset {match[1]}")
     if key := _unknown_key(text, overrides):
         near = nearest_key(key)
         return UserError(
-            "C101", f"there is no key {key}", ExitStatus.BAD_CONFIG, place=place,
-            hint=f"did you mean {near}?" if near else "`cs336-sft train --cfg job` prints every key",
-        )  # fmt: skip
+            "C101",
+            f"there is no key {key}",
+            ExitStatus.BAD_CONFIG,
+            place=place,
+            hint=f"did you mean {near}?"
+            if near
+            else "`cs336-sft train --cfg job` prints every key",
+        )
     if match := re.search(r"full_key: (\S+)", text):
         key = match[1]
-        reason = next((line for line in text.splitlines() if line.startswith(("Value", "Cannot", "Unsupported",
-            "Non optional", "field", "Incompatible", "Invalid"))), text.splitlines()[0])  # fmt: skip
+        reason = next(
+            (
+                line
+                for line in text.splitlines()
+                if line.startswith(
+                    (
+                        "Value",
+                        "Cannot",
+                        "Unsupported",
+                        "Non optional",
+                        "field",
+                        "Incompatible",
+                        "Invalid",
+                    )
+                )
+            ),
+            text.splitlines()[0],
+        )
         return UserError(
-            "C108", f"{key} has a value of the wrong type", ExitStatus.BAD_CONFIG, place=place,
-            got=reason.strip(), hint=f"{key}=…",
-        )  # fmt: skip
+            "C108",
+            f"{key} has a value of the wrong type",
+            ExitStatus.BAD_CONFIG,
+            place=place,
+            got=reason.strip(),
+            hint=f"{key}=…",
+        )
     if "Ambiguous value" in text:
         return UserError(
-            "C109", text.splitlines()[0], ExitStatus.BAD_CONFIG,
-            hint="several values want --multirun (-m); a text with a comma wants quotes: 'key=\"a,b\"'",
-        )  # fmt: skip
+            "C109",
+            text.splitlines()[0],
+            ExitStatus.BAD_CONFIG,
+            hint="several values want --multirun (-m); a comma in a text, quotes: 'key=\"a,b\"'",
+        )
     return UserError("C100", " ".join(text.split()), ExitStatus.BAD_CONFIG, place=place)
 
 
@@ -191,23 +234,32 @@ def _unknown_preset(text: str) -> UserError:
     known = sorted(path.stem for path in folder.glob("*.yaml"))
     if not known:
         groups = sorted(path.name for path in config_folder().iterdir() if path.is_dir())
-        near = nearest_key(group or choice) or next(iter(difflib.get_close_matches(group, groups, n=1)), None)
+        near = nearest_key(group or choice) or next(
+            iter(difflib.get_close_matches(group, groups, n=1)), None
+        )
         return UserError(
-            "C101", f"there is no key {group or choice}", ExitStatus.BAD_CONFIG,
+            "C101",
+            f"there is no key {group or choice}",
+            ExitStatus.BAD_CONFIG,
             hint=f"did you mean {near}?" if near else f"groups: {', '.join(groups)}",
-        )  # fmt: skip
+        )
     near = next(iter(difflib.get_close_matches(choice, known, n=1)), None)
     return UserError(
-        "C110", f"there is no preset {group}={choice}", ExitStatus.BAD_CONFIG,
+        "C110",
+        f"there is no preset {group}={choice}",
+        ExitStatus.BAD_CONFIG,
         expected="one of " + ", ".join(known),
-        hint=(f"did you mean {group}={near}? " if near else "") + "your own presets: --config-dir DIR, with "
+        hint=(f"did you mean {group}={near}? " if near else "")
+        + "your own presets: --config-dir DIR, with "
         f"DIR/{group}/{choice}.yaml",
-    )  # fmt: skip
+    )
 
 
 def _unknown_key(text: str, overrides: Sequence[str]) -> str | None:
     """Find the key that does not exist, in full, from the several texts in which it is reported."""
-    if match := re.search(r"Could not (?:override|append to config|delete from config).*?'([^']+)'", text):
+    if match := re.search(
+        r"Could not (?:override|append to config|delete from config).*?'([^']+)'", text
+    ):
         return match[1].split("=", 1)[0].lstrip("+~")
     if match := re.search(r"Key '([^']+)' (?:not in|is not in struct|is not)", text):
         full = re.search(r"full_key: (\S+)", text)

@@ -1,4 +1,6 @@
-"""Every key a run has: its type, its default and the values it may take. Imports no torch, no OmegaConf."""
+"""Every key a run has: its type, its default and the values it may take. Imports no torch, no
+OmegaConf.
+"""
 
 from __future__ import annotations
 
@@ -136,7 +138,9 @@ class Config:
 
 
 def flatten(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield every leaf of a config dataclass as (`section.key`, value), in the order of the schema."""
+    """Yield every leaf of a config dataclass as (`section.key`, value), in the order of the
+    schema.
+    """
     for item in dataclasses.fields(config):
         value = getattr(config, item.name)
         if dataclasses.is_dataclass(value):
@@ -174,7 +178,8 @@ ALIASES = {
 
 
 def nearest_key(key: str) -> str | None:
-    """Find the key that was probably meant: another framework's word for it, or the nearest spelling.
+    """Find the key that was probably meant: another framework's word for it, or the nearest
+    spelling.
 
     Example:
         >>> nearest_key("trainer.learning_rat")
@@ -186,7 +191,9 @@ def nearest_key(key: str) -> str | None:
     if leaf in ALIASES:
         return ALIASES[leaf]
     by_leaf = {full.rsplit(".", 1)[-1]: full for full in reversed(ALL_KEYS)}
-    if key not in by_leaf and (matches := difflib.get_close_matches(key, ALL_KEYS, n=1, cutoff=0.85)):
+    if key not in by_leaf and (
+        matches := difflib.get_close_matches(key, ALL_KEYS, n=1, cutoff=0.85)
+    ):
         return matches[0]
     if matches := difflib.get_close_matches(leaf, by_leaf, n=1, cutoff=0.6):
         return by_leaf[matches[0]]
@@ -214,8 +221,12 @@ def _one_of(key: str, allowed: tuple[str, ...]) -> _Rule:
 
 # A value of None passes: the schema says where None is allowed at all.
 _RULES = (
-    _Rule("run_name", lambda v: bool(RUN_NAME.fullmatch(v)), "letters, digits, '.', '_' and '-', "
-          "beginning with a letter or digit, at most 150 characters"),
+    _Rule(
+        "run_name",
+        lambda v: bool(RUN_NAME.fullmatch(v)),
+        "letters, digits, '.', '_' and '-', "
+        "beginning with a letter or digit, at most 150 characters",
+    ),
     _Rule("output_root", lambda v: bool(v.strip()), "a folder"),
     _Rule("seed", lambda v: 0 <= v < 2**63, "a whole number from 0 to 2**63 - 1"),
     _Rule("model.name_or_path", lambda v: bool(v.strip()), "a hub id or a local folder"),
@@ -228,7 +239,9 @@ _RULES = (
     _Rule("data.prompt_template", lambda v: bool(v.strip()), "a template's name or a .prompt file"),
     _Rule("trainer.global_batch_size", _at_least(1), "a whole number of at least 1"),
     _Rule("trainer.microbatch_tokens", _at_least(1), "a whole number of at least 1, or null"),
-    _Rule("trainer.gradient_accumulation_steps", _at_least(1), "a whole number of at least 1, or null"),
+    _Rule(
+        "trainer.gradient_accumulation_steps", _at_least(1), "a whole number of at least 1, or null"
+    ),
     _Rule("trainer.num_train_epochs", _above(0), "a number above 0"),
     _Rule("trainer.max_steps", _at_least(1), "a whole number of at least 1, or null"),
     _one_of("trainer.loss_normalization", LOSS_NORMALIZATIONS),
@@ -236,14 +249,25 @@ _RULES = (
     _one_of("trainer.batching", BATCHINGS),
     _one_of("trainer.precision", PRECISIONS),
     _Rule("trainer.logging_steps", _at_least(0), "a whole number of at least 0 (0 = never)"),
-    _Rule("trainer.eval_steps", _at_least(0), "a whole number of at least 0 (0 = only at start and end)"),
-    _Rule("trainer.save_steps", _at_least(0), "a whole number of at least 0 (0 = only on stop and end)"),
+    _Rule(
+        "trainer.eval_steps",
+        _at_least(0),
+        "a whole number of at least 0 (0 = only at start and end)",
+    ),
+    _Rule(
+        "trainer.save_steps",
+        _at_least(0),
+        "a whole number of at least 0 (0 = only on stop and end)",
+    ),
     _Rule("trainer.save_total_limit", _at_least(1), "a whole number of at least 1"),
     _Rule("trainer.resume", lambda v: bool(v.strip()), "auto, never or the path of a checkpoint"),
     _Rule("trainer.max_hours", _above(0), "a number above 0, or null"),
     _Rule("optimizer.learning_rate", _at_least(0), "a finite number of at least 0"),
-    _Rule("optimizer.betas", lambda v: len(v) == 2 and all(0 <= beta < 1 for beta in v),
-          "two numbers from 0 to below 1"),
+    _Rule(
+        "optimizer.betas",
+        lambda v: len(v) == 2 and all(0 <= beta < 1 for beta in v),
+        "two numbers from 0 to below 1",
+    ),
     _Rule("optimizer.eps", _above(0), "a finite number above 0"),
     _Rule("optimizer.weight_decay", _at_least(0), "a finite number of at least 0"),
     _Rule("optimizer.max_grad_norm", _above(0), "a finite number above 0"),
@@ -252,17 +276,22 @@ _RULES = (
     _Rule("optimizer.warmup_steps", _at_least(0), "a whole number of at least 0, or null"),
     _one_of("parallel.strategy", ("ddp",)),
     _Rule("parallel.num_processes", _at_least(1), "a whole number of at least 1, or null"),
-    _Rule("evaluation.generation_steps", _at_least(0),
-          "a whole number of at least 0 (0 = only at start and end), or null for never"),
+    _Rule(
+        "evaluation.generation_steps",
+        _at_least(0),
+        "a whole number of at least 0 (0 = only at start and end), or null for never",
+    ),
     _Rule("evaluation.num_prompts", _at_least(1), "a whole number of at least 1, or null for all"),
     _Rule("evaluation.max_new_tokens", _at_least(1), "a whole number of at least 1"),
     _Rule("evaluation.temperature", _at_least(0), "a finite number of at least 0 (0 = greedy)"),
     _Rule("evaluation.batch_size", _at_least(1), "a whole number of at least 1"),
-    _Rule("evaluation.stop", lambda v: all(isinstance(s, str) and s for s in v), "non-empty strings"),
+    _Rule(
+        "evaluation.stop", lambda v: all(isinstance(s, str) and s for s in v), "non-empty strings"
+    ),
     _one_of("evaluation.reward", REWARDS),
     _one_of("logger.backend", LOGGERS),
     _Rule("logger.project", lambda v: bool(v.strip()), "a project's name"),
-)  # fmt: skip
+)
 
 
 def check(config: Config) -> None:
@@ -277,12 +306,16 @@ def check(config: Config) -> None:
     values = dict(flatten(config))
     errors = [
         UserError(
-            "C103", f"{rule.key} has a value that it cannot take", ExitStatus.BAD_CONFIG,
-            expected=rule.expected, got=describe(values[rule.key]), hint=f"{rule.key}=…",
+            "C103",
+            f"{rule.key} has a value that it cannot take",
+            ExitStatus.BAD_CONFIG,
+            expected=rule.expected,
+            got=describe(values[rule.key]),
+            hint=f"{rule.key}=…",
         )
         for rule in _RULES
         if values[rule.key] is not None and not rule.holds(values[rule.key])
-    ]  # fmt: skip
+    ]
     errors += _clashes(config)
     if errors:
         raise UserErrors(errors)
@@ -292,21 +325,24 @@ def _clashes(config: Config) -> Iterator[UserError]:
     trainer, optimizer, model = config.trainer, config.optimizer, config.model
     if trainer.microbatch_tokens is not None and trainer.gradient_accumulation_steps is not None:
         yield clash(
-            "trainer.microbatch_tokens", "trainer.gradient_accumulation_steps",
+            "trainer.microbatch_tokens",
+            "trainer.gradient_accumulation_steps",
             "both say how a step is cut into microbatches; set one of them to null",
-        )  # fmt: skip
+        )
     if optimizer.warmup_steps is not None and optimizer.warmup_ratio != DEFAULT_WARMUP_RATIO:
         yield warmup_clash()
     if trainer.normalize_constant != 1.0 and trainer.loss_normalization != "constant":
         yield clash(
-            "trainer.normalize_constant", "trainer.loss_normalization",
+            "trainer.normalize_constant",
+            "trainer.loss_normalization",
             "the constant is read only by trainer.loss_normalization=constant",
-        )  # fmt: skip
+        )
     if model.trust_remote_code and not re.fullmatch(r"[0-9a-f]{40}", model.revision or ""):
         yield clash(
-            "model.trust_remote_code", "model.revision",
+            "model.trust_remote_code",
+            "model.revision",
             "code from the hub runs only at a pinned commit: model.revision=<40 hex digits>",
-        )  # fmt: skip
+        )
 
 
 def clash(first: str, second: str, why: str) -> UserError:

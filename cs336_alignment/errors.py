@@ -28,7 +28,9 @@ class ExitStatus(IntEnum):
 
 @dataclass(frozen=True)
 class Place:
-    """Where in the user's input something is: a file, its 1-based physical line, a field of the row."""
+    """Where in the user's input something is: a file, its 1-based physical line, a field of the
+    row.
+    """
 
     path: str | Path
     line: int | None = None
@@ -44,8 +46,8 @@ class UserError(Exception):
     """One mistake that the user can mend; the command line prints it without a traceback.
 
     Args:
-        code: stable identifier, a letter for the area (C config, D data, M model, R run, X other) and
-            three digits.
+        code: stable identifier, a letter for the area (C config, D data, M model, R run, X other)
+            and three digits.
         message: what is wrong, in one sentence without a full stop.
         status: the exit status of the command.
         place: where it is wrong, if it has a place.
@@ -55,8 +57,8 @@ class UserError(Exception):
 
     Example:
         >>> print(UserError("D203", "response is empty", ExitStatus.BAD_DATA,
-        ...                 place=Place("train.jsonl", 418, "response"), expected="non-empty string"))
-        error[D203]: response is empty
+        ...                 place=Place("train.jsonl", 418, "response"), expected="non-empty
+        string")) error[D203]: response is empty
           --> train.jsonl:418, field "response"
           expected: non-empty string
     """

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,8 +18,10 @@ class FlatLayout:
     """Where the sequences of a flat row lie.
 
     Attributes:
-        groups: runs of neighbouring sequences of one length, as (number of sequences, tokens of each).
-        cu_seq_lens: (number of sequences + 1,) int32, the borders, beginning with 0 and ending with T.
+        groups: runs of neighbouring sequences of one length, as (number of sequences, tokens of
+            each).
+        cu_seq_lens: (number of sequences + 1,) int32, the borders, beginning with 0 and ending with
+            T.
         max_length: tokens of the longest sequence.
     """
 
@@ -48,15 +51,16 @@ class FlatLayout:
 class Microbatch:
     """One forward and backward pass on one process.
 
-    The last token of an example is never an input, only a label, so an example of L tokens occupies L - 1
-    positions.
+    The last token of an example is never an input, only a label, so an example of L tokens occupies
+    L - 1 positions.
 
     Attributes:
         input_ids: (1, T) flat or (B, S) padded, int64.
         position_ids: as `input_ids`; each sequence counts from 0.
         attention_mask: None if flat; (B, S) bool, True on tokens, if padded.
         flat_layout: the sequences of the flat row; None if padded.
-        response_index: (R,) int64, the positions (in the flattened input) that predict a response token.
+        response_index: (R,) int64, the positions (in the flattened input) that predict a response
+            token.
         labels: (R,) int64, the response tokens they predict.
         response_mask: (R,) bool, all True but for the filler of an empty microbatch.
         example_response_tokens: (R,) int64, the number of response tokens of the label's example.
@@ -81,7 +85,7 @@ class Microbatch:
         """Copy every tensor to a device."""
         if self.input_ids.device == device:
             return self
-        moved = {
+        moved: dict[str, Any] = {
             item.name: value.to(device, non_blocking=True)
             for item in dataclasses.fields(self)
             if isinstance(value := getattr(self, item.name), Tensor)

@@ -1,7 +1,8 @@
-"""Which examples a step holds, who computes them, and the tensors of a microbatch; all pure functions.
+"""Which examples a step holds, who computes them, and the tensors of a microbatch; all pure
+functions.
 
-Everything is derived from (seed, step): a resumed run needs no stored position, and neither the number of
-processes nor the cut into microbatches changes what a step trains on.
+Everything is derived from (seed, step): a resumed run needs no stored position, and neither the
+number of processes nor the cut into microbatches changes what a step trains on.
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ from cs336_alignment.microbatch import FlatLayout, Microbatch
 class StepPlan:
     """The order of training: step → example ids.
 
-    An epoch has ceil(examples / global_batch_size) steps; its last step is smaller, and no example is
-    repeated or dropped.
+    An epoch has ceil(examples / global_batch_size) steps; its last step is smaller, and no example
+    is repeated or dropped.
 
     Attributes:
         num_examples: in the data set, at least 1.
@@ -64,8 +65,8 @@ def _permutation(num_examples: int, seed: int, epoch: int) -> torch.Tensor:
 def mix_seed(*parts: int) -> int:
     """Mix integers into one 63-bit seed, so that neighbouring parts give unrelated streams.
 
-    The steps are those of splitmix64 (Steele, Lea, Flood: Fast splittable pseudorandom number generators,
-    OOPSLA 2014), folded over the parts.
+    The steps are those of splitmix64 (Steele, Lea, Flood: Fast splittable pseudorandom number
+    generators, OOPSLA 2014), folded over the parts.
 
     Example:
         >>> mix_seed(42, 0) != mix_seed(42, 1) != mix_seed(0, 42)
@@ -90,7 +91,8 @@ def balance(example_ids: Sequence[int], lengths: Sequence[int], num_bins: int) -
         num_bins: processes or microbatches; bins may stay empty if there are fewer examples.
 
     Returns:
-        `num_bins` lists of ids, each in descending order of length; a pure function of the arguments.
+        `num_bins` lists of ids, each in descending order of length; a pure function of the
+        arguments.
     """
     bins: list[list[int]] = [[] for _ in range(num_bins)]
     loads = [0] * num_bins
@@ -106,8 +108,8 @@ def cut_by_tokens(
 ) -> list[list[int]]:
     """Cut a process's examples into microbatches of at most `microbatch_tokens` tokens.
 
-    Flat microbatches are balanced by their tokens. Padded ones hold examples of similar length and count
-    their padding. An example longer than the budget gets a microbatch of its own.
+    Flat microbatches are balanced by their tokens. Padded ones hold examples of similar length and
+    count their padding. An example longer than the budget gets a microbatch of its own.
 
     Args:
         example_ids: the process's examples of this step.
@@ -158,11 +160,13 @@ def plan_microbatches(
         num_processes: how many share the step.
         process_index: which of them this is.
         microbatch_tokens: token budget, or None.
-        gradient_accumulation_steps: number of microbatches, or None; exactly one of the two is given.
+        gradient_accumulation_steps: number of microbatches, or None; exactly one of the two is
+            given.
         flat: which layout the microbatches will have.
 
     Returns:
-        At least one list of example ids; a single empty one if the process has no example in this step.
+        At least one list of example ids; a single empty one if the process has no example in this
+        step.
 
     Raises:
         ValueError: both or neither of budget and number are given.
@@ -182,13 +186,15 @@ def collate(examples: Sequence[TokenizedExample], *, flat: bool) -> Microbatch:
     """Build the tensors of a microbatch, in the order of the examples.
 
     Args:
-        examples: at least 2 tokens each; none at all gives a filler of one token with nothing trained, so
-            that a process without work still takes part in the gradient's reduction.
+        examples: at least 2 tokens each; none at all gives a filler of one token with nothing
+            trained, so that a process without work still takes part in the gradient's reduction.
         flat: one row without padding, or right-padded rows (filled with id 0, which nothing reads).
     """
     filler = not examples
     if filler:
-        examples = [TokenizedExample(torch.zeros(2, dtype=torch.int64), torch.tensor([False, True]), -1)]
+        examples = [
+            TokenizedExample(torch.zeros(2, dtype=torch.int64), torch.tensor([False, True]), -1)
+        ]
     widths = [len(example.input_ids) - 1 for example in examples]
     # The one shift: position t predicts token t + 1, so the mask moves one to the left.
     masks = [example.response_mask[1:] for example in examples]
@@ -211,7 +217,9 @@ def collate(examples: Sequence[TokenizedExample], *, flat: bool) -> Microbatch:
     response_index = torch.cat(
         [mask.nonzero().squeeze(1) + start for mask, start in zip(masks, row_starts, strict=True)]
     )
-    labels = torch.cat([example.input_ids[1:][mask] for example, mask in zip(examples, masks, strict=True)])
+    labels = torch.cat(
+        [example.input_ids[1:][mask] for example, mask in zip(examples, masks, strict=True)]
+    )
     response_tokens = [int(mask.sum()) for mask in masks]
     return Microbatch(
         input_ids=input_ids.long(),
@@ -221,7 +229,9 @@ def collate(examples: Sequence[TokenizedExample], *, flat: bool) -> Microbatch:
         response_index=response_index,
         labels=labels.long(),
         response_mask=torch.full(labels.shape, not filler),
-        example_response_tokens=torch.tensor(response_tokens).repeat_interleave(torch.tensor(response_tokens)),
+        example_response_tokens=torch.tensor(response_tokens).repeat_interleave(
+            torch.tensor(response_tokens)
+        ),
         example_ids=() if filler else tuple(example.example_id for example in examples),
         num_tokens=0 if filler else sum(len(example.input_ids) for example in examples),
         num_response_tokens=0 if filler else sum(response_tokens),

@@ -53,13 +53,16 @@ class PromptTemplate:
         return self.text.endswith("<think>")
 
     def fill(self, value: str) -> str:
-        """Put a question or instruction in the placeholder's place; braces in it stay as they are."""
+        """Put a question or instruction in the placeholder's place; braces in it stay as they
+        are.
+        """
         start, end = PLACEHOLDER.search(self.text).span()  # type: ignore[union-attr]  # checked at load
         return self.text[:start] + value + self.text[end:]
 
 
 def load_template(name: str) -> PromptTemplate:
-    """Load a template of the package (`r1_zero`, `question_only`, `alpaca`) or a user's `.prompt` file.
+    """Load a template of the package (`r1_zero`, `question_only`, `alpaca`) or a user's `.prompt`
+    file.
 
     Raises:
         UserError: no such template (78), or not exactly one placeholder in it (65).
@@ -75,25 +78,32 @@ def load_template(name: str) -> PromptTemplate:
     elif (shipped := folder / f"{name}.prompt").is_file() and "/" not in name:
         text = shipped.read_text(encoding="utf-8")
     else:
-        names = sorted(Path(str(item)).stem for item in folder.iterdir() if str(item).endswith(".prompt"))
+        names = sorted(
+            Path(str(item)).stem for item in folder.iterdir() if str(item).endswith(".prompt")
+        )
         raise UserError(
-            "C105", f"there is no prompt template {name}", ExitStatus.BAD_CONFIG,
-            expected=", ".join(names) + ", or the path of a .prompt file", hint="data.prompt_template=r1_zero",
-        )  # fmt: skip
+            "C105",
+            f"there is no prompt template {name}",
+            ExitStatus.BAD_CONFIG,
+            expected=", ".join(names) + ", or the path of a .prompt file",
+            hint="data.prompt_template=r1_zero",
+        )
     if len(PLACEHOLDER.findall(text)) != 1:
         raise UserError(
-            "D111", f"the prompt template {name} needs exactly one placeholder", ExitStatus.BAD_DATA,
+            "D111",
+            f"the prompt template {name} needs exactly one placeholder",
+            ExitStatus.BAD_DATA,
             expected="{question} or {instruction}, once",
-        )  # fmt: skip
+        )
     return PromptTemplate(name, text)
 
 
 def to_example(row: Row, template: PromptTemplate) -> Example:
     """Turn a row into an example.
 
-    A `prompt` is used verbatim; a `question` or `instruction` fills the template. The response is the field
-    `response`, `answer` or `output`. An `answer` in GSM8K's form (reasoning, then `#### final`) loses its
-    calculator annotations; under a template that opens `<think>` it becomes
+    A `prompt` is used verbatim; a `question` or `instruction` fills the template. The response is
+    the field `response`, `answer` or `output`. An `answer` in GSM8K's form (reasoning, then `####
+    final`) loses its calculator annotations; under a template that opens `<think>` it becomes
     ` {reasoning} </think> <answer> {final} </answer>`.
 
     Raises:
@@ -105,11 +115,16 @@ def to_example(row: Row, template: PromptTemplate) -> Example:
     response = _text(row, response_field)
     if prompt_field == "instruction" and row.fields.get("input"):
         raise UserError(
-            "D206", "the row has an `input` beside its instruction, and the template has no place for it",
-            ExitStatus.BAD_DATA, place=_at(row, "input"), got=describe(row.fields["input"]),
+            "D206",
+            "the row has an `input` beside its instruction, and the template has no place for it",
+            ExitStatus.BAD_DATA,
+            place=_at(row, "input"),
+            got=describe(row.fields["input"]),
             hint="join the input to the instruction, or give the whole text as `prompt`",
-        )  # fmt: skip
-    ground_truth = None if row.fields.get("ground_truth") is None else str(row.fields["ground_truth"])
+        )
+    ground_truth = (
+        None if row.fields.get("ground_truth") is None else str(row.fields["ground_truth"])
+    )
     if prompt_field in TEMPLATED_PROMPTS:
         prompt = template.fill(prompt)
         if response_field == "answer":
@@ -125,11 +140,14 @@ def _shape_answer(row: Row, answer: str, *, tagged: bool) -> tuple[str, str | No
         return answer, None
     if not mark or not final or not reasoning:
         raise UserError(
-            "D204", "the answer has no reasoning and final answer to put into <think> and <answer>",
-            ExitStatus.BAD_DATA, place=_at(row, "answer"),
-            expected=f"reasoning, then a line `{FINAL_MARK} final`", got=describe(answer),
+            "D204",
+            "the answer has no reasoning and final answer to put into <think> and <answer>",
+            ExitStatus.BAD_DATA,
+            place=_at(row, "answer"),
+            expected=f"reasoning, then a line `{FINAL_MARK} final`",
+            got=describe(answer),
             hint="use data.prompt_template=question_only, or rows with `prompt` and `response`",
-        )  # fmt: skip
+        )
     if tagged:
         return f" {reasoning} </think> <answer> {final} </answer>", final
     return f"{reasoning}\n{FINAL_MARK} {final}", final
@@ -142,29 +160,45 @@ def _only(row: Row, names: tuple[str, ...], code: str) -> str:
     columns = ", ".join(row.fields) or "none"
     problem = "fields that exclude each other" if present else "a field is missing"
     raise UserError(
-        code, problem, ExitStatus.BAD_DATA, place=row.place,
-        expected="one of " + ", ".join(names), got=f"columns {columns}",
+        code,
+        problem,
+        ExitStatus.BAD_DATA,
+        place=row.place,
+        expected="one of " + ", ".join(names),
+        got=f"columns {columns}",
         hint="rows are prompt/response, question/answer or instruction/output",
-    )  # fmt: skip
+    )
 
 
 def _text(row: Row, name: str) -> str:
     value = row.fields[name]
     if not isinstance(value, str):
         raise UserError(
-            "D205", f"{name} is not a string", ExitStatus.BAD_DATA, place=_at(row, name),
-            expected="non-empty string", got=describe(value),
-        )  # fmt: skip
+            "D205",
+            f"{name} is not a string",
+            ExitStatus.BAD_DATA,
+            place=_at(row, name),
+            expected="non-empty string",
+            got=describe(value),
+        )
     if not value.strip():
         raise UserError(
-            "D203", f"{name} is empty", ExitStatus.BAD_DATA, place=_at(row, name),
-            expected="non-empty string", got=describe(value), hint="fix or remove the row",
-        )  # fmt: skip
+            "D203",
+            f"{name} is empty",
+            ExitStatus.BAD_DATA,
+            place=_at(row, name),
+            expected="non-empty string",
+            got=describe(value),
+            hint="fix or remove the row",
+        )
     if any(0xD800 <= ord(c) <= 0xDFFF for c in value):
         raise UserError(
-            "D207", f"{name} holds half of a surrogate pair, which is no character", ExitStatus.BAD_DATA,
-            place=_at(row, name), expected="Unicode text",
-        )  # fmt: skip
+            "D207",
+            f"{name} holds half of a surrogate pair, which is no character",
+            ExitStatus.BAD_DATA,
+            place=_at(row, name),
+            expected="Unicode text",
+        )
     return value
 
 

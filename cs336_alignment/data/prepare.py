@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ from cs336_alignment.data.tokenize import TokenizedExample, tokenize_plain, toke
 from cs336_alignment.errors import ExitStatus, Place, UserError, UserErrors
 
 TOKENIZE_BATCH = 2_000
+Progress = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
 
 
 @dataclass
@@ -95,10 +97,6 @@ class PreparedData:
     fingerprint: str
     revision: str | None
 
-    def ledger_json(self) -> dict[str, object]:
-        """Give the ledger entry as JSON."""
-        return asdict(self.ledger)
-
 
 def prepare(
     path: str,
@@ -108,7 +106,7 @@ def prepare(
     seed: int,
     split: str,
     max_examples: int | None,
-    advance: Callable[[int], None] = lambda _: None,
+    progress: Progress = lambda *_: nullcontext(lambda _: None),
 ) -> PreparedData:
     """Read, shape, tokenize and filter one split.
 
@@ -119,7 +117,7 @@ def prepare(
         seed: of built-in data.
         split: `train` or `test`, for sources that have splits and name none.
         max_examples: only the first so many rows; None: all.
-        advance: called with the number of rows tokenized, for a progress bar.
+        progress: shows a bar.
 
     Raises:
         UserErrors: bad rows, all of them, in one error (65).
@@ -128,13 +126,16 @@ def prepare(
     template = load_template(config.prompt_template)
     if config.append_eos and tokenizer.eos_token_id is None:
         raise UserError(
-            "M104", "the tokenizer has no EOS token, so no response could learn to stop",
-            ExitStatus.BAD_CONFIG, hint="choose a tokenizer with one, or set data.append_eos=false",
-        )  # fmt: skip
+            "M104",
+            "the tokenizer has no EOS token, so no response could learn to stop",
+            ExitStatus.BAD_CONFIG,
+            hint="choose a tokenizer with one, or set data.append_eos=false",
+        )
     read = read_source(path, seed=seed, default_split=split)
     ledger = LedgerEntry(path, rows_read=len(read.rows) + len(read.errors))
     examples = _to_examples(read, template, max_examples, ledger)
-    rows = _tokenize(examples, config, tokenizer, advance)
+    with progress("tokenizing", len(examples)) as advance:
+        rows = _tokenize(examples, config, tokenizer, advance)
     kept_examples, kept_rows = [], []
     for example, (ids, num_prompt) in zip(examples, rows, strict=True):
         fitted = _fit(ids, num_prompt, config, example.place, ledger)
@@ -143,10 +144,12 @@ def prepare(
             kept_rows.append((fitted, num_prompt))
     if not kept_rows:
         raise UserError(
-            "D301", f"no example of {path} is left", ExitStatus.BAD_DATA,
+            "D301",
+            f"no example of {path} is left",
+            ExitStatus.BAD_DATA,
             got=f"{ledger.rows_read} rows read, dropped: {ledger.dropped or 'none'}",
             hint="raise data.max_length or give more rows",
-        )  # fmt: skip
+        )
     dataset = TokenizedDataset.of(kept_rows)
     ledger.kept = len(dataset)
     ledger.tokens = sum(dataset.lengths)
@@ -207,12 +210,17 @@ def _fit(
         return None
     if config.overlong == "error":
         raise UserError(
-            "D302", "the example is longer than data.max_length", ExitStatus.BAD_DATA, place=place,
-            expected=f"at most {config.max_length} tokens", got=f"{len(ids)} tokens, {num_prompt} of them prompt",
+            "D302",
+            "the example is longer than data.max_length",
+            ExitStatus.BAD_DATA,
+            place=place,
+            expected=f"at most {config.max_length} tokens",
+            got=f"{len(ids)} tokens, {num_prompt} of them prompt",
             hint="raise data.max_length, or set data.overlong=drop or truncate (both are counted)",
-        )  # fmt: skip
+        )
     if config.overlong == "truncate" and num_prompt < config.max_length:
-        # The end of the response is cut; no EOS is put there, or the model would learn to stop mid-sentence.
+        # The end of the response is cut; no EOS is put there, or the model would learn to stop
+        # mid-sentence.
         ledger.truncated += 1
         return ids[: config.max_length]
     reason = "overlong" if config.overlong == "drop" else "prompt_fills_max_length"

@@ -1,4 +1,6 @@
-"""Rows from where they lie: JSON Lines on disk, the hub, or the built-in task; each with its place."""
+"""Rows from where they lie: JSON Lines on disk, the hub, or the built-in task; each with its
+place.
+"""
 
 from __future__ import annotations
 
@@ -15,8 +17,10 @@ from cs336_alignment.data import arithmetic
 from cs336_alignment.errors import ExitStatus, Place, UserError, describe
 
 BUILTIN = "builtin:"
-HUB_SPEC = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+|[\w.-]+)(:(?P<config>[\w.-]*))?(:(?P<split>[\w.-]+))?"
-                      r"(@(?P<revision>[\w./-]+))?")  # fmt: skip
+HUB_SPEC = re.compile(
+    r"(?P<repo>[\w.-]+/[\w.-]+|[\w.-]+)(:(?P<config>[\w.-]*))?(:(?P<split>[\w.-]+))?"
+    r"(@(?P<revision>[\w./-]+))?"
+)
 ARITHMETIC_ROWS = {"train": 20_000, "test": 1_000}
 
 
@@ -70,9 +74,11 @@ def _read_builtin(path: str, seed: int, default_split: str) -> SourceRead:
     split = split or default_split
     if name != "arithmetic" or split not in ARITHMETIC_ROWS:
         raise UserError(
-            "D102", f"there is no built-in data {path}", ExitStatus.NOT_FOUND,
+            "D102",
+            f"there is no built-in data {path}",
+            ExitStatus.NOT_FOUND,
             expected="builtin:arithmetic, builtin:arithmetic:train or builtin:arithmetic:test",
-        )  # fmt: skip
+        )
     rows = arithmetic.generate_rows(split, ARITHMETIC_ROWS[split], seed)
     digest = hashlib.sha256(json.dumps(rows).encode()).hexdigest()
     placed = [Row(dict(row), Place(path, number)) for number, row in enumerate(rows, start=1)]
@@ -82,15 +88,20 @@ def _read_builtin(path: str, seed: int, default_split: str) -> SourceRead:
 def _read_jsonl(path: Path) -> SourceRead:
     if not path.is_file():
         raise UserError(
-            "D101", f"there is no file {path}", ExitStatus.NOT_FOUND,
-            hint="data.train_path and data.eval_path take a .jsonl file or a hub id; paths are relative "
-            f"to the folder you stand in ({Path.cwd()})",
-        )  # fmt: skip
+            "D101",
+            f"there is no file {path}",
+            ExitStatus.NOT_FOUND,
+            hint="data.train_path and data.eval_path take a .jsonl file or a hub id; paths are "
+            f"relative to the folder you stand in ({Path.cwd()})",
+        )
     if path.suffix != ".jsonl":
         raise UserError(
-            "D103", f"{path.suffix or 'a file without ending'} is not a format that is read",
-            ExitStatus.BAD_DATA, place=Place(path), expected=".jsonl, one JSON object a line",
-        )  # fmt: skip
+            "D103",
+            f"{path.suffix or 'a file without ending'} is not a format that is read",
+            ExitStatus.BAD_DATA,
+            place=Place(path),
+            expected=".jsonl, one JSON object a line",
+        )
     read, digest = SourceRead(), hashlib.sha256()
     try:
         with path.open("rb") as file:
@@ -116,7 +127,9 @@ def _read_jsonl(path: Path) -> SourceRead:
 
 def _parse_line(line: bytes, place: Place) -> dict[str, Any] | UserError:
     def bad(message: str, expected: str, got: str | None = None) -> UserError:
-        return UserError("D201", message, ExitStatus.BAD_DATA, place=place, expected=expected, got=got)
+        return UserError(
+            "D201", message, ExitStatus.BAD_DATA, place=place, expected=expected, got=got
+        )
 
     def no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         row = dict(pairs)
@@ -127,12 +140,15 @@ def _parse_line(line: bytes, place: Place) -> dict[str, Any] | UserError:
         return row
 
     try:
-        # Own reader: the JSON reader of `datasets` turns text that looks like a date into a timestamp.
+        # Own reader: the JSON reader of `datasets` turns text that looks like a date into a
+        # timestamp.
         row = json.loads(line.decode("utf-8"), object_pairs_hook=no_duplicates)
     except UnicodeDecodeError as failure:
         return bad(f"invalid UTF-8 at byte {failure.start + 1} of the line", "UTF-8 text")
     except json.JSONDecodeError as failure:
-        return bad(f"broken JSON at column {failure.colno}: {failure.msg}", "one JSON object a line")
+        return bad(
+            f"broken JSON at column {failure.colno}: {failure.msg}", "one JSON object a line"
+        )
     except (ValueError, RecursionError) as failure:
         return bad(f"broken JSON: {failure}", "one JSON object a line")
     if not isinstance(row, dict):
@@ -145,9 +161,11 @@ def _read_with_datasets(path: str, default_split: str) -> SourceRead:
     is_folder = Path(path).expanduser().is_dir()
     if match is None and not is_folder:
         raise UserError(
-            "D101", f"there is no file or folder {path}", ExitStatus.NOT_FOUND,
-            hint="a hub id is written name[:config[:split]][@revision], e.g. openai/gsm8k:main:train",
-        )  # fmt: skip
+            "D101",
+            f"there is no file or folder {path}",
+            ExitStatus.NOT_FOUND,
+            hint="a hub id is name[:config[:split]][@revision], e.g. openai/gsm8k:main:train",
+        )
     repo, config, split, revision = path, None, default_split, None
     if match is not None and not is_folder:
         repo, config = match["repo"], match["config"] or None
@@ -156,14 +174,19 @@ def _read_with_datasets(path: str, default_split: str) -> SourceRead:
 
     try:
         data = datasets.load_dataset(
-            str(Path(repo).expanduser()) if is_folder else repo, config, split=split, revision=revision
+            str(Path(repo).expanduser()) if is_folder else repo,
+            config,
+            split=split,
+            revision=revision,
         )
     except Exception as failure:  # every kind of network, hub and format trouble ends here
         raise UserError(
-            "D105", f"cannot load {path} with `datasets`: {_first_line(failure)}", ExitStatus.NOT_FOUND,
-            hint="check the name, config and split (name[:config[:split]][@revision]); offline, only what is "
-            "in the local cache can be loaded",
-        ) from failure  # fmt: skip
+            "D105",
+            f"cannot load {path} with `datasets`: {_first_line(failure)}",
+            ExitStatus.NOT_FOUND,
+            hint="check name, config and split (name[:config[:split]][@revision]); offline, only "
+            "what is in the local cache can be loaded",
+        ) from failure
     digest = hashlib.sha256()
     rows = []
     for number, fields in enumerate(data, start=1):

@@ -29,7 +29,8 @@ class TokenizedExample:
 
 
 def special_prefix(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Find the special tokens that a tokenizer puts before a text by itself (often BOS, often none).
+    """Find the special tokens that a tokenizer puts before a text by itself (often BOS, often
+    none).
 
     What it would put *after* a text is not part of it: a prompt is followed by its response.
     """
@@ -60,21 +61,27 @@ def tokenize_plain(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> 
     """Tokenize texts in one batch, with nothing added and nothing cut."""
     if not texts:
         return []
-    # verbose=False: transformers would warn of rows over the model's length, which the caller handles.
+    # verbose=False: transformers would warn of rows over the model's length, which the caller
+    # handles.
     encoded = tokenizer(
-        list(texts), add_special_tokens=False, truncation=False, padding=False, verbose=False,
+        list(texts),
+        add_special_tokens=False,
+        truncation=False,
+        padding=False,
+        verbose=False,
         return_attention_mask=False,
-    )  # fmt: skip
+    )
     return list(encoded["input_ids"])
 
 
 def tokenize_prompt_and_output(
     prompt_strs: Sequence[str], output_strs: Sequence[str], tokenizer: PreTrainedTokenizerBase
 ) -> dict[str, Tensor]:
-    """Tokenize prompts and outputs separately, concatenate and pad them, and mask the output's labels.
+    """Tokenize prompts and outputs separately, concatenate and pad them, and mask the output's
+    labels.
 
-    No EOS is added: the data step appends it to responses. Padding is by position, so a pad token that equals
-    the EOS token does no harm; without a pad token the EOS token (or id 0) fills.
+    No EOS is added: the data step appends it to responses. Padding is by position, so a pad token
+    that equals the EOS token does no harm; without a pad token the EOS token (or id 0) fills.
 
     Args:
         prompt_strs: B prompts.
@@ -82,8 +89,9 @@ def tokenize_prompt_and_output(
         tokenizer: gives the prompt its special prefix, the output never.
 
     Returns:
-        `input_ids` and `labels`, (B, max(prompt and output tokens) - 1) int64, the labels being the next
-        tokens, and `response_mask`, the same shape, bool, True where the label is an output token.
+        `input_ids` and `labels`, (B, max(prompt and output tokens) - 1) int64, the labels being the
+        next tokens, and `response_mask`, the same shape, bool, True where the label is an output
+        token.
 
     Raises:
         ValueError: different numbers of prompts and outputs, or none.
@@ -91,7 +99,8 @@ def tokenize_prompt_and_output(
     Example:
         >>> from tokenizers import Tokenizer, models, pre_tokenizers
         >>> from transformers import PreTrainedTokenizerFast
-        >>> words = Tokenizer(models.WordLevel({"<pad>": 0, "1": 1, "+": 2, "=": 3, "2": 4}, "<pad>"))
+        >>> words = Tokenizer(models.WordLevel({"<pad>": 0, "1": 1, "+": 2, "=": 3, "2": 4},
+        "<pad>"))
         >>> words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
         >>> batch = tokenize_prompt_and_output(["1 + 1 ="], ["2"],
         ...     PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>"))
@@ -106,7 +115,11 @@ def tokenize_prompt_and_output(
     prompts = tokenize_prompts(prompt_strs, tokenizer)
     outputs = tokenize_plain(output_strs, tokenizer)
     width = max(len(prompt) + len(output) for prompt, output in zip(prompts, outputs, strict=True))
-    filler = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
+    filler = (
+        tokenizer.pad_token_id
+        if tokenizer.pad_token_id is not None
+        else tokenizer.eos_token_id or 0
+    )
     ids = torch.full((len(prompts), width), filler, dtype=torch.int64)
     mask = torch.zeros((len(prompts), width), dtype=torch.bool)
     for row, (prompt, output) in enumerate(zip(prompts, outputs, strict=True)):

@@ -83,23 +83,32 @@ class Evaluator:
         """Evaluate the loss and, if asked, generate; every process gets the same result."""
         with self.progress("evaluation loss", len(self.dataset)) as advance:
             metrics = evaluate_loss(
-                self.policy, self.dataset, self.processes, microbatch_tokens=self.microbatch_tokens,
-                flat=self.flat, advance=advance,
-            )  # fmt: skip
+                self.policy,
+                self.dataset,
+                self.processes,
+                microbatch_tokens=self.microbatch_tokens,
+                flat=self.flat,
+                advance=advance,
+            )
         if not generate or not self.prompts:
             return EvaluationResult(metrics, [])
         rows = self.generate()
         summary = summarize(rows)
-        names = {"token_entropy": "response_entropy", "length": "response_length",
-                 "length_correct": "response_length_correct",
-                 "length_incorrect": "response_length_incorrect"}  # fmt: skip
+        names = {
+            "token_entropy": "response_entropy",
+            "length": "response_length",
+            "length_correct": "response_length_correct",
+            "length_incorrect": "response_length_incorrect",
+        }
         for name, value in summary.items():
             if value is not None:
                 metrics[f"eval/{names.get(name, name)}"] = value
         return EvaluationResult(metrics, rows)
 
     def generate(self) -> list[dict[str, Any]]:
-        """Generate for the prompts, each process for its share; returns all rows in order, everywhere."""
+        """Generate for the prompts, each process for its share; returns all rows in order,
+        everywhere.
+        """
         count, index = self.processes.count, self.processes.index
         mine = self.prompts[index::count]
         with self.progress("generation", len(self.prompts)) as advance:
@@ -118,7 +127,7 @@ class Evaluator:
                 add_special_tokens=self.add_special_tokens,
             )
         shares = self.processes.gather(result["rows"])
-        rows = [{} for _ in self.prompts]
+        rows: list[dict[str, Any]] = [{} for _ in self.prompts]
         for process, share in enumerate(shares):
             rows[process::count] = share
         return rows

@@ -27,11 +27,14 @@ RewardFunction = Callable[[str, str], dict[str, float]]
 class _StopStrings(StoppingCriteria):
     """Ends a row when one of the strings stands in what it generated."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, stop: Sequence[str], prompt_width: int) -> None:
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, stop: Sequence[str], prompt_width: int
+    ) -> None:
         self.tokenizer = tokenizer
         self.stop = tuple(stop)
         self.prompt_width = prompt_width
-        # A token stands for at least one byte, so a stop string lies within this many tokens of the end.
+        # A token stands for at least one byte, so a stop string lies within this many tokens of the
+        # end.
         self.tail = max(len(text.encode()) for text in self.stop) + 1
         self.done: Tensor | None = None
 
@@ -40,7 +43,7 @@ class _StopStrings(StoppingCriteria):
             self.done = torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
         tails = input_ids[:, max(self.prompt_width, input_ids.shape[1] - self.tail) :].tolist()
         for row in (~self.done).nonzero().flatten().tolist():
-            text = self.tokenizer.decode(tails[row], skip_special_tokens=False, clean_up_tokenization_spaces=False)
+            text = _decode(self.tokenizer, tails[row])
             if any(string in text for string in self.stop):
                 self.done[row] = True
         return self.done
@@ -74,8 +77,9 @@ def log_generations(
 ) -> dict[str, Any]:
     """Generate a response to each prompt and record it with its rewards, entropy and length.
 
-    Prompts are sorted by length and left-padded in batches; the result is in the order of the prompts. A row
-    ends at EOS, after a stop string (which stays in the response), or at `max_new_tokens`.
+    Prompts are sorted by length and left-padded in batches; the result is in the order of the
+    prompts. A row ends at EOS, after a stop string (which stays in the response), or at
+    `max_new_tokens`.
 
     Args:
         model: a causal language model; its mode is restored afterwards.
@@ -92,10 +96,12 @@ def log_generations(
         add_special_tokens: whether prompts get the tokenizer's special prefix, as in training.
 
     Returns:
-        `rows`: a dict for each prompt: `prompt`, `response`, `ground_truth`, `reward`, `format_reward`,
-        `answer_reward`, `token_entropy` (mean over the response, nats), `length` (tokens), `stopped` (`eos`,
-        `stop` or `length`). `summary`: means of the rewards, `stop_rate`, `token_entropy`, and
-        `length`, `length_correct`, `length_incorrect` (null where there is no such response).
+        `rows`: a dict for each prompt: `prompt`, `response`, `ground_truth`, `reward`,
+            `format_reward`,
+        `answer_reward`, `token_entropy` (mean over the response, nats), `length` (tokens),
+        `stopped` (`eos`, `stop` or `length`). `summary`: means of the rewards, `stop_rate`,
+        `token_entropy`, and `length`, `length_correct`, `length_incorrect` (null where there is no
+        such response).
 
     Raises:
         ValueError: different numbers of prompts and ground truths.
@@ -113,7 +119,12 @@ def log_generations(
             for start in range(0, len(order), batch_size):
                 chosen = order[start : start + batch_size]
                 generated = _generate(
-                    model, tokenizer, [token_rows[i] for i in chosen], max_new_tokens, temperature, stop
+                    model,
+                    tokenizer,
+                    [token_rows[i] for i in chosen],
+                    max_new_tokens,
+                    temperature,
+                    stop,
                 )
                 for index, result in zip(chosen, generated, strict=True):
                     rewards = reward_fn(result["response"], ground_truths[index])
@@ -140,7 +151,9 @@ def _generate(
 ) -> list[dict[str, Any]]:
     width = max(len(prompt) for prompt in prompts)
     eos_ids = _eos_ids(model, tokenizer)
-    pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else next(iter(eos_ids), 0)
+    pad_id = (
+        tokenizer.pad_token_id if tokenizer.pad_token_id is not None else next(iter(eos_ids), 0)
+    )
     input_ids = torch.full((len(prompts), width), pad_id, dtype=torch.int64)
     attention_mask = torch.zeros_like(input_ids)
     for row, prompt in enumerate(prompts):  # left-padded: generation goes on at the right end
@@ -148,13 +161,18 @@ def _generate(
         attention_mask[row, width - len(prompt) :] = 1
     recorder = _EntropyRecorder()
     criteria = [_StopStrings(tokenizer, stop, width)] if stop else []
-    # A GenerationConfig of its own: the folder's may hold sampling options that greedy would warn about.
+    # A GenerationConfig of its own: the folder's may hold sampling options that greedy would warn
+    # about.
     options = GenerationConfig(
-        max_new_tokens=max_new_tokens, do_sample=temperature > 0, pad_token_id=pad_id,
-        eos_token_id=sorted(eos_ids) or None, use_cache=True,
+        max_new_tokens=max_new_tokens,
+        do_sample=temperature > 0,
+        pad_token_id=pad_id,
+        eos_token_id=sorted(eos_ids) or None,
+        use_cache=True,
         **({"temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature > 0 else {}),
-    )  # fmt: skip
-    output = model.generate(
+    )
+    generate: Any = model.generate  # its decorators hide its type
+    output = generate(
         input_ids.to(model.device),
         attention_mask=attention_mask.to(model.device),
         generation_config=options,
@@ -180,7 +198,7 @@ def _read_row(
     """Cut one row where it ended; what follows is padding."""
     end = next((i for i, token in enumerate(tokens) if token in eos_ids), None)
     length = len(tokens) if end is None else end + 1
-    text = tokenizer.decode(tokens[: length - (end is not None)], skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    text = _decode(tokenizer, tokens[: length - (end is not None)])
     stopped = "length" if end is None else "eos"
     ends = [text.find(string) + len(string) for string in stop if string in text]
     if ends:
@@ -194,12 +212,18 @@ def _read_row(
     }
 
 
+def _decode(tokenizer: PreTrainedTokenizerBase, tokens: list[int]) -> str:
+    """Give the exact text: special tokens kept, no spaces tidied away."""
+    options = {"skip_special_tokens": False, "clean_up_tokenization_spaces": False}
+    return str(tokenizer.decode(tokens, **options))
+
+
 def _tokens_until(tokenizer: PreTrainedTokenizerBase, tokens: list[int], characters: int) -> int:
     """Count the tokens whose text reaches this many characters."""
     low, high = 1, len(tokens)
     while low < high:
         middle = (low + high) // 2
-        if len(tokenizer.decode(tokens[:middle], skip_special_tokens=False, clean_up_tokenization_spaces=False)) >= characters:
+        if len(_decode(tokenizer, tokens[:middle])) >= characters:
             high = middle
         else:
             low = middle + 1
@@ -224,7 +248,8 @@ def summarize(rows: Sequence[dict[str, Any]]) -> dict[str, float | None]:
         rows: as `log_generations` makes them.
 
     Returns:
-        Means; `length_correct` and `length_incorrect` are over the rows with and without answer reward.
+        Means; `length_correct` and `length_incorrect` are over the rows with and without answer
+        reward.
     """
 
     def mean(key: str, chosen: Sequence[dict[str, Any]]) -> float | None:
@@ -232,7 +257,10 @@ def summarize(rows: Sequence[dict[str, Any]]) -> dict[str, float | None]:
 
     correct = [row for row in rows if row["answer_reward"] > 0]
     incorrect = [row for row in rows if row["answer_reward"] <= 0]
-    summary = {key: mean(key, rows) for key in ("reward", "format_reward", "answer_reward", "token_entropy")}
+    summary = {
+        key: mean(key, rows)
+        for key in ("reward", "format_reward", "answer_reward", "token_entropy")
+    }
     stops = [{"stop": float(row["stopped"] != "length")} for row in rows]
     return {
         **summary,

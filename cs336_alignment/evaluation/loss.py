@@ -24,8 +24,8 @@ def evaluate_loss(
 ) -> dict[str, float]:
     """Compute the mean negative log-prob of the response tokens of a data set.
 
-    The sums run in float64 over all examples and processes and are divided once, so the result depends on
-    neither the batch size nor the number of processes.
+    The sums run in float64 over all examples and processes and are divided once, so the result
+    depends on neither the batch size nor the number of processes.
 
     Args:
         policy: not wrapped: nothing here is synchronized but the sums.

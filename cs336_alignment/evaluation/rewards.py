@@ -40,6 +40,7 @@ _CHARACTERS = str.maketrans(
         **dict.fromkeys("−–—", "-"),
         **dict.fromkeys("\u00a0\u2009\u202f\t\n\r", " "),
         **{"×": "*", "·": "*", "÷": "/", "²": "^2", "³": "^3", "°": " degrees"},
+        **{"½": " 1/2", "¼": " 1/4", "¾": " 3/4"},
         **{
             "π": r"\pi ",
             "∞": r"\infty ",
@@ -88,9 +89,16 @@ _SPELLINGS: tuple[tuple[re.Pattern[str], str], ...] = tuple(
 )
 
 _WRAPPERS = (
-    ("**", "**"), ("$$", "$$"), ("$", "$"), (r"\(", r"\)"), (r"\[", r"\]"),
-    (r"\boxed{", "}"), (r"\fbox{", "}"), ("{", "}"), ("(", ")"),
-)  # fmt: skip
+    ("**", "**"),
+    ("$$", "$$"),
+    ("$", "$"),
+    (r"\(", r"\)"),
+    (r"\[", r"\]"),
+    (r"\boxed{", "}"),
+    (r"\fbox{", "}"),
+    ("{", "}"),
+    ("(", ")"),
+)
 
 
 def _depths(text: str) -> list[int]:
@@ -357,14 +365,26 @@ _NOT_A_FORMULA = re.compile(
     r"|\d \d"  # math-verify adds: "1 2" is 3
     r"|^[^+*(]*\d+/\d+/\d"  # a date
     r"|[A-Za-z]{4}|(?![a-cx-z]{2})[A-Za-z]{2}"  # a word, which math-verify reads as a product
-    r"|!!|\d{4}!|[^\dA-Za-z]!|!\^"
+    r"|!!|\d{3}!|[^\dA-Za-z]!|!\^"
     r"|[^-0-9A-Za-z\\{}()\[\]^_+*/=<>|!& ]"
 )
 
 
-def _is_small(text: str) -> bool:
-    """Whether sympy can multiply out everything in the text at once."""
-    names = set(re.findall(r"\\[a-z]{3,}|[A-Za-z]", re.sub(r"\\(?:frac|sqrt|pi)", "", text)))
+def _names(formula: str) -> set[str]:
+    """The variables (one letter) and functions or constants (with a backslash) of a formula."""
+    formula = _MATRIX.sub("", formula)
+    return set(
+        re.findall(r"\\(?!frac|sqrt|le|ge|ne|pm|infty)[a-z]+|(?<![\\A-Za-z])[A-Za-z]+", formula)
+    )
+
+
+def _is_small(text: str, names: set[str]) -> bool:
+    """Whether sympy can multiply out and factor everything in the text at once.
+
+    Args:
+        text: a formula.
+        names: the names in it and in what it is compared with.
+    """
     powers = re.findall(r"(.?)\^(\{(?:[^{}]|\{[^{}]*\})*\}|[^{])", text)
     if len(powers) != text.count("^"):
         return False  # a power in an exponent, or braces deeper than the pattern follows
@@ -375,16 +395,22 @@ def _is_small(text: str) -> bool:
             return False
         longest = max(longest, int(digits or 1))
         nested *= int(digits or 1) if base in (")", "}", "]", "|", "!") else 1
-    if _RELATION.search(text) and longest > 3:
-        return False  # math-verify solves equations
+    functions = any(len(name) > 1 and name not in ("\\pi", "\\theta") for name in names)
+    if (functions or _RELATION.search(text)) and longest > 4:
+        return False  # simplifying a logarithm factors its integers; relations are solved
+    if functions and _RELATION.search(text):
+        return False
+    if names and re.search(r"\d{7}|\d{2}!", text):
+        return False  # sums of large and small terms cancel beyond math-verify's 15 digits
     if not names:
-        return nested == 1 or longest <= nested <= 99
-    # a power of a sum of n names has some nested**n terms
-    return nested <= (20 if len(names) <= 2 else 4) and (len(names) <= 2 or text.count("(") <= 6)
+        return nested == 1 or max(nested, longest) <= 99
+    # a power of a sum of n terms has some nested**n of them; roots do not merge as names do
+    terms = len(names) + max(text.count("\\sqrt") - 1, 0)
+    return nested <= (20 if terms <= 2 else 4) and (terms <= 2 or text.count("(") <= 6)
 
 
 def _formula(text: str) -> str | None:
-    """The LaTeX to hand to math-verify, or None if the text is not a formula it can do safely."""
+    """The LaTeX that math-verify would read as a whole, or None if the text is no such formula."""
     text = re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", text)
     # exact: math-verify compares floats to six places only
     text = re.sub(
@@ -398,9 +424,7 @@ def _formula(text: str) -> str | None:
     bare = re.sub(r"\\(?:[A-Za-z]+|\\)", " \N{NULL} ", bare)
     if _NOT_A_FORMULA.search(bare.replace(" \N{NULL} ", "+")) or max(_depths(text)) > _MAX_DEPTH:
         return None
-    if not re.search(r"[-\d+*/^=<>|\0]", bare) or not _is_small(text):
-        return None
-    return f"${text}$"
+    return text if re.search(r"[-\d+*/^=<>|\0]", bare) else None
 
 
 def _equal_formulas(answer: str, truth: str) -> bool:
@@ -414,11 +438,12 @@ def _equal_formulas(answer: str, truth: str) -> bool:
         return _equal(sides[0][2], sides[1][2])
     if (_RELATION.search(answer) is None) != (_RELATION.search(truth) is None):
         return False  # "2+3=6" is not 6
-    formulas = _formula(answer), _formula(truth)
-    if formulas[0] is None or formulas[1] is None:
+    formulas = [formula for formula in (_formula(answer), _formula(truth)) if formula is not None]
+    names = set().union(*(_names(formula) for formula in formulas))
+    if len(formulas) < 2 or not all(_is_small(formula, names) for formula in formulas):
         return False
     parse, verify = _math_verify()
-    parsed, true_parsed = parse(formulas[0]), parse(formulas[1])
+    parsed, true_parsed = (parse(f"${formula}$") for formula in formulas)
     return bool(parsed and true_parsed and verify(true_parsed, parsed))
 
 

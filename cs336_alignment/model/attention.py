@@ -1,12 +1,13 @@
 """Attention over a flat row: many sequences in one row of tokens, each attending only to itself.
 
-T flat tokens, D head size. Registered with transformers under the name `cs336_flat`; without a layout it is
-plain SDPA, so the same model also generates and takes padded batches.
+T flat tokens, D head size. Registered with transformers under the name `cs336_flat`; without a
+layout it is plain SDPA, so the same model also generates and takes padded batches.
 """
 
 from __future__ import annotations
 
 import inspect
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -30,7 +31,7 @@ def flat_attention(
     flat_layout: FlatLayout | None = None,
     dropout: float = 0.0,
     scaling: float | None = None,
-    **kwargs: object,
+    **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Attend causally within each sequence of a flat row; transformers' attention interface.
 
@@ -48,7 +49,8 @@ def flat_attention(
         (1, T, heads, D) and None, since no attention weights are formed.
 
     Raises:
-        ValueError: the layer asks for something that would be left out silently (soft-capped scores).
+        ValueError: the layer asks for something that would be left out silently (soft-capped
+            scores).
     """
     if flat_layout is None:
         return sdpa_attention_forward(
@@ -63,14 +65,24 @@ def flat_attention(
 
 
 def _grouped_attention(
-    query: Tensor, key: Tensor, value: Tensor, layout: FlatLayout, dropout: float, scaling: float | None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    layout: FlatLayout,
+    dropout: float,
+    scaling: float | None,
 ) -> Tensor:
     sizes = [count * length for count, length in layout.groups]
     grouped_queries = query.shape[1] != key.shape[1]
     outputs = []
-    # split, not slicing: its backward is one concatenation instead of a full-size zero tensor per part.
+    # split, not slicing: its backward is one concatenation instead of a full-size zero tensor per
+    # part.
     parts = zip(
-        layout.groups, query.split(sizes, 2), key.split(sizes, 2), value.split(sizes, 2), strict=True
+        layout.groups,
+        query.split(sizes, 2),
+        key.split(sizes, 2),
+        value.split(sizes, 2),
+        strict=True,
     )
     for (count, length), q, k, v in parts:
         q, k, v = (_to_batch(x, count, length) for x in (q, k, v))
@@ -94,7 +106,7 @@ def _varlen_attention(
     if key.shape[1] != query.shape[1]:  # enable_gqa is not in every supported torch
         groups = query.shape[1] // key.shape[1]
         key, value = repeat_kv(key, groups), repeat_kv(value, groups)
-    causal: dict[str, object] = (
+    causal: dict[str, Any] = (
         {"window_size": (-1, 0)}
         if "window_size" in inspect.signature(varlen_attn).parameters
         else {"is_causal": True}
@@ -104,6 +116,7 @@ def _varlen_attention(
     out = varlen_attn(
         q, k, v, borders, borders, layout.max_length, layout.max_length, scale=scaling, **causal
     )
+    assert isinstance(out, Tensor)  # a tuple only if auxiliary outputs are asked for
     return out.unsqueeze(0)
 
 
@@ -114,22 +127,24 @@ AttentionMaskInterface.register(FLAT_ATTENTION, sdpa_mask)
 def why_not_flat(model: PreTrainedModel, max_length: int) -> str | None:
     """Name what in an architecture's config rules out flat rows; None if nothing does.
 
-    This reads the config; whether the flat row really gives the padded row's numbers is then measured on
-    the model itself (`cs336_alignment.training.preflight.choose_batching`).
+    This reads the config; whether the flat row really gives the padded row's numbers is then
+    measured on the model itself (`cs336_alignment.training.preflight.choose_batching`).
 
     Args:
         model: the model as loaded.
         max_length: tokens of the longest example; a sliding window at least as wide never bites.
     """
     config: PreTrainedConfig = model.config.get_text_config()
-    if not getattr(model, "_supports_attention_backend", True) or not getattr(model, "_supports_sdpa", False):
+    if not getattr(model, "_supports_attention_backend", True) or not getattr(
+        model, "_supports_sdpa", False
+    ):
         return "the architecture does not use transformers' attention interface"
     if getattr(model, "_is_stateful", False):
         return "the architecture carries a recurrent state"
     window = getattr(config, "sliding_window", None)
     layer_types = set(getattr(config, "layer_types", None) or ())
     if window and window < max_length and (not layer_types or "sliding_attention" in layer_types):
-        return f"a sliding window of {window} tokens is shorter than the longest example ({max_length})"
+        return f"its sliding window ({window}) is shorter than the longest example ({max_length})"
     if layer_types - {"full_attention", "sliding_attention"}:
         return f"layers of type {', '.join(sorted(layer_types))}"
     if getattr(config, "attn_logit_softcapping", None):

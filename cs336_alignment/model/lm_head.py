@@ -44,7 +44,8 @@ def head_of(model: PreTrainedModel) -> Head | None:
 def head_log_probs(
     head: Head, hidden: Tensor, labels: Tensor, with_entropy: bool = False
 ) -> tuple[Tensor, Tensor | None]:
-    """Log-probs of `labels` under the head, computed chunk by chunk, recomputed in the backward pass.
+    """Log-probs of `labels` under the head, computed chunk by chunk, recomputed in the backward
+    pass.
 
     Args:
         head: the model's head.
@@ -53,7 +54,8 @@ def head_log_probs(
         with_entropy: also give the entropy of each position's distribution, without a graph.
 
     Returns:
-        log_probs (R,) in float32 (float64 for a float64 model), and the entropies (R,) in nats or None.
+        log_probs (R,) in float32 (float64 for a float64 model), and the entropies (R,) in nats or
+        None.
     """
     log_probs, entropy = _ChunkedLogProbs.apply(
         hidden, head.linear.weight, head.linear.bias, labels, head.scale, head.softcap, with_entropy
@@ -80,9 +82,12 @@ class _ChunkedLogProbs(torch.autograd.Function):
         softcap: float | None,
         with_entropy: bool,
     ) -> tuple[Tensor, Tensor]:
-        # Products run in the autocast dtype, if one is on; sums and the softmax in float32 or wider.
+        # Products run in the autocast dtype, if one is on; sums and the softmax in float32 or
+        # wider.
         device = hidden.device.type
-        compute = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+        compute = (
+            torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+        )
         accumulate = torch.promote_types(torch.float32, weight.dtype)
         rows = _chunk_rows(weight.shape[0], accumulate, hidden.device)
         ctx.options = (compute, accumulate, scale, softcap, rows)
@@ -111,9 +116,13 @@ class _ChunkedLogProbs(torch.autograd.Function):
         compute, accumulate, scale, softcap, rows = ctx.options
         grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         # Chunks are summed in float32: rounding each to bfloat16 first would bias the gradient.
-        grad_weight = torch.zeros_like(weight, dtype=accumulate) if ctx.needs_input_grad[1] else None
+        grad_weight = (
+            torch.zeros_like(weight, dtype=accumulate) if ctx.needs_input_grad[1] else None
+        )
         grad_bias = (
-            torch.zeros_like(bias, dtype=accumulate) if bias is not None and ctx.needs_input_grad[2] else None
+            torch.zeros_like(bias, dtype=accumulate)
+            if bias is not None and ctx.needs_input_grad[2]
+            else None
         )
         with torch.autocast(hidden.device.type, enabled=False):
             for start in range(0, len(labels), rows):
@@ -139,8 +148,11 @@ class _ChunkedLogProbs(torch.autograd.Function):
             None if grad_hidden is None else grad_hidden.to(hidden_dtype),
             None if grad_weight is None else grad_weight.to(weight_dtype),
             None if grad_bias is None else grad_bias.to(bias.dtype),
-            None, None, None, None,
-        )  # fmt: skip
+            None,
+            None,
+            None,
+            None,
+        )
 
 
 def _logits(
@@ -162,8 +174,11 @@ def _logits(
 
 
 def _entropy(logits: Tensor, normalizers: Tensor) -> Tensor:
-    """H = -Σ p log p >= 0, from logits (rows, V) and their logsumexp (rows,); overwrites the logits."""
-    # log p <= 0 in floating point too, since logsumexp >= max; the clamp keeps 0 · -inf from being NaN.
+    """H = -Σ p log p >= 0, from logits (rows, V) and their logsumexp (rows,); overwrites the
+    logits.
+    """
+    # log p <= 0 in floating point too, since logsumexp >= max; the clamp keeps 0 · -inf from being
+    # NaN.
     log_p = logits.sub_(normalizers[:, None]).clamp_(min=torch.finfo(logits.dtype).min)
     return -torch.linalg.vecdot(log_p.exp(), log_p)
 

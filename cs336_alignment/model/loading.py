@@ -1,4 +1,6 @@
-"""Models and tokenizers from a local folder, the hub, or the package; with weights or from a config."""
+"""Models and tokenizers from a local folder, the hub, or the package; with weights or from a
+config.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +10,7 @@ from pathlib import Path
 
 import torch
 import transformers
+from torch import Tensor
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -50,30 +53,39 @@ def resolve_model(name_or_path: str, revision: str | None, trust_remote_code: bo
         UserError: it looks like a path and there is no such folder (66).
     """
     if name_or_path.startswith(BUILTIN):
-        folder = Path(str(resources.files("cs336_alignment"))) / "assets" / name_or_path.removeprefix(BUILTIN)
+        folder = (
+            Path(str(resources.files("cs336_alignment")))
+            / "assets"
+            / name_or_path.removeprefix(BUILTIN)
+        )
         if not folder.is_dir():
             raise UserError(
-                "M101", f"there is no built-in model {name_or_path}", ExitStatus.NOT_FOUND,
+                "M101",
+                f"there is no built-in model {name_or_path}",
+                ExitStatus.NOT_FOUND,
                 expected="builtin:arithmetic",
-            )  # fmt: skip
+            )
         return ModelSource(str(folder), None, False)
     folder = Path(name_or_path).expanduser()
     if folder.is_dir():
         return ModelSource(str(folder), None, trust_remote_code)
     if name_or_path.count("/") != 1 or name_or_path[0] in "./~" or folder.parent.is_dir():
         raise UserError(
-            "M101", f"there is no model folder {name_or_path}", ExitStatus.NOT_FOUND,
+            "M101",
+            f"there is no model folder {name_or_path}",
+            ExitStatus.NOT_FOUND,
             hint="model.name_or_path takes a folder in Hugging Face form or a hub id such as "
-            "Qwen/Qwen2.5-0.5B" + ("; `make smollm2` makes this one" if "SmolLM2" in name_or_path else ""),
-        )  # fmt: skip
+            "Qwen/Qwen2.5-0.5B"
+            + ("; `make smollm2` makes this one" if "SmolLM2" in name_or_path else ""),
+        )
     return ModelSource(name_or_path, revision, trust_remote_code)
 
 
 def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
     """Load the tokenizer; it need have neither pad nor EOS token.
 
-    Padding is never recognized by its id here, so a missing pad token is filled in with EOS where generation
-    wants one; a missing EOS is the data step's business.
+    Padding is never recognized by its id here, so a missing pad token is filled in with EOS where
+    generation wants one; a missing EOS is the data step's business.
 
     Raises:
         UserError: it cannot be loaded (66).
@@ -121,20 +133,34 @@ def _require_weights(source: ModelSource) -> None:
     folder = Path(source.location)
     if not any(any(folder.glob(pattern)) for pattern in WEIGHT_FILES):
         raise UserError(
-            "M102", f"{folder} holds no weights", ExitStatus.NOT_FOUND,
+            "M102",
+            f"{folder} holds no weights",
+            ExitStatus.NOT_FOUND,
             expected="model.safetensors (or shards of it)",
             hint="to train from scratch on its config.json: model.random_init=true",
-        )  # fmt: skip
+        )
 
 
 def _cannot_load(what: str, source: ModelSource, failure: Exception) -> UserError:
     reason = (str(failure) or type(failure).__name__).strip().splitlines()[0]
-    hint = None if source.is_local else (
-        "check the id and the network; offline, give a local folder or fill the cache first"
-    )  # fmt: skip
-    return UserError(
-        "M103", f"cannot load the {what} of {source.location}: {reason}", ExitStatus.NOT_FOUND, hint=hint
+    hint = (
+        None
+        if source.is_local
+        else ("check the id and the network; offline, give a local folder or fill the cache first")
     )
+    return UserError(
+        "M103",
+        f"cannot load the {what} of {source.location}: {reason}",
+        ExitStatus.NOT_FOUND,
+        hint=hint,
+    )
+
+
+def embedding_rows(model: PreTrainedModel) -> int:
+    """Count the rows of the input embedding; token ids must be below."""
+    weight = model.get_input_embeddings().weight
+    assert isinstance(weight, Tensor)
+    return weight.shape[0]
 
 
 def check_fits(model: PreTrainedModel, highest_token_id: int, longest: int) -> None:
@@ -148,18 +174,24 @@ def check_fits(model: PreTrainedModel, highest_token_id: int, longest: int) -> N
     Raises:
         UserError: a token id beyond the embedding, or an example beyond the model's positions (78).
     """
-    rows = model.get_input_embeddings().weight.shape[0]
+    rows = embedding_rows(model)
     if highest_token_id >= rows:
         raise UserError(
-            "M105", "the tokenizer gives token ids that the model's embedding does not have",
-            ExitStatus.BAD_CONFIG, expected=f"ids below {rows}", got=str(highest_token_id),
+            "M105",
+            "the tokenizer gives token ids that the model's embedding does not have",
+            ExitStatus.BAD_CONFIG,
+            expected=f"ids below {rows}",
+            got=str(highest_token_id),
             hint="model and tokenizer do not belong together",
-        )  # fmt: skip
+        )
     config: PreTrainedConfig = model.config.get_text_config()
     positions = getattr(config, "max_position_embeddings", None)
     if positions is not None and longest - 1 > positions:
         raise UserError(
-            "M106", "the longest example has more tokens than the model has positions",
-            ExitStatus.BAD_CONFIG, expected=f"at most {positions + 1} tokens", got=f"{longest} tokens",
+            "M106",
+            "the longest example has more tokens than the model has positions",
+            ExitStatus.BAD_CONFIG,
+            expected=f"at most {positions + 1} tokens",
+            got=f"{longest} tokens",
             hint=f"data.max_length={positions + 1}",
-        )  # fmt: skip
+        )

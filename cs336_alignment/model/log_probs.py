@@ -6,12 +6,11 @@ import torch
 from torch import Tensor, nn
 
 
-
 def compute_entropy(logits: Tensor) -> Tensor:
     """Compute the entropy of the next-token distributions, in nats.
 
-    H = logsumexp(z) - Σ softmax(z)·z, evaluated as -Σ p·log p with log p = z - logsumexp(z), which neither
-    overflows nor turns negative for large logits.
+    H = logsumexp(z) - Σ softmax(z)·z, evaluated as -Σ p·log p with log p = z - logsumexp(z), which
+    neither overflows nor turns negative for large logits.
 
     Args:
         logits: (B, S, V), or any shape that ends in V.
@@ -45,8 +44,8 @@ def get_response_log_probs(
         return_token_entropy: also return the entropy of each position's distribution.
 
     Returns:
-        `log_probs` (B, S), differentiable, float32 (float64 for a float64 model); with the flag also
-        `token_entropy` (B, S) in nats.
+        `log_probs` (B, S), differentiable, float32 (float64 for a float64 model); with the flag
+        also `token_entropy` (B, S) in nats.
 
     Raises:
         ValueError: the shapes of input_ids and labels differ.

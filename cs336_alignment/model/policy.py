@@ -1,12 +1,14 @@
-"""The module that is trained: backbone and LM head in one forward, log-probs of response tokens out.
+"""The module that is trained: backbone and LM head in one forward, log-probs of response tokens
+out.
 
-DDP wraps this module. Calling an inner module past it would skip DDP's hooks and train unsynchronized.
-T tokens, R response tokens, V vocabulary.
+DDP wraps this module. Calling an inner module past it would skip DDP's hooks and train
+unsynchronized. T tokens, R response tokens, V vocabulary.
 """
 
 from __future__ import annotations
 
 import contextlib
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +23,8 @@ class Policy(nn.Module):
     """A causal language model that gives log-probs at response positions only.
 
     Args:
-        model: the Hugging Face model; its attention is switched to the one that takes flat rows, if it can.
+        model: the Hugging Face model; its attention is switched to the one that takes flat rows, if
+            it can.
         autocast_dtype: compute dtype inside `forward`; None: the weights' own.
     """
 
@@ -33,7 +36,9 @@ class Policy(nn.Module):
         if why_not_flat(model, max_length=0) is None:
             model.set_attn_implementation(FLAT_ATTENTION)
 
-    def forward(self, batch: Microbatch, with_entropy: bool = False) -> tuple[Tensor, Tensor | None]:
+    def forward(
+        self, batch: Microbatch, with_entropy: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
         """Compute the log-probs of a microbatch's response tokens.
 
         Args:
@@ -49,7 +54,7 @@ class Policy(nn.Module):
             autocast = torch.autocast(device, dtype=self.autocast_dtype)
         with autocast:
             # use_cache=False: a cache makes transformers miss the borders of packed rows.
-            inputs = {
+            inputs: dict[str, Any] = {
                 "input_ids": batch.input_ids,
                 "position_ids": batch.position_ids,
                 "attention_mask": batch.attention_mask,
@@ -57,7 +62,8 @@ class Policy(nn.Module):
             }
             if batch.flat_layout is not None:
                 inputs["flat_layout"] = batch.flat_layout
-                # A 4-D mask is passed through as it is, so no dense (T, T) mask is built; never read.
+                # A 4-D mask is passed through as it is, so no dense (T, T) mask is built; never
+                # read.
                 inputs["attention_mask"] = batch.input_ids.new_zeros((1, 1, 1, 1), dtype=torch.bool)
             if self.head is None:
                 return self._whole_model(inputs, batch, with_entropy)
@@ -66,11 +72,13 @@ class Policy(nn.Module):
             return head_log_probs(self.head, hidden, batch.labels, with_entropy)
 
     def _whole_model(
-        self, inputs: dict[str, object], batch: Microbatch, with_entropy: bool
+        self, inputs: dict[str, Any], batch: Microbatch, with_entropy: bool
     ) -> tuple[Tensor, Tensor | None]:
         """Use the model's own head, whose logits (T, V) exist for the time of this call."""
         logits = self.model(**inputs).logits.flatten(0, 1).index_select(0, batch.response_index)
-        log_p = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)  # (R, V)
+        log_p = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(
+            -1
+        )  # (R, V)
         log_probs = log_p.gather(1, batch.labels[:, None]).squeeze(1)
         if not with_entropy:
             return log_probs, None

@@ -1,4 +1,6 @@
-"""What a person sees: a live bar on a terminal, plain lines when piped, nothing off the main process."""
+"""What a person sees: a live bar on a terminal, plain lines when piped, nothing off the main
+process.
+"""
 
 from __future__ import annotations
 
@@ -20,6 +22,7 @@ from rich.table import Table
 from rich.text import Text
 
 PIPED_PROGRESS_SECONDS = 10.0
+ETA_STEPS = 50  # the mean of so many last steps foretells the rest
 
 
 class Console:
@@ -36,7 +39,7 @@ class Console:
         self._live: Progress | None = None
         self._task: int | None = None
         self._total = 0
-        self._started = (0, 0.0)
+        self._seconds: list[float] = []
 
     def note(self, text: str) -> None:
         """Print a line."""
@@ -66,7 +69,7 @@ class Console:
     def start(self, total_steps: int, step: int) -> None:
         """Begin the training bar at a step."""
         self._total = total_steps
-        self._started = (step, time.monotonic())
+        self._seconds = []
         if self.enabled and self._out.is_terminal:
             live = self._open_live()
             self._task = live.add_task("training", total=total_steps, completed=step, detail="")
@@ -75,15 +78,18 @@ class Console:
         """Move the bar; piped, print a line if `show`."""
         if not self.enabled:
             return
+        self._seconds.append(metrics["perf/step_seconds"])
         if self._live is not None and self._task is not None:
-            detail = f"loss {metrics['train/loss']:.4f}  {metrics['perf/tokens_per_second']:,.0f} tok/s"
+            detail = (
+                f"loss {metrics['train/loss']:.4f}  {metrics['perf/tokens_per_second']:,.0f} tok/s"
+            )
             self._live.update(self._task, completed=step, detail=detail)  # type: ignore[arg-type]
         elif show:
             self.note(self._line(step, metrics))
 
     def _line(self, step: int, metrics: Mapping[str, float]) -> str:
-        first, began = self._started
-        left = (time.monotonic() - began) / max(1, step - first) * (self._total - step)
+        recent = self._seconds[-ETA_STEPS:]
+        left = sum(recent) / len(recent) * (self._total - step)
         width = len(str(self._total))
         return (
             f"step {step:>{width}}/{self._total}  loss {metrics['train/loss']:.4f}  "
@@ -126,10 +132,16 @@ class Console:
     def _open_live(self) -> Progress:
         if self._live is None:
             self._live = Progress(
-                TextColumn("{task.description:<16}"), BarColumn(bar_width=24), MofNCompleteColumn(),
-                TextColumn("{task.fields[detail]}"), TimeElapsedColumn(), TextColumn("eta"),
-                TimeRemainingColumn(), console=self._out, refresh_per_second=4,
-            )  # fmt: skip
+                TextColumn("{task.description:<16}"),
+                BarColumn(bar_width=24),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[detail]}"),
+                TimeElapsedColumn(),
+                TextColumn("eta"),
+                TimeRemainingColumn(),
+                console=self._out,
+                refresh_per_second=4,
+            )
             self._live.start()
         return self._live
 

@@ -14,8 +14,8 @@ from typing import Any
 class MetricsFile:
     """Appends one JSON object a line: `step`, `time` in Unix seconds, and the metrics.
 
-    Floats are written so that they read back bit for bit; NaN and infinities, which JSON does not have,
-    become null.
+    Floats are written so that they read back bit for bit; NaN and infinities, which JSON does not
+    have, become null.
 
     Args:
         path: of the file; it need not exist.

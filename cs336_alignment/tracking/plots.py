@@ -11,7 +11,8 @@ SMOOTHING = 0.9
 
 
 def plot_loss(metrics_path: Path, png_path: Path, title: str) -> None:
-    """Draw loss, learning rate and gradient norm over the steps into a PNG; replaces an older one at once.
+    """Draw loss, learning rate and gradient norm over the steps into a PNG; replaces an older one
+    at once.
 
     Args:
         metrics_path: a `metrics.jsonl`.
@@ -33,13 +34,30 @@ def plot_loss(metrics_path: Path, png_path: Path, title: str) -> None:
         steps = [row["step"] for row in train]
         losses = [row["train/loss"] for row in train]
         smooth = len(losses) >= SMOOTH_FROM
-        top.plot(steps, losses, color="tab:blue", alpha=0.35 if smooth else 1.0, linewidth=1.2,
-                 label=None if smooth else "train/loss")  # fmt: skip
+        top.plot(
+            steps,
+            losses,
+            color="tab:blue",
+            alpha=0.35 if smooth else 1.0,
+            linewidth=1.2,
+            label=None if smooth else "train/loss",
+        )
         if smooth:
-            top.plot(steps, _smoothed(losses), color="tab:blue", linewidth=2, label="train/loss (smoothed)")
+            top.plot(
+                steps,
+                _smoothed(losses),
+                color="tab:blue",
+                linewidth=2,
+                label="train/loss (smoothed)",
+            )
         if held_out:
-            top.plot([row["step"] for row in held_out], [row["eval/loss"] for row in held_out],
-                     "o-", color="tab:orange", label="eval/loss")  # fmt: skip
+            top.plot(
+                [row["step"] for row in held_out],
+                [row["eval/loss"] for row in held_out],
+                "o-",
+                color="tab:orange",
+                label="eval/loss",
+            )
         top.set_ylabel("nats per response token")
         top.set_title(title)
         top.grid(alpha=0.3)
@@ -51,7 +69,9 @@ def plot_loss(metrics_path: Path, png_path: Path, title: str) -> None:
         bottom.set_xlabel("step")
         bottom.grid(alpha=0.3)
         rates = bottom.twinx()
-        rates.plot(steps, [row["train/learning_rate"] for row in train], color="tab:gray", linewidth=1.5)
+        rates.plot(
+            steps, [row["train/learning_rate"] for row in train], color="tab:gray", linewidth=1.5
+        )
         rates.set_ylabel("learning rate", color="tab:gray")
         rates.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
         temporary = png_path.with_name(f".{png_path.name}")

@@ -90,7 +90,9 @@ def show_examples(console: Console, rows: Sequence[Mapping[str, Any]], count: in
     """Print some generations: the end of the prompt, the response, and how it was judged."""
     for row in rows[:count]:
         question = row["prompt"].rpartition("\nUser: ")[2].removesuffix("\nAssistant: <think>")
-        verdict = "correct" if row["answer_reward"] else "wrong" if row["format_reward"] else "no answer"
+        verdict = (
+            "correct" if row["answer_reward"] else "wrong" if row["format_reward"] else "no answer"
+        )
         console.note(f"  prompt    {_shorten(question)}")
         console.note(f"  response  {_shorten(row['response'])}")
         console.note(f"  truth     {row['ground_truth']}  ({verdict})")

@@ -76,19 +76,26 @@ class WandbLogger:
         self._note = note
         self._run: Any = None
         options = {
-            "project": project, "entity": entity, "group": group, "name": run_name, "id": run_id,
-            "resume": "allow", "dir": str(folder), "config": dict(config), "save_code": False,
-        }  # fmt: skip
+            "project": project,
+            "entity": entity,
+            "group": group,
+            "name": run_name,
+            "id": run_id,
+            "resume": "allow",
+            "dir": str(folder),
+            "config": dict(config),
+            "save_code": False,
+        }
         try:
             import wandb
         except ImportError:
-            warn("wandb is not installed; the run is in metrics.jsonl (logger=none says so on purpose)")
+            warn("wandb is not installed; the run is in metrics.jsonl (or type logger=none)")
             return
         self._wandb = wandb
         mode = os.environ.get("WANDB_MODE")
         if mode is None and not _logged_in(wandb):
             mode = "offline"
-            note(f"wandb: no login, so it logs offline to {folder}/wandb; `wandb sync` uploads that later")
+            note(f"wandb: no login, so it logs offline to {folder}/wandb (`wandb sync` uploads)")
         for attempt in (mode, "offline"):
             try:
                 self._run = self._start(options, attempt)
@@ -102,11 +109,17 @@ class WandbLogger:
         if self._run.url:
             note(f"wandb: {self._run.url}")
 
-    def _start(self, options: dict[str, Any], mode: str | None) -> Any:
+    def _start(self, options: dict[str, Any], mode: Any) -> Any:
         settings = self._wandb.Settings(
-            init_timeout=INIT_SECONDS, finish_timeout=FINISH_SECONDS, finish_timeout_raises=False,
-            console="off", silent=True, disable_code=True, disable_git=True, disable_job_creation=True,
-        )  # fmt: skip
+            init_timeout=INIT_SECONDS,
+            finish_timeout=FINISH_SECONDS,
+            finish_timeout_raises=False,
+            console="off",
+            silent=True,
+            disable_code=True,
+            disable_git=True,
+            disable_job_creation=True,
+        )
         run = self._wandb.init(mode=mode, settings=settings, **options)
         # wandb's own counter only rises, and would drop the steps that a resumed run repeats.
         run.define_metric("step")
@@ -134,7 +147,9 @@ class WandbLogger:
         columns = list(rows[0])
 
         def call() -> None:
-            table = self._wandb.Table(columns=columns, data=[[row[c] for c in columns] for row in rows])
+            table = self._wandb.Table(
+                columns=columns, data=[[row[c] for c in columns] for row in rows]
+            )
             self._run.log({"step": step, name: table})
 
         self._guarded("log a table", call)

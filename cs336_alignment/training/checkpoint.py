@@ -1,8 +1,9 @@
 """Checkpoints: written whole or not at all, verified by sha256 before they are believed.
 
 A checkpoint is a directory `step-000100`: weights under their Hugging Face names, configuration and
-tokenizer (so it loads as a model folder), the optimizer's state, the trainer's state, and `manifest.json`,
-written last. It is assembled in a temporary directory, flushed to disk and renamed in one operation.
+tokenizer (so it loads as a model folder), the optimizer's state, the trainer's state, and
+`manifest.json`, written last. It is assembled in a temporary directory, flushed to disk and renamed
+in one operation.
 """
 
 from __future__ import annotations
@@ -32,10 +33,17 @@ NAME = re.compile(r"step-(\d{6,})")
 TEMPORARY = ".tmp-"
 READ_BYTES = 2**22
 DTYPE_NAMES = {
-    torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16",
-    torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8",
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
     torch.bool: "BOOL",
-}  # fmt: skip
+}
 
 
 @dataclass
@@ -80,9 +88,11 @@ def restore(
     weights, own = load_file(folder / WEIGHTS), module_tensors(module)
     if weights.keys() != own.keys() or any(weights[n].shape != own[n].shape for n in own):
         raise UserError(
-            "R205", f"{folder} holds weights of another model", ExitStatus.IO,
+            "R205",
+            f"{folder} holds weights of another model",
+            ExitStatus.IO,
             hint="give another run_name, or the model the run was started with",
-        )  # fmt: skip
+        )
     with torch.no_grad():
         for name, tensor in own.items():
             tensor.copy_(weights[name])
@@ -128,7 +138,9 @@ def save_checkpoint(
         save_sidecars(temporary)
         manifest = {
             WEIGHTS: write_safetensors(temporary / WEIGHTS, module_tensors(module)),
-            OPTIMIZER: write_safetensors(temporary / OPTIMIZER, optimizer_tensors(module, optimizer)),
+            OPTIMIZER: write_safetensors(
+                temporary / OPTIMIZER, optimizer_tensors(module, optimizer)
+            ),
         }
         write_json(temporary / STATE, {"progress": asdict(state), **extra})
         for path in sorted(temporary.iterdir()):
@@ -146,10 +158,13 @@ def save_checkpoint(
         shutil.rmtree(temporary, ignore_errors=True)
         free = shutil.disk_usage(checkpoints.parent).free / 2**20
         raise UserError(
-            "R206", f"cannot write the checkpoint {final}: {failure.strerror or failure}", ExitStatus.IO,
-            got=f"{free:,.0f} MiB free", hint="make room and run the same command again; "
+            "R206",
+            f"cannot write the checkpoint {final}: {failure.strerror or failure}",
+            ExitStatus.IO,
+            got=f"{free:,.0f} MiB free",
+            hint="make room and run the same command again; "
             "the checkpoints before this one are intact",
-        ) from failure  # fmt: skip
+        ) from failure
     return final
 
 
@@ -180,7 +195,7 @@ def find_latest(checkpoints: Path) -> tuple[Path | None, list[str]]:
     Returns:
         Its folder, or None; and a line for each newer one that was passed over, with the reason.
     """
-    skipped = []
+    skipped: list[str] = []
     for folder in sorted(list_checkpoints(checkpoints), reverse=True, key=_step_of):
         reason = verify(folder)
         if reason is None:
@@ -197,7 +212,9 @@ def list_checkpoints(checkpoints: Path) -> list[Path]:
 
 
 def remove_leftovers(checkpoints: Path) -> None:
-    """Delete half-written checkpoints of a killed process; call it only while holding the run's lock."""
+    """Delete half-written checkpoints of a killed process; call it only while holding the run's
+    lock.
+    """
     if checkpoints.is_dir():
         for path in checkpoints.glob(f"{TEMPORARY}*"):
             shutil.rmtree(path, ignore_errors=True)
@@ -206,16 +223,19 @@ def remove_leftovers(checkpoints: Path) -> None:
 def write_safetensors(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, int | str]:
     """Write tensors in the safetensors format, one at a time, and give size and sha256 of the file.
 
-    The library's own writer wants all bytes at once or hides the system's error text; this one streams, and
-    a full disk is an OSError. The format: 8 bytes of little-endian header length, a JSON header, the data.
+    The library's own writer wants all bytes at once or hides the system's error text; this one
+    streams, and a full disk is an OSError. The format: 8 bytes of little-endian header length, a
+    JSON header, the data.
     """
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name, tensor in tensors.items():
         start, end = end, end + tensor.numel() * tensor.element_size()
         header[name] = {
-            "dtype": DTYPE_NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]
-        }  # fmt: skip
+            "dtype": DTYPE_NAMES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [start, end],
+        }
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     digest, size = hashlib.sha256(), 0

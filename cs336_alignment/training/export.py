@@ -23,7 +23,8 @@ def save_sidecars(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTok
 def export_model(
     folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, card: str
 ) -> None:
-    """Write the trained model as a folder that plain transformers loads; replaces an older one at once.
+    """Write the trained model as a folder that plain transformers loads; replaces an older one at
+    once.
 
     Args:
         folder: `model/` of the run.
@@ -50,13 +51,19 @@ def export_model(
     except OSError as failure:
         shutil.rmtree(temporary, ignore_errors=True)
         raise UserError(
-            "R207", f"cannot write the model to {folder}: {failure.strerror or failure}", ExitStatus.IO,
-            hint="make room and run the same command again: training is done, only this step repeats",
-        ) from failure  # fmt: skip
+            "R207",
+            f"cannot write the model to {folder}: {failure.strerror or failure}",
+            ExitStatus.IO,
+            hint="make room and run the same command again: only this last step repeats",
+        ) from failure
 
 
-def _generation_config(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> GenerationConfig:
-    """Keep the model's own settings and make sure that the token trained as the end stops generation."""
+def _generation_config(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> GenerationConfig:
+    """Keep the model's own settings and make sure that the token trained as the end stops
+    generation.
+    """
     config = GenerationConfig.from_dict((model.generation_config or GenerationConfig()).to_dict())
     configured = config.eos_token_id
     ids = configured if isinstance(configured, list) else [configured]
@@ -69,7 +76,9 @@ def _generation_config(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBas
 
 
 def _make_readable(folder: Path) -> None:
-    """Give files the modes of the umask: safetensors writes 0600, which no other user could load."""
+    """Give files the modes of the umask: safetensors writes 0600, which no other user could
+    load.
+    """
     umask = os.umask(0)
     os.umask(umask)
     for path in folder.iterdir():
@@ -77,9 +86,14 @@ def _make_readable(folder: Path) -> None:
 
 
 def model_card(
-    *, base_model: str, run_name: str, data: str, facts: Mapping[str, str],
-    results: Sequence[tuple[str, float, float]], prompt_template: str,
-) -> str:  # fmt: skip
+    *,
+    base_model: str,
+    run_name: str,
+    data: str,
+    facts: Mapping[str, str],
+    results: Sequence[tuple[str, float, float]],
+    prompt_template: str,
+) -> str:
     """Write the README.md of an exported model.
 
     Args:
@@ -93,10 +107,19 @@ def model_card(
     lines = ["---", "library_name: transformers", "pipeline_tag: text-generation", "tags: [sft]"]
     if not base_model.startswith(("/", ".", "~", "builtin:")) and base_model.count("/") == 1:
         lines.append(f"base_model: {base_model}")
-    lines += ["---", "", f"# {run_name}", "", f"`{base_model}`, fine-tuned on `{data}` with cs336_alignment.", ""]
+    lines += [
+        "---",
+        "",
+        f"# {run_name}",
+        "",
+        f"`{base_model}`, fine-tuned on `{data}` with cs336_alignment.",
+        "",
+    ]
     if results:
         lines += ["| metric | before | after |", "|---|---|---|"]
-        lines += [f"| {name} | {before:.4f} | {after:.4f} |" for name, before, after in results] + [""]
+        lines += [f"| {name} | {before:.4f} | {after:.4f} |" for name, before, after in results] + [
+            ""
+        ]
     lines += ["| setting | value |", "|---|---|"]
     lines += [f"| {name} | {value} |" for name, value in facts.items()]
     lines += ["", "Prompt template:", "", "```", prompt_template, "```", ""]

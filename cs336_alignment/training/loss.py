@@ -22,34 +22,39 @@ def masked_normalize(
 
     Args:
         tensor: values, any shape, typically (B, S) or (B, S, V).
-        mask: same shape as `tensor`; bool, integer or float. A float mask weighs the elements. What is
-            masked out (0) does not leak: a NaN or inf there leaves value and gradient finite.
+        mask: same shape as `tensor`; bool, integer or float. A float mask weighs the elements. What
+            is masked out (0) does not leak: a NaN or inf there leaves value and gradient finite.
         dim: the dimension summed over; None sums over all of them.
-        normalize_constant: a number, or a tensor that broadcasts to the shape of the result. With a tensor,
-            a row with nothing masked in and a constant of zero gives 0.
+        normalize_constant: a number, or a tensor that broadcasts to the shape of the result. With a
+            tensor, a row with nothing masked in and a constant of zero gives 0.
 
     Returns:
         The normalized sum: `tensor`'s shape without `dim`, () if `dim` is None.
 
     Raises:
-        ValueError: shapes of tensor and mask differ; the number is zero or not finite; the constant's shape
-            does not broadcast to the result's.
+        ValueError: shapes of tensor and mask differ; the number is zero or not finite; the
+            constant's shape does not broadcast to the result's.
 
     Example:
         >>> import torch
-        >>> masked_normalize(torch.tensor([1., 2., 3., 4., 5.]), torch.tensor([1, 0, 1, 1, 0]), None, 2)
-        tensor(4.)
+        >>> masked_normalize(torch.tensor([1., 2., 3., 4., 5.]), torch.tensor([1, 0, 1, 1, 0]),
+        None, 2) tensor(4.)
         >>> masked_normalize(torch.tensor([[1., 2., 3.], [4., 5., 6.]]),
         ...                  torch.tensor([[1, 0, 1], [1, 1, 0]]), dim=1, normalize_constant=2.0)
         tensor([2.0000, 4.5000])
     """
     if tensor.shape != mask.shape:
         raise ValueError(
-            f"tensor and mask must have the same shape, got {tuple(tensor.shape)} and {tuple(mask.shape)}"
+            f"tensor and mask must have the same shape, got {tuple(tensor.shape)} "
+            f"and {tuple(mask.shape)}"
         )
     is_constant_tensor = isinstance(normalize_constant, Tensor)
-    if not is_constant_tensor and (normalize_constant == 0 or not math.isfinite(normalize_constant)):
-        raise ValueError(f"normalize_constant must be finite and not zero, got {normalize_constant}")
+    if not is_constant_tensor and (
+        normalize_constant == 0 or not math.isfinite(normalize_constant)
+    ):
+        raise ValueError(
+            f"normalize_constant must be finite and not zero, got {normalize_constant}"
+        )
     masked_in = mask if mask.dtype == torch.bool else mask != 0
     # masked_fill before the product: 0 * NaN would be NaN.
     product = tensor.masked_fill(~masked_in, 0)
@@ -61,8 +66,8 @@ def masked_normalize(
     constant = torch.as_tensor(normalize_constant, device=total.device)
     if torch.broadcast_shapes(constant.shape, total.shape) != total.shape:
         raise ValueError(
-            f"normalize_constant of shape {tuple(constant.shape)} does not broadcast to the result's "
-            f"{tuple(total.shape)}"
+            f"normalize_constant of shape {tuple(constant.shape)} does not broadcast to the "
+            f"result's {tuple(total.shape)}"
         )
     empty = ~(masked_in.any() if dim is None else masked_in.any(dim=dim))
     return total / torch.where(empty & (constant == 0), torch.ones_like(constant), constant)
@@ -76,9 +81,9 @@ def sft_microbatch_train_step(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Calls backward on the SFT loss of one microbatch, CS336's way.
 
-    The loss is the negative masked sum of each example divided by the constant, averaged over the batch and
-    divided by the accumulation steps. It is a mean over *this* microbatch's examples; the trainer's own loss
-    (`loss_weights`) knows the whole optimizer step instead.
+    The loss is the negative masked sum of each example divided by the constant, averaged over the
+    batch and divided by the accumulation steps. It is a mean over *this* microbatch's examples; the
+    trainer's own loss (`loss_weights`) knows the whole optimizer step instead.
 
     Args:
         policy_log_probs: (B, S) log-probs of the labels, with a graph.
@@ -87,8 +92,9 @@ def sft_microbatch_train_step(
         normalize_constant: what each example's sum is divided by.
 
     Returns:
-        The scalar loss (detached: its graph is spent) and a dict of scalar tensors: `num_response_tokens`
-        and `token_loss`, the mean negative log-prob of a response token in nats.
+        The scalar loss (detached: its graph is spent) and a dict of scalar tensors:
+        `num_response_tokens` and `token_loss`, the mean negative log-prob of a response token in
+        nats.
 
     Raises:
         ValueError: as `masked_normalize`, or an accumulation below 1.
@@ -101,7 +107,9 @@ def sft_microbatch_train_step(
         (tensor(2.5000), tensor([[ 0.0000, -0.5000, -0.5000]]))
     """
     if gradient_accumulation_steps < 1:
-        raise ValueError(f"gradient_accumulation_steps must be at least 1, got {gradient_accumulation_steps}")
+        raise ValueError(
+            f"gradient_accumulation_steps must be at least 1, got {gradient_accumulation_steps}"
+        )
     per_example = masked_normalize(policy_log_probs, response_mask, -1, normalize_constant)
     loss = -per_example.mean() / gradient_accumulation_steps
     loss.backward()
@@ -138,21 +146,24 @@ def loss_weights(
     counts: StepCounts,
     normalize_constant: float = 1.0,
 ) -> tuple[Tensor, float]:
-    """Give the mask and the constant with which `masked_normalize` is one microbatch's share of the loss.
+    """Give the mask and the constant with which `masked_normalize` is one microbatch's share of the
+    loss.
 
-    Summed over a process's microbatches and *averaged* over processes (as DDP does), the shares are the loss
-    of the step. With `token`, `sequence` and `constant` a token's weight does not depend on the cut:
+    Summed over a process's microbatches and *averaged* over processes (as DDP does), the shares are
+    the loss of the step. With `token`, `sequence` and `constant` a token's weight does not depend
+    on the cut:
 
     - `token`: 1 / N, with N the response tokens of the step;
     - `sequence`: 1 / (tokens of its example · examples of the step);
     - `constant`: 1 / (normalize_constant · examples of the step), CS336's sum over a constant;
-    - `microbatch`: 1 / (tokens of its microbatch · microbatches of the step), the plain recipe, a mean of
-      means, which does depend on the cut.
+    - `microbatch`: 1 / (tokens of its microbatch · microbatches of the step), the plain recipe, a
+      mean of means, which does depend on the cut.
 
     Args:
         loss_normalization: one of the four names.
         response_mask: (R,) bool, False on the filler of an empty microbatch.
-        example_response_tokens: (R,) integer, the response tokens of the example each token belongs to.
+        example_response_tokens: (R,) integer, the response tokens of the example each token belongs
+            to.
         microbatch_response_tokens: response tokens of this microbatch, read by `microbatch` alone.
         counts: of the optimizer step.
         normalize_constant: `constant`'s number.
@@ -163,7 +174,9 @@ def loss_weights(
     Raises:
         ValueError: an unknown name.
     """
-    per_process = 1.0 / counts.num_processes  # DDP averages over processes; this turns it into a sum
+    per_process = (
+        1.0 / counts.num_processes
+    )  # DDP averages over processes; this turns it into a sum
     if loss_normalization == "token":
         return response_mask, counts.num_response_tokens * per_process
     if loss_normalization == "sequence":

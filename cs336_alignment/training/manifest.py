@@ -21,9 +21,17 @@ from cs336_alignment.data.prepare import PreparedData
 from cs336_alignment.errors import ExitStatus, UserError
 
 PACKAGES = (
-    "cs336-alignment", "torch", "transformers", "accelerate", "datasets", "tokenizers", "safetensors",
-    "hydra-core", "numpy", "wandb",
-)  # fmt: skip
+    "cs336-alignment",
+    "torch",
+    "transformers",
+    "accelerate",
+    "datasets",
+    "tokenizers",
+    "safetensors",
+    "hydra-core",
+    "numpy",
+    "wandb",
+)
 
 
 def build_manifest(
@@ -43,7 +51,7 @@ def build_manifest(
     Raises:
         UserError: the data or tokenizer of the earlier part were others (78).
     """
-    manifest = {
+    manifest: dict[str, Any] = {
         "versions": versions(),
         "git_commit": git_commit(),
         "data_sha256": train.fingerprint,
@@ -58,14 +66,20 @@ def build_manifest(
         "wandb_run_id": old.get("wandb_run_id") or uuid.uuid4().hex[:12],
         **count_parameters(model),
     }
-    for key, what in (("data_sha256", "training data"), ("tokenizer_sha256", "tokenizer"),
-                      ("template_sha256", "prompt template")):  # fmt: skip
+    for key, what in (
+        ("data_sha256", "training data"),
+        ("tokenizer_sha256", "tokenizer"),
+        ("template_sha256", "prompt template"),
+    ):
         if old and old.get(key) != manifest[key]:
             raise UserError(
-                "C302", f"the {what} differs from what this run was started with", ExitStatus.BAD_CONFIG,
-                expected=f"sha256 {str(old.get(key))[:16]}…", got=f"{manifest[key][:16]}…",
+                "C302",
+                f"the {what} differs from what this run was started with",
+                ExitStatus.BAD_CONFIG,
+                expected=f"sha256 {str(old.get(key))[:16]}…",
+                got=f"{manifest[key][:16]}…",
                 hint=f"to start another run: run_name={config.run_name}-2",
-            )  # fmt: skip
+            )
     return manifest
 
 
@@ -104,5 +118,7 @@ def count_parameters(module: nn.Module) -> dict[str, int]:
 
 def _tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    text = json.dumps(tokenizer.get_vocab(), sort_keys=True) if backend is None else backend.to_str()
+    text = (
+        json.dumps(tokenizer.get_vocab(), sort_keys=True) if backend is None else backend.to_str()
+    )
     return hashlib.sha256(text.encode()).hexdigest()

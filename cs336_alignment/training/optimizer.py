@@ -13,8 +13,8 @@ FUSED_DEVICES = ("cuda", "cpu")
 def build_optimizer(module: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
     """Build AdamW (Loshchilov and Hutter, arXiv 1711.05101), fused where torch has the kernel.
 
-    Weight decay falls on parameters of two or more dimensions; biases and norms have none. A tied weight is
-    one parameter. The learning rate is set anew at every step by the trainer.
+    Weight decay falls on parameters of two or more dimensions; biases and norms have none. A tied
+    weight is one parameter. The learning rate is set anew at every step by the trainer.
     """
     parameters = [p for p in module.parameters() if p.requires_grad]
     groups = [

@@ -44,19 +44,26 @@ def refuse_launcher_options(precision: str) -> str:
     Raises:
         UserError: the launcher asks for sharding, accumulation or a precision that differs (78).
     """
-    for variable, name in (("ACCELERATE_USE_FSDP", "FSDP"), ("ACCELERATE_USE_DEEPSPEED", "DeepSpeed"),
-                           ("ACCELERATE_USE_MEGATRON_LM", "Megatron-LM")):  # fmt: skip
+    for variable, name in (
+        ("ACCELERATE_USE_FSDP", "FSDP"),
+        ("ACCELERATE_USE_DEEPSPEED", "DeepSpeed"),
+        ("ACCELERATE_USE_MEGATRON_LM", "Megatron-LM"),
+    ):
         if os.environ.get(variable, "false").lower() in ("1", "true"):
             raise UserError(
-                "C201", f"`accelerate launch` was configured for {name}, and parallel=ddp would ignore it",
-                ExitStatus.BAD_CONFIG, hint="launch with --config_file configs/accelerate/multi_gpu.yaml",
-            )  # fmt: skip
+                "C201",
+                f"`accelerate launch` was configured for {name}, and parallel=ddp would ignore it",
+                ExitStatus.BAD_CONFIG,
+                hint="launch with --config_file configs/accelerate/multi_gpu.yaml",
+            )
     steps = os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
     if steps != "1":
         raise UserError(
-            "C202", f"`accelerate launch` was given gradient_accumulation_steps={steps}, which has no effect",
-            ExitStatus.BAD_CONFIG, hint=f"type trainer.gradient_accumulation_steps={steps} instead",
-        )  # fmt: skip
+            "C202",
+            f"`accelerate launch` has gradient_accumulation_steps={steps}, which has no effect",
+            ExitStatus.BAD_CONFIG,
+            hint=f"type trainer.gradient_accumulation_steps={steps} instead",
+        )
     launcher = {"no": None, "bf16": "bf16"}.get(
         launched := os.environ.get("ACCELERATE_MIXED_PRECISION", "no"), "other"
     )
@@ -64,9 +71,12 @@ def refuse_launcher_options(precision: str) -> str:
         return precision
     if launcher == "other" or precision != "auto":
         raise UserError(
-            "C203", f"`accelerate launch` was given mixed_precision={launched} and trainer.precision is "
-            f"{precision}", ExitStatus.BAD_CONFIG, hint="use bf16 or fp32, in one of the two places",
-        )  # fmt: skip
+            "C203",
+            f"`accelerate launch` was given mixed_precision={launched} and trainer.precision is "
+            f"{precision}",
+            ExitStatus.BAD_CONFIG,
+            hint="use bf16 or fp32, in one of the two places",
+        )
     return launcher
 
 
@@ -74,11 +84,12 @@ def start_processes(config: ParallelConfig) -> Accelerator:
     """Join the process group that the launcher set up.
 
     Returns:
-        accelerate's handle. Its own accumulation and mixed precision stay off: the trainer owns both.
+        accelerate's handle. Its own accumulation and mixed precision stay off: the trainer owns
+        both.
 
     Raises:
-        UserError: accelerate and launcher disagree on the number of processes, or the number is not the one
-            that `parallel.num_processes` asserts (78).
+        UserError: accelerate and launcher disagree on the number of processes, or the number is not
+            the one that `parallel.num_processes` asserts (78).
     """
     accelerator = Accelerator(
         # Without a GPU a plain Accelerator() would start no group: every process would train alone.
@@ -93,24 +104,32 @@ def start_processes(config: ParallelConfig) -> Accelerator:
     found, launched = accelerator.num_processes, launched_processes()
     if found != launched:
         raise UserError(
-            "C204", "launcher and accelerate disagree on the number of processes", ExitStatus.BAD_CONFIG,
-            expected=f"{launched} (WORLD_SIZE)", got=f"{found}",
+            "C204",
+            "launcher and accelerate disagree on the number of processes",
+            ExitStatus.BAD_CONFIG,
+            expected=f"{launched} (WORLD_SIZE)",
+            got=f"{found}",
             hint="every process would train alone into the same folder; check the launcher's flags",
-        )  # fmt: skip
+        )
     if config.num_processes is not None and found != config.num_processes:
         raise UserError(
-            "C205", "the number of processes is not the one asked for", ExitStatus.BAD_CONFIG,
-            expected=f"parallel.num_processes={config.num_processes}", got=f"{found}",
-            hint=f"torchrun --standalone --nproc_per_node {config.num_processes} scripts/train.py … "
-            "(`accelerate launch --cpu` starts one process, whatever it is told)",
-        )  # fmt: skip
+            "C205",
+            "the number of processes is not the one asked for",
+            ExitStatus.BAD_CONFIG,
+            expected=f"parallel.num_processes={config.num_processes}",
+            got=f"{found}",
+            hint=f"torchrun --standalone --nproc_per_node {config.num_processes} scripts/train.py "
+            "… (`accelerate launch --cpu` starts one process, whatever it is told)",
+        )
     return accelerator
 
 
 def set_threads(local_processes: int) -> int:
-    """Divide the machine's cores among its processes; a lone process keeps OMP_NUM_THREADS if that is set.
+    """Divide the machine's cores among its processes; a lone process keeps OMP_NUM_THREADS if that
+    is set.
 
-    Launchers set OMP_NUM_THREADS=1 for several processes whatever the machine, so there it is not read.
+    Launchers set OMP_NUM_THREADS=1 for several processes whatever the machine, so there it is not
+    read.
     """
     if local_processes > 1 or "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_processes))
@@ -155,7 +174,9 @@ class Processes:
         return self._accelerator.reduce(values, reduction="sum")  # type: ignore[no-any-return]
 
     def agree(self, value: Any) -> Any:
-        """Give every process the main process's value (anything that pickles, from trusted peers)."""
+        """Give every process the main process's value (anything that pickles, from trusted
+        peers).
+        """
         if self.count == 1:
             return value
         box = [value]

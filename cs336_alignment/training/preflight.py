@@ -14,6 +14,7 @@ from cs336_alignment.data.batching import StepPlan, collate, plan_microbatches
 from cs336_alignment.data.tokenize import TokenizedExample
 from cs336_alignment.errors import ExitStatus, UserError
 from cs336_alignment.model.attention import FLAT_ATTENTION, why_not_flat
+from cs336_alignment.model.loading import embedding_rows
 from cs336_alignment.model.policy import Policy
 from cs336_alignment.training.step import Cut
 
@@ -32,7 +33,8 @@ class Batching:
 def choose_precision(wanted: str, device: torch.device) -> torch.dtype | None:
     """Give the autocast dtype; None computes in the weights' float32.
 
-    `auto` is bfloat16 on a GPU that has it, and float32 elsewhere: on most CPUs bfloat16 is the slower one.
+    `auto` is bfloat16 on a GPU that has it, and float32 elsewhere: on most CPUs bfloat16 is the
+    slower one.
     """
     if wanted == "bf16":
         return torch.bfloat16
@@ -44,9 +46,9 @@ def choose_precision(wanted: str, device: torch.device) -> torch.dtype | None:
 def choose_batching(policy: Policy, wanted: str, longest: int) -> Batching:
     """Decide between flat and padded microbatches by measuring both on the model itself.
 
-    Three short random rows go through the model as transformers would compute them, padded, and flat. The
-    flat row must agree with the padded rows 20 times better than a row whose borders are ignored. A head
-    that does not reproduce the model's own logits is replaced by the model's own.
+    Three short random rows go through the model as transformers would compute them, padded, and
+    flat. The flat row must agree with the padded rows 20 times better than a row whose borders are
+    ignored. A head that does not reproduce the model's own logits is replaced by the model's own.
 
     Args:
         policy: on its device, not wrapped.
@@ -73,12 +75,16 @@ def choose_batching(policy: Policy, wanted: str, longest: int) -> Batching:
         if reason is None:
             reason, error = _measure_flat(policy, rows, padded)
             if reason is None:
-                return Batching(True, f"flat, no padding; equal to padded within {error:.0e} on this model")
+                return Batching(
+                    True, f"flat, no padding; equal to padded within {error:.0e} on this model"
+                )
     if wanted == "flat":
         raise UserError(
-            "C106", f"trainer.batching=flat is not exact for this model: {reason}", ExitStatus.BAD_CONFIG,
+            "C106",
+            f"trainer.batching=flat is not exact for this model: {reason}",
+            ExitStatus.BAD_CONFIG,
             hint="trainer.batching=padded, or auto, which falls back by itself",
-        )  # fmt: skip
+        )
     return Batching(False, f"padded: {reason}")
 
 
@@ -92,7 +98,9 @@ def _measure_flat(
     except (RuntimeError, ValueError, TypeError, IndexError) as failure:
         return f"the model does not take flat rows ({failure})", 0.0
     joined = TokenizedExample(
-        torch.cat([row.input_ids for row in rows]), torch.cat([row.response_mask for row in rows]), 0
+        torch.cat([row.input_ids for row in rows]),
+        torch.cat([row.response_mask for row in rows]),
+        0,
     )
     leak = (_log_probs(policy, [joined], flat=False) - padded).abs().max().item()
     if error <= max(leak / LEAK_RATIO, 1e-6):
@@ -102,12 +110,14 @@ def _measure_flat(
 
 def _probe_rows(policy: Policy) -> list[TokenizedExample]:
     generator = torch.Generator().manual_seed(0)
-    vocabulary = policy.model.get_input_embeddings().weight.shape[0]
+    vocabulary = embedding_rows(policy.model)
     rows = []
     for index, length in enumerate(PROBE_LENGTHS):
         mask = torch.ones(length, dtype=torch.bool)
         mask[0] = False
-        rows.append(TokenizedExample(torch.randint(vocabulary, (length,), generator=generator), mask, index))
+        rows.append(
+            TokenizedExample(torch.randint(vocabulary, (length,), generator=generator), mask, index)
+        )
     return rows
 
 
@@ -132,7 +142,9 @@ def _log_probs(policy: Policy, rows: Sequence[TokenizedExample], *, flat: bool) 
 
 
 def _reference(policy: Policy, rows: Sequence[TokenizedExample]) -> Tensor:
-    """Row by row through the whole model, head included, with nothing of this project in between."""
+    """Row by row through the whole model, head included, with nothing of this project in
+    between.
+    """
     device = next(policy.parameters()).device
     parts = []
     for row in rows:
@@ -162,24 +174,31 @@ def describe_batches(
     """Write the batch arithmetic as equations, from the first step's real microbatches."""
     first = plan.example_ids(0)
     counts = [
-        len(plan_microbatches(
-            first, lengths, num_processes=num_processes, process_index=index,
-            microbatch_tokens=cut.microbatch_tokens,
-            gradient_accumulation_steps=cut.gradient_accumulation_steps, flat=cut.flat,
-        ))
+        len(
+            plan_microbatches(
+                first,
+                lengths,
+                num_processes=num_processes,
+                process_index=index,
+                microbatch_tokens=cut.microbatch_tokens,
+                gradient_accumulation_steps=cut.gradient_accumulation_steps,
+                flat=cut.flat,
+            )
+        )
         for index in range(num_processes)
-    ]  # fmt: skip
+    ]
     spread = f"{min(counts)}" if min(counts) == max(counts) else f"{min(counts)} to {max(counts)}"
     limit = (
-        f"of at most {cut.microbatch_tokens:,} tokens" if cut.microbatch_tokens is not None
+        f"of at most {cut.microbatch_tokens:,} tokens"
+        if cut.microbatch_tokens is not None
         else f"(trainer.gradient_accumulation_steps={cut.gradient_accumulation_steps})"
-    )  # fmt: skip
+    )
     last = plan.num_examples - (plan.steps_per_epoch - 1) * plan.global_batch_size
     lines = [
         f"{plan.global_batch_size} examples a step = {num_processes} "
         f"process{'es' if num_processes > 1 else ''} × {spread} microbatches {limit} (step 1)",
-        f"{plan.num_examples:,} examples / {plan.global_batch_size} a step = {plan.steps_per_epoch:,} steps "
-        f"an epoch (the last of {last}); {total_steps:,} steps in all = "
+        f"{plan.num_examples:,} examples / {plan.global_batch_size} a step = "
+        f"{plan.steps_per_epoch:,} steps an epoch (the last of {last}); {total_steps:,} in all = "
         f"{total_steps / plan.steps_per_epoch:.4g} epochs",
     ]
     if cut.microbatch_tokens is not None and max(lengths) > cut.microbatch_tokens:
@@ -194,6 +213,9 @@ def dropout_options(policy: Policy) -> list[str]:
     """Name the dropouts of the model's config; with dropout a result depends on the cut."""
     config = policy.model.config.get_text_config().to_dict()
     return [
-        f"{name}={value}" for name, value in config.items()
-        if ("dropout" in name or name.endswith("_pdrop")) and isinstance(value, int | float) and value > 0
-    ]  # fmt: skip
+        f"{name}={value}"
+        for name, value in config.items()
+        if ("dropout" in name or name.endswith("_pdrop"))
+        and isinstance(value, int | float)
+        and value > 0
+    ]

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
+from typing import Any
 
-import torch
 from transformers import PreTrainedTokenizerBase
 
-from cs336_alignment.config import Config
+from cs336_alignment.config import DEFAULT_MICROBATCH_TOKENS, Config
 from cs336_alignment.data.batching import StepPlan
 from cs336_alignment.data.formats import load_template
 from cs336_alignment.data.prepare import PreparedData, prepare
@@ -19,7 +19,7 @@ from cs336_alignment.evaluation.evaluator import Evaluator
 from cs336_alignment.model.loading import check_fits, load_model, load_tokenizer, resolve_model
 from cs336_alignment.model.policy import Policy
 from cs336_alignment.tracking.console import Console
-from cs336_alignment.tracking.metrics import MetricsFile, read_metrics
+from cs336_alignment.tracking.metrics import MetricsFile
 from cs336_alignment.tracking.tracker import RunTracker, show_examples
 from cs336_alignment.tracking.wandb_logger import Logger, NullLogger, WandbLogger
 from cs336_alignment.training.checkpoint import TrainState, remove_leftovers, restore
@@ -33,22 +33,22 @@ from cs336_alignment.training.parallel import (
     set_threads,
     start_processes,
 )
-from cs336_alignment.training.preflight import (
-    Batching,
-    choose_batching,
-    choose_cut,
-    choose_precision,
-    describe_batches,
-    dropout_options,
+from cs336_alignment.training.preflight import choose_batching, choose_cut, choose_precision
+from cs336_alignment.training.report import before_and_after, describe_run, show_metric
+from cs336_alignment.training.run_folder import (
+    LEDGER,
+    MANIFEST,
+    METRICS,
+    Decision,
+    RunFolder,
+    Status,
 )
-from cs336_alignment.training.run_folder import LEDGER, MANIFEST, METRICS, Decision, RunFolder, Status
 from cs336_alignment.training.step import Cut
 from cs336_alignment.training.stop import StopRequest
 from cs336_alignment.training.trainer import SaveOptions, Trainer
 
 EXPORT = "model"
 EXAMPLES_SHOWN = 3
-COMPARED = ("eval/loss", "eval/format_reward", "eval/answer_reward", "eval/stop_rate")
 
 
 def train(config: Config, arguments: Sequence[str]) -> ExitStatus:
@@ -81,17 +81,12 @@ def train(config: Config, arguments: Sequence[str]) -> ExitStatus:
     return run.status
 
 
-@dataclass
-class _Data:
-    train: PreparedData
-    held_out: PreparedData | None
-
-
 class _Run:
     """The parts of a run and the order in which they are made."""
 
     processes: Processes
     decision: Decision
+    threads: int
 
     def __init__(
         self, config: Config, folder: RunFolder, console: Console, arguments: Sequence[str]
@@ -101,239 +96,233 @@ class _Run:
         self.console = console
         self.arguments = arguments
         self.state = TrainState()
+        self.status = ExitStatus.DONE
+        self.generations: list[dict[str, Any]] = []
 
     def to_the_end(self, precision: str) -> ExitStatus:
+        """Load what the run needs, fail early where something is wrong, then train."""
+        config, model_config = self.config, self.config.model
         if self.decision.complete:
             self.console.note(
-                f"{self.folder.path} is complete: nothing to do. Its model is in {self.folder.path / EXPORT}; "
-                "a larger trainer.num_train_epochs or trainer.max_steps would continue it."
+                f"{self.folder.path} is complete: nothing to do. "
+                f"Its model is in {self.folder.path / EXPORT}; a larger "
+                "trainer.num_train_epochs or trainer.max_steps would continue it."
             )
             return ExitStatus.DONE
-        config, device = self.config, self.processes.device
         self.threads = set_threads(self.processes.local_count)
         source = resolve_model(
-            config.model.name_or_path, config.model.revision, config.model.trust_remote_code
+            model_config.name_or_path, model_config.revision, model_config.trust_remote_code
         )
         tokenizer = load_tokenizer(source)
-        data = self._prepare(tokenizer)
-        self.console.note(f"loading {config.model.name_or_path}")
-        model = load_model(source, random_init=config.model.random_init, seed=config.seed)
-        check_fits(model, int(data.train.dataset.input_ids.max()), max(data.train.dataset.lengths))
+        data, held_out = self._prepare(tokenizer)
+        self.console.note(f"loading {model_config.name_or_path}")
+        model = load_model(source, random_init=model_config.random_init, seed=config.seed)
+        longest = max(data.dataset.lengths)
+        check_fits(model, int(data.dataset.input_ids.max()), longest)
         if config.trainer.gradient_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
+        device = self.processes.device
         policy = Policy(model, choose_precision(precision, device)).to(device)
-        batching = choose_batching(policy, config.trainer.batching, max(data.train.dataset.lengths))
+        batching = choose_batching(policy, config.trainer.batching, longest)
         cut = choose_cut(config.trainer, flat=batching.flat)
-        return self._fit(policy, tokenizer, data, batching, cut)
+        plan = StepPlan(
+            len(data.dataset), config.trainer.global_batch_size, config.seed, config.data.shuffle
+        )
+        total_steps = plan.total_steps(config.trainer.num_train_epochs, config.trainer.max_steps)
+        for line in describe_run(
+            config, policy, data, held_out, batching, plan, cut,
+            num_processes=self.processes.count, threads=self.threads, total_steps=total_steps,
+        ):  # fmt: skip
+            self.console.note(line)
+        return self._fit(policy, tokenizer, data, held_out, plan, cut, total_steps)
 
-    def _prepare(self, tokenizer: PreTrainedTokenizerBase) -> _Data:
+    def _prepare(
+        self, tokenizer: PreTrainedTokenizerBase
+    ) -> tuple[PreparedData, PreparedData | None]:
         config = self.config.data
-        prepared = []
-        for path, split, limit in (
-            (config.train_path, "train", config.max_train_examples),
-            (config.eval_path, "test", config.max_eval_examples),
-        ):
-            if path is None:
-                continue
+
+        def read(path: str, split: str, limit: int | None) -> PreparedData:
             self.console.note(f"reading {path}")
-            with self.console.progress(f"tokenizing {split}", 0) as advance:
-                prepared.append(
-                    prepare(path, config, tokenizer, seed=self.config.seed, split=split, max_examples=limit,
-                            advance=advance)
-                )  # fmt: skip
-        return _Data(prepared[0], prepared[1] if len(prepared) > 1 else None)
+            return prepare(
+                path, config, tokenizer, seed=self.config.seed, split=split, max_examples=limit,
+                progress=self.console.progress,
+            )  # fmt: skip
+
+        data = read(config.train_path, "train", config.max_train_examples)
+        if config.eval_path is None:
+            return data, None
+        return data, read(config.eval_path, "test", config.max_eval_examples)
 
     def _fit(
-        self, policy: Policy, tokenizer: PreTrainedTokenizerBase, data: _Data, batching: Batching, cut: Cut
+        self,
+        policy: Policy,
+        tokenizer: PreTrainedTokenizerBase,
+        data: PreparedData,
+        held_out: PreparedData | None,
+        plan: StepPlan,
+        cut: Cut,
+        total_steps: int,
     ) -> ExitStatus:
-        config, dataset = self.config, data.train.dataset
-        plan = StepPlan(len(dataset), config.trainer.global_batch_size, config.seed, config.data.shuffle)
-        total_steps = plan.total_steps(config.trainer.num_train_epochs, config.trainer.max_steps)
+        config = self.config
         template = load_template(config.data.prompt_template)
         manifest = build_manifest(
             config, old=self.folder.read_json(MANIFEST), model=policy.model, tokenizer=tokenizer,
-            template=template, train=data.train, held_out=data.held_out,
+            template=template, train=data, held_out=held_out,
             num_processes=self.processes.count, threads=self.threads,
         )  # fmt: skip
-        optimizer = build_optimizer(policy, config.optimizer)
-        if self.decision.checkpoint is not None:
-            self.state = restore(
-                self.decision.checkpoint, policy.model, optimizer, self.processes.device
-            )
-        if self.state.step > total_steps:
-            raise UserError(
-                "C303", "the run is already further than the new length", ExitStatus.BAD_CONFIG,
-                expected=f"at least {self.state.step} steps", got=f"{total_steps}",
-                hint="raise trainer.max_steps or trainer.num_train_epochs",
-            )  # fmt: skip
-        self._describe(policy, data, batching, plan, cut, total_steps)
+        optimizer = build_optimizer(policy.model, config.optimizer)
+        self._resume(policy, optimizer, total_steps)
         self.processes.wait()  # nobody reads the folder any more: the main process may write
-        tracker = self._open_tracker(manifest, data)
-        evaluator = self._evaluator(policy, tokenizer, data, cut)
-
-        def evaluate(step: int) -> None:
-            if evaluator is not None and self._evaluation_due(step, total_steps):
-                generate = self._generation_due(step, total_steps)
-                result = evaluator.run(generate=generate)
-                tracker.evaluation(step, result.metrics, result.rows)
-                self.shown = result.rows or self.shown
-
-        self.shown: list[dict[str, object]] = []
+        tracker = self._open_tracker(manifest, data, held_out)
         with StopRequest(config.trainer.max_hours) as stop:
             trainer = Trainer(
-                policy, self.processes.wrap(policy), optimizer, dataset, plan=plan, cut=cut,
+                policy, self.processes.wrap(policy), optimizer, data.dataset, plan=plan, cut=cut,
                 total_steps=total_steps, state=self.state, trainer=config.trainer,
                 optimizer_config=config.optimizer, seed=config.seed, processes=self.processes,
-                tracker=tracker, evaluate=evaluate, stop=stop,
+                tracker=tracker, stop=stop,
+                evaluate=self._evaluation(policy, tokenizer, held_out, cut, total_steps, tracker),
                 saving=SaveOptions(
                     self.folder.checkpoints, {"manifest": manifest},
                     lambda path: save_sidecars(path, policy.model, tokenizer),
                 ),
             )  # fmt: skip
             self.console.start(total_steps, self.state.step)
+            status = ExitStatus.INTERNAL
             try:
                 status = trainer.fit()
-            except BaseException:
-                tracker.finish(ExitStatus.INTERNAL, config.run_name or "")
-                raise
-        if status == ExitStatus.DONE:
-            self._export(policy, tokenizer, template.text, total_steps)
-        tracker.finish(status, config.run_name or "")
-        self._say_goodbye(status)
+                if status == ExitStatus.DONE:
+                    self._export(policy, tokenizer, template.text, total_steps)
+            finally:
+                tracker.finish(status, config.run_name or "")
+        if self.processes.is_main:
+            self._say_goodbye(status)
         return status
 
-    def _evaluation_due(self, step: int, total_steps: int) -> bool:
-        every = self.config.trainer.eval_steps
-        periodic = every > 0 and step % every == 0
-        return step in (0, total_steps) or periodic or self._generation_due(step, total_steps)
+    def _resume(self, policy: Policy, optimizer: Any, total_steps: int) -> None:
+        checkpoint = self.decision.checkpoint
+        if checkpoint is not None:
+            self.state = restore(checkpoint, policy.model, optimizer, self.processes.device)
+            self.console.note(
+                f"resuming   {checkpoint}: step {self.state.step} of {total_steps} is done"
+            )
+        if self.state.step > total_steps:
+            raise UserError(
+                "C303",
+                "the run is already further than the new length",
+                ExitStatus.BAD_CONFIG,
+                expected=f"at least {self.state.step} steps",
+                got=f"{total_steps}",
+                hint="raise trainer.max_steps or trainer.num_train_epochs",
+            )
+        for notice in self.decision.notices:
+            self.console.warn(notice)
 
-    def _generation_due(self, step: int, total_steps: int) -> bool:
-        every = self.config.evaluation.generation_steps
-        if every is None:
-            return False
-        return step in (0, total_steps) or (every > 0 and step % every == 0)
-
-    def _evaluator(
-        self, policy: Policy, tokenizer: PreTrainedTokenizerBase, data: _Data, cut: Cut
-    ) -> Evaluator | None:
-        if data.held_out is None:
-            return None
+    def _evaluation(
+        self,
+        policy: Policy,
+        tokenizer: PreTrainedTokenizerBase,
+        held_out: PreparedData | None,
+        cut: Cut,
+        total_steps: int,
+        tracker: RunTracker,
+    ) -> Callable[[int], None]:
+        """Make the function that the loop calls at every step and that knows when it is due."""
+        if held_out is None:
+            return lambda _: None
         evaluator = Evaluator(
-            policy, tokenizer, data.held_out.dataset, data.held_out.examples,
+            policy, tokenizer, held_out.dataset, held_out.examples,
             config=self.config.evaluation, processes=self.processes,
-            microbatch_tokens=cut.microbatch_tokens or 4096, flat=cut.flat, seed=self.config.seed,
-            add_special_tokens=self.config.data.add_special_tokens, progress=self.console.progress,
+            microbatch_tokens=cut.microbatch_tokens or DEFAULT_MICROBATCH_TOKENS, flat=cut.flat,
+            seed=self.config.seed, add_special_tokens=self.config.data.add_special_tokens,
+            progress=self.console.progress,
         )  # fmt: skip
-        if self.config.evaluation.generation_steps is not None and not evaluator.prompts:
+        eval_steps = self.config.trainer.eval_steps
+        generation_steps = self.config.evaluation.generation_steps
+        if generation_steps is not None and not evaluator.prompts:
             self.console.warn("no evaluation row has a ground truth, so nothing is generated")
-        return evaluator
 
-    def _open_tracker(self, manifest: dict[str, object], data: _Data) -> RunTracker:
+        def due(every: int | None, step: int) -> bool:
+            if every is None:
+                return False
+            return step in (0, total_steps) or (every > 0 and step % every == 0)
+
+        def evaluate(step: int) -> None:
+            generate = due(generation_steps, step)
+            if generate or due(eval_steps, step):
+                result = evaluator.run(generate=generate)
+                tracker.evaluation(step, result.metrics, result.rows)
+                self.generations = result.rows or self.generations
+
+        return evaluate
+
+    def _open_tracker(
+        self, manifest: dict[str, Any], data: PreparedData, held_out: PreparedData | None
+    ) -> RunTracker:
         config, folder = self.config, self.folder
         if not self.processes.is_main:
             return RunTracker(self.console, None, NullLogger(), folder.path)
         remove_leftovers(folder.checkpoints)
         folder.write_config(config)
         folder.write_json(MANIFEST, manifest)
-        ledger = {"train": asdict(data.train.ledger)}
-        if data.held_out is not None:
-            ledger["eval"] = asdict(data.held_out.ledger)
-        folder.write_json(LEDGER, ledger)
+        ledgers = {"train": data, "eval": held_out}
+        folder.write_json(
+            LEDGER, {name: asdict(part.ledger) for name, part in ledgers.items() if part}
+        )
         folder.write_status(Status("running", self.state.step, resume_command=self.command))
         metrics = MetricsFile(folder.path / METRICS)
         metrics.truncate_after(self.state.step if self.decision.checkpoint is not None else -1)
         logger: Logger = NullLogger()
         if config.logger.backend == "wandb":
             logger = WandbLogger(
-                project=config.logger.project, entity=config.logger.entity, group=config.logger.group,
-                run_name=config.run_name or "", run_id=str(manifest["wandb_run_id"]), folder=folder.path,
-                config=asdict(config), note=self.console.note, warn=self.console.warn,
+                project=config.logger.project, entity=config.logger.entity,
+                group=config.logger.group, run_name=config.run_name or "",
+                run_id=manifest["wandb_run_id"], folder=folder.path, config=asdict(config),
+                note=self.console.note, warn=self.console.warn,
             )  # fmt: skip
         return RunTracker(self.console, metrics, logger, folder.path)
-
-    def _describe(
-        self, policy: Policy, data: _Data, batching: Batching, plan: StepPlan, cut: Cut, total_steps: int
-    ) -> None:
-        config, processes = self.config, self.processes
-        parameters = sum(p.numel() for p in policy.parameters())
-        dtype = next(policy.parameters()).dtype
-        compute = policy.autocast_dtype or dtype
-        lines = [
-            ("run", str(self.folder.path)),
-            ("model", f"{config.model.name_or_path}, {parameters:,} parameters, all trained"),
-            ("precision", f"weights {_short(dtype)}, compute {_short(compute)}, optimizer state {_short(dtype)}"),
-            ("processes", f"{processes.count} on {processes.device.type}, {self.threads} "
-             f"thread{'s' if self.threads > 1 else ''} each"),
-        ]  # fmt: skip
-        for name, part in (("data", data.train), ("held out", data.held_out)):
-            if part is not None:
-                lines.append((name, _ledger_line(part)))
-        lines += [
-            ("batches" if i == 0 else "", line)
-            for i, line in enumerate(
-                describe_batches(plan, cut, data.train.dataset.lengths, processes.count, total_steps)
-            )
-        ]
-        lines.append(("rows", batching.reason))
-        lines.append(("loss", f"{config.trainer.loss_normalization} normalization"))
-        if policy.head is None:
-            lines.append(("LM head", "the model's own: it is no plain linear layer, so whole logits are formed"))
-        if names := dropout_options(policy):
-            lines.append(("dropout", f"{', '.join(names)}: results repeat, but depend on the cut into microbatches"))
-        if self.decision.checkpoint is not None:
-            lines.append(("resuming", f"{self.decision.checkpoint}, step {self.state.step} of {total_steps}"))
-        for name, text in lines:
-            self.console.note(f"{name:<10} {text}")
-        for notice in self.decision.notices:
-            self.console.warn(notice)
 
     def _export(
         self, policy: Policy, tokenizer: PreTrainedTokenizerBase, template: str, total_steps: int
     ) -> None:
         if self.processes.is_main:
-            config = self.config
+            config, optimizer = self.config, self.config.optimizer
             facts = {
-                "learning rate": f"{config.optimizer.learning_rate:g}, {config.optimizer.lr_scheduler_type}",
+                "learning rate": f"{optimizer.learning_rate:g}, {optimizer.lr_scheduler_type}",
                 "examples a step": str(config.trainer.global_batch_size),
                 "steps": str(total_steps),
                 "trained tokens": f"{self.state.response_tokens_seen:,}",
                 "seed": str(config.seed),
             }
             card = model_card(
-                base_model=config.model.name_or_path, run_name=config.run_name or "",
-                data=config.data.train_path, facts=facts, results=self._before_and_after(),
+                base_model=config.model.name_or_path,
+                run_name=config.run_name or "",
+                data=config.data.train_path,
+                facts=facts,
+                results=before_and_after(self.folder.path / METRICS),
                 prompt_template=template,
-            )  # fmt: skip
+            )
             export_model(self.folder.path / EXPORT, policy.model, tokenizer, card)
         self.processes.wait()
 
-    def _before_and_after(self) -> list[tuple[str, float, float]]:
-        rows = read_metrics(self.folder.path / METRICS)
-        results = []
-        for name in COMPARED:
-            values = [row[name] for row in rows if row.get(name) is not None]
-            if len(values) > 1:
-                results.append((name, values[0], values[-1]))
-        return results
-
     def _say_goodbye(self, status: ExitStatus) -> None:
-        if not self.processes.is_main:
-            return
         console, path = self.console, self.folder.path
         if status != ExitStatus.DONE:
-            console.note(f"stopped on request after step {self.state.step}; to continue: {self.command}")
+            console.note(f"stopped on request after step {self.state.step}; checkpoint written")
+            console.note(f"to continue: {self.command}")
             return
-        if self.shown:
-            console.note("\nThe first generations after training:\n")
-            show_examples(console, self.shown, EXAMPLES_SHOWN)
-        results = self._before_and_after()
-        if results:
-            cells = [[name, _number(name, before), _number(name, after)] for name, before, after in results]
+        if self.generations:
+            console.note(f"\nThe first {EXAMPLES_SHOWN} generations after training:\n")
+            show_examples(console, self.generations, EXAMPLES_SHOWN)
+        if results := before_and_after(path / METRICS):
+            cells = [
+                [name, show_metric(name, before), show_metric(name, after)]
+                for name, before, after in results
+            ]
             console.table("Held-out data", ["metric", "before", "after"], cells)
-        console.note(f"model     {path / EXPORT}  (loads with transformers' from_pretrained)")
-        console.note(f"metrics   {path / METRICS}, picture {path / 'loss.png'}")
-        if self.shown:
-            console.note(f"texts     {path / 'generations'}")
+        console.note(f"model    {path / EXPORT}  (loads with transformers' from_pretrained)")
+        console.note(f"metrics  {path / METRICS}, picture {path / 'loss.png'}")
+        if self.generations:
+            console.note(f"texts    {path / 'generations'}")
 
     @property
     def command(self) -> str:
@@ -341,54 +330,30 @@ class _Run:
         words = shlex.join(self.arguments)
         if self.processes.count == 1:
             return f"cs336-sft train {words}"
-        count = self.processes.local_count
-        return f"torchrun --standalone --nproc_per_node {count} -m cs336_alignment.cli train {words}"
+        launcher = f"torchrun --standalone --nproc_per_node {self.processes.local_count}"
+        return f"{launcher} -m cs336_alignment.cli train {words}"
 
     @contextmanager
     def reporting(self, owns_folder: bool) -> Iterator[None]:
         """Write how it ended into `status.json`, whatever ends it."""
 
         def write(state: str, status: ExitStatus, error: str | None = None) -> None:
+            self.console.stop()
             if owns_folder:
                 command = self.command if hasattr(self, "processes") else None
-                self.folder.write_status(Status(state, self.state.step, int(status), error, command))
+                self.folder.write_status(
+                    Status(state, self.state.step, int(status), error, command)
+                )
 
-        self.status = ExitStatus.DONE
         try:
             yield
             write("completed" if self.status == ExitStatus.DONE else "preempted", self.status)
         except UserError as error:
-            self.console.stop()
             write("failed", error.status, str(error))
             raise
         except KeyboardInterrupt:
-            self.console.stop()
             write("preempted", ExitStatus.INTERRUPTED)
             raise
         except Exception as failure:
-            self.console.stop()
             write("failed", ExitStatus.INTERNAL, f"{type(failure).__name__}: {failure}")
             raise
-
-
-def _short(dtype: torch.dtype) -> str:
-    return {"float32": "fp32", "bfloat16": "bf16", "float64": "fp64"}.get(name := str(dtype)[6:], name)
-
-
-def _number(name: str, value: float) -> str:
-    return f"{value:.4f}" if name == "eval/loss" else f"{100 * value:.1f} %"
-
-
-def _ledger_line(part: PreparedData) -> str:
-    ledger = part.ledger
-    line = (
-        f"{ledger.kept:,} of {ledger.rows_read:,} rows of {ledger.source}: {ledger.tokens:,} tokens, "
-        f"{ledger.response_tokens:,} of them trained; longest {ledger.longest:,}"
-    )
-    if ledger.rows_beyond_limit:
-        line += f"; {ledger.rows_beyond_limit:,} beyond the limit of examples"
-    if ledger.dropped:
-        line += "; dropped " + ", ".join(f"{n:,} {reason}" for reason, n in ledger.dropped.items())
-    if ledger.truncated:
-        line += f"; {ledger.truncated:,} truncated"
-    return line

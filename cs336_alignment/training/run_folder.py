@@ -25,19 +25,37 @@ METRICS = "metrics.jsonl"
 LOCK = "run.lock"
 
 # What may change between a stop and a restart. These keys do not touch the weights:
-FREE = frozenset({
-    "run_name", "output_root", "trainer.logging_steps", "trainer.eval_steps", "trainer.save_steps",
-    "trainer.save_total_limit", "trainer.resume", "trainer.max_hours", "data.eval_path",
-    "data.max_eval_examples", "parallel.num_processes",
-})  # fmt: skip
+FREE = frozenset(
+    {
+        "run_name",
+        "output_root",
+        "trainer.logging_steps",
+        "trainer.eval_steps",
+        "trainer.save_steps",
+        "trainer.save_total_limit",
+        "trainer.resume",
+        "trainer.max_hours",
+        "data.eval_path",
+        "data.max_eval_examples",
+        "parallel.num_processes",
+    }
+)
 FREE_SECTIONS = ("evaluation.", "logger.")
 # These are told: the same examples in the same steps, with sums in another order, or a longer run.
-NOTICED = frozenset({
-    "trainer.max_steps", "trainer.num_train_epochs", "trainer.microbatch_tokens",
-    "trainer.gradient_accumulation_steps", "trainer.batching", "trainer.gradient_checkpointing",
-})  # fmt: skip
+NOTICED = frozenset(
+    {
+        "trainer.max_steps",
+        "trainer.num_train_epochs",
+        "trainer.microbatch_tokens",
+        "trainer.gradient_accumulation_steps",
+        "trainer.batching",
+        "trainer.gradient_checkpointing",
+    }
+)
 LENGTH = frozenset({"trainer.max_steps", "trainer.num_train_epochs"})
-CUT = frozenset({"trainer.microbatch_tokens", "trainer.gradient_accumulation_steps", "trainer.batching"})
+CUT = frozenset(
+    {"trainer.microbatch_tokens", "trainer.gradient_accumulation_steps", "trainer.batching"}
+)
 
 
 @dataclass(frozen=True)
@@ -93,17 +111,22 @@ class RunFolder:
             self._lock = (self.path / LOCK).open("a+", encoding="utf-8")
         except OSError as failure:
             raise UserError(
-                "R101", f"cannot write to the run folder {self.path}: {failure.strerror or failure}",
-                ExitStatus.CANNOT_CREATE, hint="choose another output_root=… or run_name=…",
-            ) from failure  # fmt: skip
+                "R101",
+                f"cannot write to the run folder {self.path}: {failure.strerror or failure}",
+                ExitStatus.CANNOT_CREATE,
+                hint="choose another output_root=… or run_name=…",
+            ) from failure
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as failure:
             self._lock.seek(0)
             raise UserError(
-                "R102", f"another process is running in {self.path}", ExitStatus.CANNOT_CREATE,
-                got=self._lock.read().strip() or None, hint="wait for it, or choose another run_name=…",
-            ) from failure  # fmt: skip
+                "R102",
+                f"another process is running in {self.path}",
+                ExitStatus.CANNOT_CREATE,
+                got=self._lock.read().strip() or None,
+                hint="wait for it, or choose another run_name=…",
+            ) from failure
         self._lock.truncate(0)
         self._lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
         self._lock.flush()
@@ -112,19 +135,23 @@ class RunFolder:
         """Read the folder and say whether this command starts, continues or has nothing to do.
 
         Raises:
-            UserError: `resume=never` on a folder that holds a run (73); a changed key (78); checkpoints of
-                which none verifies (74).
+            UserError: `resume=never` on a folder that holds a run (73); a changed key (78);
+                checkpoints of which none verifies (74).
         """
         old = self._read_config()
         if config.trainer.resume not in ("auto", "never"):
-            return self._from_explicit(Path(config.trainer.resume).expanduser(), holds_run=old is not None)
+            return self._from_explicit(
+                Path(config.trainer.resume).expanduser(), holds_run=old is not None
+            )
         if old is None:
             return Decision()
         if config.trainer.resume == "never":
             raise UserError(
-                "R103", f"{self.path} holds a run, and trainer.resume=never", ExitStatus.CANNOT_CREATE,
+                "R103",
+                f"{self.path} holds a run, and trainer.resume=never",
+                ExitStatus.CANNOT_CREATE,
                 hint="choose another run_name=…, or leave trainer.resume=auto to continue it",
-            )  # fmt: skip
+            )
         notices, lengthened = compare(old, config, Place(self.path / CONFIG))
         status = self.read_status()
         if status.get("state") == "completed" and not lengthened:
@@ -132,25 +159,34 @@ class RunFolder:
         checkpoint, skipped = find_latest(self.checkpoints)
         if checkpoint is None and skipped:
             raise UserError(
-                "R201", f"no checkpoint in {self.checkpoints} is whole", ExitStatus.IO,
-                got="; ".join(skipped), hint="restore one from a copy, or start anew with another run_name=…",
-            )  # fmt: skip
+                "R201",
+                f"no checkpoint in {self.checkpoints} is whole",
+                ExitStatus.IO,
+                got="; ".join(skipped),
+                hint="restore one from a copy, or start anew with another run_name=…",
+            )
         notices += [f"passed over a damaged checkpoint: {line}" for line in skipped]
         return Decision(checkpoint=checkpoint, notices=tuple(notices))
 
     def _from_explicit(self, checkpoint: Path, *, holds_run: bool) -> Decision:
         if holds_run:
             raise UserError(
-                "R104", f"{self.path} holds a run, and trainer.resume names a checkpoint",
-                ExitStatus.CANNOT_CREATE, hint="choose another run_name=…, or trainer.resume=auto",
-            )  # fmt: skip
+                "R104",
+                f"{self.path} holds a run, and trainer.resume names a checkpoint",
+                ExitStatus.CANNOT_CREATE,
+                hint="choose another run_name=…, or trainer.resume=auto",
+            )
         if not checkpoint.is_dir():
             raise UserError(
-                "R202", f"there is no checkpoint {checkpoint}", ExitStatus.NOT_FOUND,
+                "R202",
+                f"there is no checkpoint {checkpoint}",
+                ExitStatus.NOT_FOUND,
                 hint="trainer.resume=outputs/NAME/checkpoints/step-000100",
-            )  # fmt: skip
+            )
         if (reason := verify(checkpoint)) is not None:
-            raise UserError("R203", f"the checkpoint {checkpoint} is damaged: {reason}", ExitStatus.IO)
+            raise UserError(
+                "R203", f"the checkpoint {checkpoint} is damaged: {reason}", ExitStatus.IO
+            )
         return Decision(checkpoint=checkpoint, notices=(f"starting from {checkpoint}",))
 
     def _read_config(self) -> dict[str, Any] | None:
@@ -200,7 +236,8 @@ def compare(old: dict[str, Any], new: Config, place: Place) -> tuple[list[str], 
         place: of the old config, for the error.
 
     Returns:
-        Notices for the keys that may change but are worth telling, and whether the run's length changed.
+        Notices for the keys that may change but are worth telling, and whether the run's length
+        changed.
 
     Raises:
         UserError: a key that changes training differs (78), with old and new value of each.
@@ -216,11 +253,16 @@ def compare(old: dict[str, Any], new: Config, place: Place) -> tuple[list[str], 
     if refused:
         lines = "; ".join(f"{key}: {before} → {after}" for key, (before, after) in refused.items())
         raise UserError(
-            "C301", "the folder holds a run whose config differs where it changes training",
-            ExitStatus.BAD_CONFIG, place=place, got=lines,
+            "C301",
+            "the folder holds a run whose config differs where it changes training",
+            ExitStatus.BAD_CONFIG,
+            place=place,
+            got=lines,
             hint=f"to start another run: run_name={new.run_name}-2",
-        )  # fmt: skip
-    notices = [f"{key} changed from {before} to {after}" for key, (before, after) in changed.items()]
+        )
+    notices = [
+        f"{key} changed from {before} to {after}" for key, (before, after) in changed.items()
+    ]
     lengthened = bool(changed.keys() & LENGTH)
     if lengthened:
         notices.append("the learning rate follows the schedule of the new length from here on")

@@ -11,17 +11,24 @@ from torch import Tensor, nn
 from cs336_alignment.config import TrainerConfig
 from cs336_alignment.data.batching import collate, mix_seed, plan_microbatches
 from cs336_alignment.data.prepare import TokenizedDataset
-from cs336_alignment.training.loss import StepCounts, loss_weights, masked_normalize, microbatch_loss
+from cs336_alignment.training.loss import (
+    StepCounts,
+    loss_weights,
+    masked_normalize,
+    microbatch_loss,
+)
 from cs336_alignment.training.parallel import Processes
 
 
 @dataclass(frozen=True)
 class Cut:
-    """How a step is cut into microbatches; with `token`, `sequence` and `constant` it changes no result.
+    """How a step is cut into microbatches; with `token`, `sequence` and `constant` it changes no
+    result.
 
     Attributes:
         microbatch_tokens: token budget of a microbatch, or None.
-        gradient_accumulation_steps: microbatches per step and process, or None; exactly one is given.
+        gradient_accumulation_steps: microbatches per step and process, or None; exactly one is
+            given.
         flat: flat rows, or padded ones.
     """
 
@@ -59,7 +66,8 @@ def accumulate_gradients(
     step: int,
     with_entropy: bool = False,
 ) -> StepResult:
-    """Calls backward for every microbatch of the step; the gradient of the whole step is then in `.grad`.
+    """Calls backward for every microbatch of the step; the gradient of the whole step is then in
+    `.grad`.
 
     Args:
         policy: the (wrapped) policy, with gradients cleared.

@@ -41,6 +41,10 @@ class StopRequest:
     @property
     def status(self) -> ExitStatus | None:
         """The exit status to leave with, or None to go on."""
-        if self._status is None and self._deadline is not None and time.monotonic() > self._deadline:
+        if (
+            self._status is None
+            and self._deadline is not None
+            and time.monotonic() > self._deadline
+        ):
             self._status = ExitStatus.STOPPED
         return self._status

@@ -15,6 +15,7 @@ from cs336_alignment.config import OptimizerConfig, TrainerConfig
 from cs336_alignment.data.batching import StepPlan
 from cs336_alignment.data.prepare import TokenizedDataset
 from cs336_alignment.errors import ExitStatus, UserError
+from cs336_alignment.model.policy import Policy
 from cs336_alignment.training.checkpoint import TrainState, save_checkpoint
 from cs336_alignment.training.optimizer import set_learning_rate
 from cs336_alignment.training.parallel import Processes
@@ -55,7 +56,8 @@ class Trainer:
     """Trains a policy from its state to the end, or until it is asked to stop.
 
     Args:
-        policy: the module that is saved; its weights and the optimizer's state are already those of `state`.
+        policy: the module that is saved; its weights and the optimizer's state are already those of
+            `state`.
         wrapped: the same module as the processes train it (under DDP, say).
         optimizer: of the policy.
         dataset: the training examples.
@@ -68,14 +70,15 @@ class Trainer:
         seed: of the run.
         processes: who shares the work.
         tracker: takes metrics.
-        evaluate: called with 0 at the start and with every step done; it knows itself when it is due.
+        evaluate: called with 0 at the start and with every step done; it knows itself when it is
+            due.
         saving: where checkpoints go.
         stop: a request to stop.
     """
 
     def __init__(
         self,
-        policy: nn.Module,
+        policy: Policy,
         wrapped: nn.Module,
         optimizer: torch.optim.Optimizer,
         dataset: TokenizedDataset,
@@ -131,7 +134,9 @@ class Trainer:
         return ExitStatus.DONE if self.state.step == self.total_steps else status or ExitStatus.DONE
 
     def train_step(self) -> tuple[dict[str, float], ExitStatus | None]:
-        """Take one optimizer step; returns its metrics and a request to stop that any process received."""
+        """Take one optimizer step; returns its metrics and a request to stop that any process
+        received.
+        """
         start, step = time.perf_counter(), self.state.step
         example_ids = self.plan.example_ids(step)
         rate = learning_rate(self.optimizer_config, step, self.total_steps)
@@ -139,9 +144,16 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         log = _due(self.config.logging_steps, step + 1)
         result = accumulate_gradients(
-            self.wrapped, self.dataset, example_ids, cut=self.cut, trainer=self.config,
-            processes=self.processes, seed=self.seed, step=step, with_entropy=log,
-        )  # fmt: skip
+            self.wrapped,
+            self.dataset,
+            example_ids,
+            cut=self.cut,
+            trainer=self.config,
+            processes=self.processes,
+            seed=self.seed,
+            step=step,
+            with_entropy=log,
+        )
         grad_norm = nn.utils.clip_grad_norm_(
             self.policy.parameters(), self.optimizer_config.max_grad_norm
         )
@@ -173,7 +185,9 @@ class Trainer:
         return metrics, ExitStatus.STOPPED if stopped else None
 
     def _sum(self, result: StepResult, grad_norm: Tensor) -> list[float]:
-        """One reduction a step: loss, entropy, and whether any process met trouble or was asked to stop."""
+        """One reduction a step: loss, entropy, and whether any process met trouble or was asked to
+        stop.
+        """
         asked = self.stop.status
         bad = result.not_finite.any() | ~grad_norm.isfinite()
         flags = [asked == ExitStatus.STOPPED, asked == ExitStatus.INTERRUPTED]
@@ -183,19 +197,22 @@ class Trainer:
 
     def _refuse(self, result: StepResult, grad_norm: Tensor) -> None:
         bad = [
-            ids for ids, not_finite in zip(result.microbatches, result.not_finite.tolist(), strict=True)
+            ids
+            for ids, not_finite in zip(result.microbatches, result.not_finite.tolist(), strict=True)
             if not_finite
-        ]  # fmt: skip
+        ]
         blamed = sorted({i for part in self.processes.gather(bad) for ids in part for i in ids})
         what = "loss" if blamed else "gradient"
         shown = blamed or sorted(self.plan.example_ids(self.state.step))
         raise UserError(
-            "R301", f"the {what} of step {self.state.step + 1} is not finite; the weights are those of step "
-            f"{self.state.step}", ExitStatus.INTERNAL,
+            "R301",
+            f"the {what} of step {self.state.step + 1} is not finite; the weights are those of "
+            f"step {self.state.step}",
+            ExitStatus.INTERNAL,
             got=f"gradient norm {float(grad_norm)}; examples (counted from 0 in the data) "
             f"{', '.join(map(str, shown[:32]))}{' …' if len(shown) > 32 else ''}",
-            hint="lower optimizer.learning_rate, or look at these examples; the last checkpoint is good",
-        )  # fmt: skip
+            hint="lower optimizer.learning_rate, or look at these examples",
+        )
 
     def save(self) -> None:
         """Write a checkpoint; what goes wrong on the main process is raised on all of them."""
@@ -205,17 +222,23 @@ class Trainer:
             self.tracker.sync()
             try:
                 save_checkpoint(
-                    self.saving.checkpoints, self.state, self.policy.model, self.optimizer,
-                    extra=self.saving.extra, save_sidecars=self.saving.save_sidecars,
+                    self.saving.checkpoints,
+                    self.state,
+                    self.policy.model,
+                    self.optimizer,
+                    extra=self.saving.extra,
+                    save_sidecars=self.saving.save_sidecars,
                     keep=self.config.save_total_limit,
-                )  # fmt: skip
+                )
             except UserError as error:
                 failure = error
         text = self.processes.agree(None if failure is None else str(failure))
         if failure is not None:
             raise failure
         if text is not None:
-            raise UserError("R208", "the main process could not write the checkpoint", ExitStatus.IO)
+            raise UserError(
+                "R208", "the main process could not write the checkpoint", ExitStatus.IO
+            )
         self.tracker.saved(self.state.step, time.perf_counter() - start)
 
 

