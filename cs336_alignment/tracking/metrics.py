@@ -29,7 +29,10 @@ class MetricsFile:
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         """Append the metrics of a step."""
         row = {"step": step, "time": time.time(), **{k: _finite(v) for k, v in metrics.items()}}
-        self._file.write((json.dumps(row, allow_nan=False) + "\n").encode())
+        line = (json.dumps(row, allow_nan=False) + "\n").encode()
+        # A full disk takes a part of the line without an error; the write of the rest raises it.
+        while line:
+            line = line[self._file.write(line) :]
 
     def sync(self) -> None:
         """Bring what was written to the disk."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -74,6 +74,7 @@ class WandbLogger:
     ) -> None:
         self._warn = warn
         self._note = note
+        self._folder = folder
         self._run: Any = None
         options = {
             "project": project,
@@ -92,33 +93,40 @@ class WandbLogger:
             warn("wandb is not installed; the run is in metrics.jsonl (or type logger=none)")
             return
         self._wandb = wandb
-        mode = os.environ.get("WANDB_MODE")
-        if mode is None and not _logged_in(wandb):
-            mode = "offline"
-            note(f"wandb: no login, so it logs offline to {folder}/wandb (`wandb sync` uploads)")
-        for attempt in (mode, "offline"):
+        for retry in (False, True):
             try:
-                self._run = self._start(options, attempt)
+                self._run = self._start(options, retry=retry)
                 break
-            except Exception as failure:
-                reason = str(failure).strip().splitlines() or [type(failure).__name__]
-                if attempt == "offline":
-                    warn(f"wandb cannot start ({reason[0]}); the run goes on without it")
+            except (Exception, SystemExit) as failure:  # wandb's teardown may call sys.exit
+                if retry:
+                    warn(f"wandb cannot start ({_reason(failure)}); the run goes on without it")
                     return
-                warn(f"wandb cannot be reached ({reason[0]}); it logs offline to {folder}/wandb")
+                warn(f"wandb cannot start ({_reason(failure)}); it logs offline to {folder}/wandb")
         if self._run.url:
             note(f"wandb: {self._run.url}")
 
-    def _start(self, options: dict[str, Any], mode: Any) -> Any:
+    def _start(self, options: dict[str, Any], *, retry: bool) -> Any:
+        if retry:
+            # wandb's service still holds the run id of the start that failed and would refuse it.
+            self._wandb.teardown()
+        # For the process and first of all: the settings of a run do not silence wandb's own lines
+        # about logins.
+        setup = self._wandb.setup(settings=self._wandb.Settings(silent=True))
+        mode = "offline" if retry else setup.settings.mode
+        if mode == "online" and not _logged_in(self._wandb):
+            mode = "offline"
+            place = f"{self._folder}/wandb"
+            self._note(f"wandb: no login, so it logs offline to {place} (`wandb sync` uploads)")
         settings = self._wandb.Settings(
             init_timeout=INIT_SECONDS,
             finish_timeout=FINISH_SECONDS,
-            finish_timeout_raises=False,
+            finish_timeout_raises=True,
             console="off",
             silent=True,
             disable_code=True,
             disable_git=True,
             disable_job_creation=True,
+            x_disable_meta=True,  # it holds the command line
         )
         run = self._wandb.init(mode=mode, settings=settings, **options)
         # wandb's own counter only rises, and would drop the steps that a resumed run repeats.
@@ -127,14 +135,16 @@ class WandbLogger:
             run.define_metric(f"{family}/*", step_metric="step")
         return run
 
-    def _guarded(self, what: str, call: Callable[[], Any]) -> None:
+    def _guarded(
+        self, what: str, call: Callable[[], Any], then: str = "the run goes on without it"
+    ) -> None:
         if self._run is None:
             return
         try:
             call()
         except Exception as failure:
             self._run = None
-            self._warn(f"wandb failed to {what} ({failure}); the run goes on without it")
+            self._warn(f"wandb failed to {what} ({_reason(failure)}); {then}")
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Log the metrics of a step."""
@@ -160,13 +170,20 @@ class WandbLogger:
 
     def finish(self, exit_code: int) -> None:
         """End the run there, in at most half a minute."""
-        self._guarded("finish", lambda: self._run.finish(exit_code=exit_code))
+        self._guarded(
+            "finish",
+            lambda: self._run.finish(exit_code=exit_code),
+            then=f"`wandb sync` uploads what is left in {self._folder}/wandb",
+        )
 
 
 def _logged_in(wandb: Any) -> bool:
-    if os.environ.get("WANDB_API_KEY"):
-        return True
-    try:
-        return bool(wandb.api.api_key)  # a netrc entry, say
-    except Exception:
-        return False
+    """Whether wandb finds a key in the environment, its settings or netrc; asks nobody."""
+    if "prompt" in inspect.signature(wandb.login).parameters:
+        return bool(wandb.login(prompt=False, verify=False))
+    return bool(wandb.api.api_key)  # releases before `prompt`; later ones warn about `api`
+
+
+def _reason(failure: BaseException) -> str:
+    lines = str(failure).strip().splitlines()
+    return lines[0] if lines else type(failure).__name__

@@ -16,7 +16,13 @@ from cs336_alignment.data.formats import load_template
 from cs336_alignment.data.prepare import PreparedData, prepare
 from cs336_alignment.errors import ExitStatus, UserError
 from cs336_alignment.evaluation.evaluator import Evaluator
-from cs336_alignment.model.loading import check_fits, load_model, load_tokenizer, resolve_model
+from cs336_alignment.model.loading import (
+    check_fits,
+    enable_checkpointing,
+    load_model,
+    load_tokenizer,
+    resolve_model,
+)
 from cs336_alignment.model.policy import Policy
 from cs336_alignment.tracking.console import Console
 from cs336_alignment.tracking.metrics import MetricsFile
@@ -120,7 +126,7 @@ class _Run:
         longest = max(data.dataset.lengths)
         check_fits(model, int(data.dataset.input_ids.max()), longest)
         if config.trainer.gradient_checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
+            enable_checkpointing(model)
         device = self.processes.device
         policy = Policy(model, choose_precision(precision, device)).to(device)
         batching = choose_batching(policy, config.trainer.batching, longest)

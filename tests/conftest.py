@@ -1,0 +1,126 @@
+"""What many tests share: tiny models of several architectures, ragged data, a run's command line."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
+
+from cs336_alignment.config import ParallelConfig
+from cs336_alignment.data.prepare import TokenizedDataset
+from cs336_alignment.training.parallel import Processes, start_processes
+
+ROOT = Path(__file__).resolve().parent.parent
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("WANDB_MODE", "disabled")
+VOCABULARY = 97
+torch.set_num_threads(1)  # the models are so small that threads only wait for each other
+
+
+def build_model(name: str, dtype: torch.dtype = torch.float64) -> PreTrainedModel:
+    """Make a small model with weights large enough that every token matters."""
+    torch.manual_seed(0)
+    common = {"vocab_size": VOCABULARY, "initializer_range": 0.3}
+    model: PreTrainedModel
+    if name == "llama":
+        model = LlamaForCausalLM(
+            LlamaConfig(hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+                        num_attention_heads=4, num_key_value_heads=2,
+                        tie_word_embeddings=True, **common)
+        )  # fmt: skip
+    elif name == "qwen2":
+        model = Qwen2ForCausalLM(
+            Qwen2Config(hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+                        num_attention_heads=4, num_key_value_heads=2, **common)
+        )  # fmt: skip
+    else:
+        model = GPT2LMHeadModel(
+            GPT2Config(n_embd=32, n_layer=2, n_head=4, n_positions=64, attn_pdrop=0.0,
+                       embd_pdrop=0.0, resid_pdrop=0.0, **common)
+        )  # fmt: skip
+    return model.to(dtype)
+
+
+def build_dataset(num_examples: int = 11) -> TokenizedDataset:
+    """Make ragged examples, a prompt of one token and a response of one token among them."""
+    generator = torch.Generator().manual_seed(1)
+    rows = []
+    for index in range(num_examples):
+        num_prompt = 1 + index * 7 % 5
+        num_response = 1 + index * 5 % 9
+        ids = torch.randint(VOCABULARY, (num_prompt + num_response,), generator=generator)
+        rows.append((ids.tolist(), num_prompt))
+    return TokenizedDataset.of(rows)
+
+
+@pytest.fixture(scope="session")
+def processes() -> Processes:
+    """This process alone, as the trainer sees it."""
+    return Processes(start_processes(ParallelConfig()))
+
+
+Sft = Callable[..., "subprocess.CompletedProcess[str]"]
+
+
+@pytest.fixture
+def sft(tmp_path: Path) -> Sft:
+    """Run `cs336-sft` as a user does, in a folder of its own."""
+
+    def run(*arguments: str, launcher: tuple[str, ...] = (), **options: Any) -> Any:
+        command = [sys.executable, "-m", *(launcher or ("cs336_alignment.cli",)), *arguments]
+        return subprocess.run(
+            command, cwd=options.pop("cwd", tmp_path), text=True, capture_output=True, timeout=280,
+            env={**clean_environment(), **options.pop("env", {})},
+        )  # fmt: skip
+
+    return run
+
+
+def clean_environment() -> dict[str, str]:
+    """The environment without what a launcher around the tests may have set."""
+    drop = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    kept = {k: v for k, v in os.environ.items() if k not in drop and not k.startswith("ACCELERATE")}
+    return {**kept, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+
+
+@pytest.fixture
+def rows(tmp_path: Path) -> Path:
+    """A small file of prompts and responses."""
+    path = tmp_path / "rows.jsonl"
+    with path.open("w", encoding="utf-8") as file:
+        for index in range(40):
+            a, b = index, 3 * index % 17
+            row = {"question": f"{a} + {b} = ?", "answer": f"Add {b} to {a}.\n#### {a + b}"}
+            file.write(json.dumps(row) + "\n")
+    return path
+
+
+# Overrides for a run of seconds on the built-in tiny model.
+TINY = (
+    "model.name_or_path=builtin:arithmetic", "model.random_init=true", "logger=none",
+    "trainer.global_batch_size=4", "trainer.save_steps=0",
+)  # fmt: skip
+
+
+def without_times(path: Path) -> list[dict[str, Any]]:
+    """Read a metrics file but for its times and speeds."""
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    return [
+        {k: v for k, v in row.items() if k != "time" and not k.startswith("perf/")} for row in rows
+    ]

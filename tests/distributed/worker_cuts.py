@@ -1,0 +1,58 @@
+"""Run by torchrun: one step cut in every way on these processes, against the dense reference.
+
+Writes the largest relative error of each case to the file named by the first argument.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import sys
+from pathlib import Path
+
+import torch
+
+sys.path[:0] = [str(Path(__file__).resolve().parents[1])]
+
+from conftest import build_dataset, build_model
+from reference import dense_loss, gradient, relative_error
+
+from cs336_alignment.config import ParallelConfig, TrainerConfig
+from cs336_alignment.evaluation.loss import evaluate_loss
+from cs336_alignment.model.policy import Policy
+from cs336_alignment.training.parallel import Processes, start_processes
+from cs336_alignment.training.step import Cut, accumulate_gradients
+
+STEPS = {"full": list(range(8)), "short": [8, 3, 10], "lone": [5]}
+
+
+def main(path: str) -> None:
+    processes = Processes(start_processes(ParallelConfig(num_processes=2)))
+    torch.set_num_threads(1)
+    errors: dict[str, float] = {}
+    for name, dtype in itertools.product(("llama", "qwen2", "gpt2"), (torch.float64, torch.float32)):
+        dataset = build_dataset()
+        policy = Policy(build_model(name, dtype))
+        wrapped = processes.wrap(policy)
+        for normalization, (step, ids) in itertools.product(("token", "sequence"), STEPS.items()):
+            reference = build_model(name, dtype)
+            dense_loss(reference, dataset, ids, normalization).backward()
+            want = gradient(reference)
+            for accumulation, flat in itertools.product((1, 2, 4, 8), (True, False)):
+                policy.zero_grad(set_to_none=True)
+                accumulate_gradients(
+                    wrapped, dataset, ids, cut=Cut(None, accumulation, flat),
+                    trainer=TrainerConfig(loss_normalization=normalization),
+                    processes=processes, seed=0, step=0,
+                )  # fmt: skip
+                case = f"{name} {dtype} {normalization} {step} x{accumulation} {'flat' if flat else 'padded'}"
+                errors[case] = relative_error(gradient(policy.model), want)
+        loss = evaluate_loss(policy, dataset, processes, microbatch_tokens=30, flat=True)["eval/loss"]
+        errors[f"eval {name} {dtype}"] = loss
+    if processes.is_main:
+        Path(path).write_text(json.dumps({"world": processes.count, "errors": errors}))
+    processes.close()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

@@ -1,0 +1,124 @@
+"""The gradient of a step does not depend on how it is cut, on one process."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from cs336_alignment.config import TrainerConfig
+from cs336_alignment.evaluation.loss import evaluate_loss
+from cs336_alignment.model.loading import enable_checkpointing
+from cs336_alignment.model.policy import Policy
+from cs336_alignment.training import step as step_module
+from cs336_alignment.training.parallel import Processes
+from cs336_alignment.training.step import Cut, accumulate_gradients
+from tests.conftest import build_dataset, build_model
+from tests.reference import dense_log_probs, dense_loss, gradient, relative_error
+
+STEPS = {"full": list(range(8)), "short": [8, 3, 10], "lone": [5]}
+CUTS = [
+    Cut(None, 1, True), Cut(None, 2, True), Cut(None, 4, True), Cut(None, 8, True),
+    Cut(None, 1, False), Cut(None, 2, False), Cut(None, 4, False), Cut(None, 8, False),
+    Cut(17, None, True), Cut(17, None, False), Cut(4096, None, True), Cut(1, None, True),
+]  # fmt: skip
+BOUNDS = {torch.float64: 1e-12, torch.float32: 1e-5}
+
+
+def step_gradient(
+    policy: Policy, ids: list[int], cut: Cut, normalization: str, processes: Processes
+) -> Tensor:
+    policy.zero_grad(set_to_none=True)
+    accumulate_gradients(
+        policy, build_dataset(), ids, cut=cut, processes=processes, seed=0, step=0,
+        trainer=TrainerConfig(loss_normalization=normalization, normalize_constant=3.0),
+    )  # fmt: skip
+    return gradient(policy.model)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("normalization", ["token", "sequence", "constant"])
+@pytest.mark.parametrize("name", ["llama", "qwen2", "gpt2"])
+def test_every_cut_gives_the_dense_gradient(
+    name: str, normalization: str, dtype: torch.dtype, processes: Processes
+) -> None:
+    policy = Policy(build_model(name, dtype))
+    for ids in STEPS.values():
+        reference = build_model(name, dtype)
+        dense_loss(reference, build_dataset(), ids, normalization).backward()
+        want = gradient(reference)
+        for cut in CUTS:
+            error = relative_error(step_gradient(policy, ids, cut, normalization, processes), want)
+            assert error <= BOUNDS[dtype], (ids, cut, error)
+
+
+def test_gradient_checkpointing_changes_nothing(processes: Processes) -> None:
+    policy, checkpointed = Policy(build_model("llama")), Policy(build_model("llama"))
+    enable_checkpointing(checkpointed.model)
+    checkpointed.train()
+    want = step_gradient(policy, STEPS["full"], Cut(None, 2, True), "token", processes)
+    got = step_gradient(checkpointed, STEPS["full"], Cut(None, 2, True), "token", processes)
+    assert relative_error(got, want) <= 1e-12
+
+
+def test_a_mean_of_means_does_depend_on_the_cut(processes: Processes) -> None:
+    """`microbatch` is the plain recipe; if it agreed, the tests above could not fail."""
+    policy = Policy(build_model("llama"))
+    one = step_gradient(policy, STEPS["full"], Cut(None, 1, True), "microbatch", processes)
+    four = step_gradient(policy, STEPS["full"], Cut(None, 4, True), "microbatch", processes)
+    assert relative_error(four, one) > 1e-2
+    token = step_gradient(policy, STEPS["full"], Cut(None, 1, True), "token", processes)
+    assert relative_error(one, token) <= 1e-12
+
+
+@pytest.mark.parametrize("cut", CUTS)
+@pytest.mark.parametrize("normalization", ["token", "sequence", "microbatch", "constant"])
+def test_every_path_goes_through_masked_normalize(
+    cut: Cut, normalization: str, processes: Processes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Halve what `masked_normalize` returns to the loss, and every gradient must halve."""
+    policy = Policy(build_model("llama"))
+    want = step_gradient(policy, STEPS["short"], cut, normalization, processes) / 2
+    from cs336_alignment.training import loss
+
+    original = loss.masked_normalize
+    monkeypatch.setattr(loss, "masked_normalize", lambda *a, **k: original(*a, **k) / 2)
+    got = step_gradient(policy, STEPS["short"], cut, normalization, processes)
+    assert relative_error(got, want) <= 1e-12
+    assert step_module.microbatch_loss is loss.microbatch_loss
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2", "gpt2"])
+def test_evaluation_loss_depends_on_neither_layout_nor_batch_size(
+    name: str, processes: Processes
+) -> None:
+    policy, dataset = Policy(build_model(name)), build_dataset()
+    log_probs, mask = dense_log_probs(build_model(name), dataset, range(len(dataset)))
+    want = -log_probs[mask].mean().item()
+    for tokens in (1, 20, 1000):
+        for flat in (True, False):
+            result = evaluate_loss(policy, dataset, processes, microbatch_tokens=tokens, flat=flat)
+            assert result["eval/loss"] == pytest.approx(want, rel=1e-13)
+
+
+def test_dropout_is_a_function_of_seed_step_and_microbatch(processes: Processes) -> None:
+    model = build_model("gpt2")
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.3
+    policy = Policy(model)
+    policy.train()
+
+    def at(seed: int, step: int) -> Tensor:
+        torch.rand(7)  # the global state must not matter
+        policy.zero_grad(set_to_none=True)
+        accumulate_gradients(
+            policy, build_dataset(), STEPS["full"], cut=Cut(None, 2, True), processes=processes,
+            seed=seed, step=step, trainer=TrainerConfig(),
+        )  # fmt: skip
+        return gradient(policy.model).clone()
+
+    first = at(0, 5)
+    assert torch.equal(first, at(0, 5))
+    assert not torch.equal(first, at(0, 6))
+    assert not torch.equal(first, at(1, 5))
