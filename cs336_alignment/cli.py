@@ -10,38 +10,10 @@ import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from cs336_alignment.config import nearest_key
+from cs336_alignment.compose import FLAGS, VALUE_FLAGS, run_with_config
+from cs336_alignment.config import Config, nearest_key
 from cs336_alignment.errors import ExitStatus, UserError
 
-# Hydra's own flags, and those that it takes a value for.
-HYDRA_FLAGS = {
-    "--help",
-    "-h",
-    "--hydra-help",
-    "--version",
-    "--resolve",
-    "--multirun",
-    "-m",
-    "--run",
-    "-r",
-    "--shell-completion",
-    "-sc",
-}
-HYDRA_VALUE_FLAGS = {
-    "--cfg",
-    "-c",
-    "--package",
-    "-p",
-    "--config-dir",
-    "-cd",
-    "--config-name",
-    "-cn",
-    "--config-path",
-    "-cp",
-    "--info",
-    "-i",
-    "--experimental-rerun",
-}
 FILE_FLAGS = {"--config", "--config_file", "--config-file", "--yaml"}
 
 
@@ -55,17 +27,21 @@ class Verb:
 
 
 def _train(arguments: Sequence[str]) -> ExitStatus:
-    from cs336_alignment.compose import run_with_config
-    from cs336_alignment.training.run import train
+    def job(config: Config) -> ExitStatus:
+        from cs336_alignment.training.run import train
 
-    return run_with_config("train", arguments, lambda config: train(config, arguments))
+        return train(config, arguments)
+
+    return run_with_config("train", arguments, job)
 
 
 def _evaluate(arguments: Sequence[str]) -> ExitStatus:
-    from cs336_alignment.compose import run_with_config
-    from cs336_alignment.evaluation.run import evaluate
+    def job(config: Config) -> ExitStatus:
+        from cs336_alignment.evaluation.run import evaluate
 
-    return run_with_config("evaluate", arguments, evaluate)
+        return evaluate(config)
+
+    return run_with_config("evaluate", arguments, job)
 
 
 VERBS = (
@@ -93,16 +69,17 @@ def refuse_foreign_flags(arguments: Sequence[str]) -> None:
     Raises:
         UserError: a flag that is not Hydra's (2).
     """
+
     skip = False
     for index, argument in enumerate(arguments):
         if skip or not argument.startswith("-"):
             skip = False
             continue
         flag, equals, value = argument.partition("=")
-        if flag in HYDRA_VALUE_FLAGS:
+        if flag in VALUE_FLAGS:
             skip = not equals
             continue
-        if flag in HYDRA_FLAGS:
+        if flag in FLAGS:
             continue
         following = arguments[index + 1] if index + 1 < len(arguments) else ""
         if not equals:

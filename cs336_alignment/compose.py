@@ -28,6 +28,15 @@ from cs336_alignment.config import ALL_KEYS, Config, check, nearest_key, warmup_
 from cs336_alignment.errors import ExitStatus, Place, UserError
 
 PACKAGE = Path(__file__).resolve().parent
+# Hydra's own flags: those alone, and those that take a value.
+FLAGS = frozenset({
+    "--help", "-h", "--hydra-help", "--version", "--resolve", "--multirun", "-m", "--run", "-r",
+    "--shell-completion", "-sc",
+})  # fmt: skip
+VALUE_FLAGS = frozenset({
+    "--cfg", "-c", "--package", "-p", "--config-dir", "-cd", "--config-name", "-cn",
+    "--config-path", "-cp", "--info", "-i", "--experimental-rerun",
+})  # fmt: skip
 OPTIONAL_KEYS = {"evaluate": ("data.train_path",)}
 Job = Callable[[Config], ExitStatus]
 
@@ -75,7 +84,7 @@ def run_with_config(verb: str, arguments: Sequence[str], job: Job) -> ExitStatus
         try:
             entry(task)()
         except (HydraException, OmegaConfBaseException) as failure:
-            raise translate(failure, arguments) from failure
+            raise translate(failure) from failure
     return job(single[0]) if single else status
 
 
@@ -83,7 +92,7 @@ def run_with_config(verb: str, arguments: Sequence[str], job: Job) -> ExitStatus
 def _hydra_process(verb: str, arguments: Sequence[str]) -> Any:
     """Give Hydra the command line it expects, and make it raise instead of printing and leaving."""
     argv, full_error = sys.argv, os.environ.get("HYDRA_FULL_ERROR")
-    sys.argv = [f"cs336-sft {verb}", *arguments]
+    sys.argv = [f"cs336-sft {verb}", *_flags_first(arguments)]
     os.environ["HYDRA_FULL_ERROR"] = "1"
     try:
         yield
@@ -93,6 +102,18 @@ def _hydra_process(verb: str, arguments: Sequence[str]) -> Any:
             del os.environ["HYDRA_FULL_ERROR"]
         else:
             os.environ["HYDRA_FULL_ERROR"] = full_error
+
+
+def _flags_first(arguments: Sequence[str]) -> list[str]:
+    """Hydra's parser refuses a flag between two overrides; people type it there."""
+    flags: list[str] = []
+    overrides: list[str] = []
+    takes_value = False
+    for argument in arguments:
+        is_flag = argument.startswith("-") or takes_value
+        (flags if is_flag else overrides).append(argument)
+        takes_value = argument in VALUE_FLAGS
+    return flags + overrides
 
 
 def to_config(composed: DictConfig, verb: str, overrides: Sequence[str]) -> Config:
@@ -106,6 +127,7 @@ def to_config(composed: DictConfig, verb: str, overrides: Sequence[str]) -> Conf
     Raises:
         UserError: a key that must be given is missing, or a value cannot be (78).
     """
+    _refuse_added_keys(OmegaConf.to_container(composed))
     optional = OPTIONAL_KEYS.get(verb, ())
     missing = sorted(OmegaConf.missing_keys(composed))
     for key in missing:
@@ -120,7 +142,7 @@ def to_config(composed: DictConfig, verb: str, overrides: Sequence[str]) -> Conf
     try:
         config = OmegaConf.to_object(composed)
     except OmegaConfBaseException as failure:
-        raise translate(failure, overrides) from failure
+        raise translate(failure) from failure
     assert isinstance(config, Config)
     given = {override.split("=", 1)[0].lstrip("+~") for override in overrides}
     if {
@@ -132,6 +154,27 @@ def to_config(composed: DictConfig, verb: str, overrides: Sequence[str]) -> Conf
         config.run_name = _default_run_name(config, verb)
     check(config)
     return config
+
+
+def _refuse_added_keys(composed: Any, prefix: str = "") -> None:
+    """Refuse what `+key=value` added: Hydra lets it pass even where a schema knows every key."""
+    for name, value in composed.items():
+        key = f"{prefix}{name}"
+        if isinstance(value, dict):
+            _refuse_added_keys(value, f"{key}.")
+        elif key not in ALL_KEYS:
+            raise _no_such_key(key)
+
+
+def _no_such_key(key: str, place: Place | None = None) -> UserError:
+    near = nearest_key(key)
+    return UserError(
+        "C101",
+        f"there is no key {key}",
+        ExitStatus.BAD_CONFIG,
+        place=place,
+        hint=f"did you mean {near}?" if near else "`cs336-sft train --cfg job` prints every key",
+    )
 
 
 def _default_run_name(config: Config, verb: str) -> str:
@@ -158,11 +201,11 @@ def _presets() -> str:
     return ", ".join(sorted(path.stem for path in (config_folder() / "experiment").glob("*.yaml")))
 
 
-def translate(failure: Exception, overrides: Sequence[str]) -> UserError:
+def translate(failure: Exception) -> UserError:
     """Turn what Hydra or OmegaConf raised into one readable error, with the nearest key or
     preset.
     """
-    text = str(failure)
+    text = _whole_text(failure)
     if isinstance(failure, MissingConfigException):
         return _unknown_preset(text)
     if isinstance(failure, OverrideParseException):
@@ -177,17 +220,8 @@ def translate(failure: Exception, overrides: Sequence[str]) -> UserError:
     place = None
     if match := re.search(r"In '([^']+)'", text):
         place = Place(f"preset {match[1]}")
-    if key := _unknown_key(text, overrides):
-        near = nearest_key(key)
-        return UserError(
-            "C101",
-            f"there is no key {key}",
-            ExitStatus.BAD_CONFIG,
-            place=place,
-            hint=f"did you mean {near}?"
-            if near
-            else "`cs336-sft train --cfg job` prints every key",
-        )
+    if key := _unknown_key(text):
+        return _no_such_key(key, place)
     if match := re.search(r"full_key: (\S+)", text):
         key = match[1]
         reason = next(
@@ -226,6 +260,15 @@ def translate(failure: Exception, overrides: Sequence[str]) -> UserError:
     return UserError("C100", " ".join(text.split()), ExitStatus.BAD_CONFIG, place=place)
 
 
+def _whole_text(failure: BaseException) -> str:
+    """Join the texts of an exception and its causes: the outer one often says nothing."""
+    texts = [str(failure)]
+    while (cause := failure.__cause__ or failure.__context__) is not None:
+        failure = cause
+        texts.append(str(failure))
+    return "\n".join(texts)
+
+
 def _unknown_preset(text: str) -> UserError:
     match = re.search(r"Could not find '([^']+)'", text)
     name = match[1] if match else text.splitlines()[0]
@@ -255,7 +298,7 @@ def _unknown_preset(text: str) -> UserError:
     )
 
 
-def _unknown_key(text: str, overrides: Sequence[str]) -> str | None:
+def _unknown_key(text: str) -> str | None:
     """Find the key that does not exist, in full, from the several texts in which it is reported."""
     if match := re.search(
         r"Could not (?:override|append to config|delete from config).*?'([^']+)'", text

@@ -34,12 +34,14 @@ def plot_loss(metrics_path: Path, png_path: Path, title: str) -> None:
         steps = [row["step"] for row in train]
         losses = [row["train/loss"] for row in train]
         smooth = len(losses) >= SMOOTH_FROM
+        marker = None if smooth else "."  # a line through one point is invisible
         top.plot(
             steps,
             losses,
             color="tab:blue",
             alpha=0.35 if smooth else 1.0,
             linewidth=1.2,
+            marker=marker,
             label=None if smooth else "train/loss",
         )
         if smooth:
@@ -64,13 +66,18 @@ def plot_loss(metrics_path: Path, png_path: Path, title: str) -> None:
         if top.get_legend_handles_labels()[0]:
             top.legend()
         norms = [row["train/grad_norm"] for row in train]
-        bottom.plot(steps, norms, color="tab:green", linewidth=1, label="train/grad_norm")
+        bottom.plot(steps, norms, color="tab:green", linewidth=1, marker=marker)
+        bottom.xaxis.get_major_locator().set_params(integer=True)
         bottom.set_ylabel("gradient norm", color="tab:green")
         bottom.set_xlabel("step")
         bottom.grid(alpha=0.3)
         rates = bottom.twinx()
         rates.plot(
-            steps, [row["train/learning_rate"] for row in train], color="tab:gray", linewidth=1.5
+            steps,
+            [row["train/learning_rate"] for row in train],
+            color="tab:gray",
+            linewidth=1.5,
+            marker=marker,
         )
         rates.set_ylabel("learning rate", color="tab:gray")
         rates.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))

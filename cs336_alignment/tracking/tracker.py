@@ -70,8 +70,11 @@ class RunTracker:
         if self.metrics is None:
             return
         self.metrics.close()
-        if self.metrics.path.stat().st_size:
+        try:
             plot_loss(self.metrics.path, self.folder / "loss.png", title)
+        except Exception as failure:  # a picture must not fail a run whose weights are done
+            self.console.warn(f"loss.png could not be drawn ({failure})")
+        else:
             self.logger.log_image("loss", self.folder / "loss.png")
         self.logger.finish(exit_code)
 

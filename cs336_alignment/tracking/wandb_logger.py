@@ -112,7 +112,7 @@ class WandbLogger:
         # For the process and first of all: the settings of a run do not silence wandb's own lines
         # about logins.
         setup = self._wandb.setup(settings=self._wandb.Settings(silent=True))
-        mode = "offline" if retry else setup.settings.mode
+        mode: Any = "offline" if retry else setup.settings.mode
         if mode == "online" and not _logged_in(self._wandb):
             mode = "offline"
             place = f"{self._folder}/wandb"

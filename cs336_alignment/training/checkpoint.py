@@ -31,6 +31,7 @@ OPTIMIZER = "optimizer.safetensors"
 STATE = "trainer_state.json"
 NAME = re.compile(r"step-(\d{6,})")
 TEMPORARY = ".tmp-"
+OS_ERROR = re.compile(r"\(os error (\d+)\)")
 READ_BYTES = 2**22
 DTYPE_NAMES = {
     torch.float64: "F64",
@@ -133,19 +134,19 @@ def save_checkpoint(
     if final.is_dir() and verify(final) is None:
         return final
     temporary = checkpoints / f"{TEMPORARY}{final.name}-{os.getpid()}"
+    weights, moments = module_tensors(module), optimizer_tensors(module, optimizer)
     try:
         temporary.mkdir(parents=True)
         save_sidecars(temporary)
         manifest = {
-            WEIGHTS: write_safetensors(temporary / WEIGHTS, module_tensors(module)),
-            OPTIMIZER: write_safetensors(
-                temporary / OPTIMIZER, optimizer_tensors(module, optimizer)
-            ),
+            WEIGHTS: write_safetensors(temporary / WEIGHTS, weights),
+            OPTIMIZER: write_safetensors(temporary / OPTIMIZER, moments),
         }
         write_json(temporary / STATE, {"progress": asdict(state), **extra})
-        for path in sorted(temporary.iterdir()):
-            if path.name not in manifest:
-                manifest[path.name] = _flush_and_hash(path)
+        for path in flush_tree(temporary):
+            name = path.relative_to(temporary).as_posix()
+            if name not in manifest:
+                manifest[name] = {"bytes": path.stat().st_size, "sha256": _sha256(path)}
         write_json(temporary / MANIFEST, manifest)
         _flush_folder(temporary)
         if final.is_dir():  # one that does not verify stands in the way
@@ -153,15 +154,18 @@ def save_checkpoint(
         temporary.rename(final)
         _flush_folder(checkpoints)
         write_json(checkpoints / INDEX, {"latest": final.name, "best": None})
-        _rotate(checkpoints, keep)
-    except OSError as failure:
+        _rotate(checkpoints, state.step, keep)
+    except Exception as failure:
         shutil.rmtree(temporary, ignore_errors=True)
-        free = shutil.disk_usage(checkpoints.parent).free / 2**20
+        if (reason := system_error(failure)) is None:
+            raise
+        needed = sum(t.numel() * t.element_size() for t in (*weights.values(), *moments.values()))
         raise UserError(
             "R206",
-            f"cannot write the checkpoint {final}: {failure.strerror or failure}",
+            f"cannot write the checkpoint {final}: {reason}",
             ExitStatus.IO,
-            got=f"{free:,.0f} MiB free",
+            expected=f"{needed / 2**20:,.1f} MiB",
+            got=f"{_free_mib(checkpoints):,.1f} MiB free",
             hint="make room and run the same command again; "
             "the checkpoints before this one are intact",
         ) from failure
@@ -171,13 +175,22 @@ def save_checkpoint(
 def verify(folder: Path) -> str | None:
     """Check a checkpoint against its manifest; None if it is whole, else why not."""
     try:
+        return _verify(folder)
+    except OSError as failure:
+        return f"it cannot be read ({failure.strerror or failure})"
+
+
+def _verify(folder: Path) -> str | None:
+    try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as failure:
-        return f"{MANIFEST} cannot be read ({type(failure).__name__})"
+    except FileNotFoundError:
+        return f"{MANIFEST} is missing"
+    except ValueError:
+        return f"{MANIFEST} is not JSON"
     if not isinstance(manifest, dict) or not {WEIGHTS, OPTIMIZER, STATE} <= manifest.keys():
         return f"{MANIFEST} does not list every file of a checkpoint"
     for name, entry in manifest.items():
-        if not isinstance(entry, dict) or Path(name).name != name:
+        if not isinstance(entry, dict) or name.startswith("/") or ".." in Path(name).parts:
             return f"{MANIFEST} has an entry that is no file of this folder"
         path = folder / name
         if not path.is_file():
@@ -256,17 +269,54 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, in
 
 def write_json(path: Path, value: Any) -> None:
     """Replace a JSON file atomically: readers see the old one or the new one, whole."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with temporary.open("w", encoding="utf-8") as file:
-        json.dump(value, file, indent=2)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    write_text(path, json.dumps(value, indent=2) + "\n")
 
 
-def _rotate(checkpoints: Path, keep: int) -> None:
-    for folder in sorted(list_checkpoints(checkpoints), key=_step_of)[:-keep]:
+def write_text(path: Path, text: str) -> None:
+    """Replace a text file atomically: readers see the old one or the new one, whole."""
+    temporary = path.with_name(f".{path.name}")
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def flush_tree(folder: Path) -> list[Path]:
+    """Bring all files of a folder to the disk and give their paths."""
+    paths = sorted(folder.rglob("*"))
+    for path in paths:
+        if path.is_dir():
+            _flush_folder(path)
+        else:
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+    return [path for path in paths if not path.is_dir()]
+
+
+def system_error(failure: Exception) -> str | None:
+    """Give the system's words if a failure comes from it, else None.
+
+    The writers of tokenizers and safetensors are Rust's and raise no OSError.
+
+    Example:
+        >>> system_error(Exception("No space left on device (os error 28)"))
+        'No space left on device'
+    """
+    if isinstance(failure, OSError):
+        return failure.strerror or str(failure)
+    found = OS_ERROR.search(str(failure))
+    return None if found is None else os.strerror(int(found[1]))
+
+
+def _rotate(checkpoints: Path, step: int, keep: int) -> None:
+    # A later one is damaged, or this run would have begun there: it must not push out a whole one.
+    old = [folder for folder in list_checkpoints(checkpoints) if _step_of(folder) <= step]
+    for folder in sorted(old, key=_step_of)[:-keep]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -284,10 +334,11 @@ def _sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _flush_and_hash(path: Path) -> dict[str, int | str]:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
-    return {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+def _free_mib(folder: Path) -> float:
+    try:
+        return shutil.disk_usage(folder.parent).free / 2**20
+    except OSError:  # of a run folder that is gone
+        return 0.0
 
 
 def _flush_folder(folder: Path) -> None:

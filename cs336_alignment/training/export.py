@@ -10,6 +10,7 @@ from pathlib import Path
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from cs336_alignment.errors import ExitStatus, UserError
+from cs336_alignment.training.checkpoint import flush_tree, system_error
 
 
 def save_sidecars(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -35,24 +36,30 @@ def export_model(
     Raises:
         UserError: the disk is full or failing (74).
     """
-    temporary = folder.with_name(f".{folder.name}-{os.getpid()}")
+    # Names that the next attempt uses again, so that a kill leaves nothing for ever.
+    temporary = folder.with_name(f".{folder.name}.new")
+    old = folder.with_name(f".{folder.name}.old")
     try:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
+        model.generation_config = _generation_config(model, tokenizer)
         model.save_pretrained(temporary)
         save_sidecars(temporary, model, tokenizer)
         (temporary / "README.md").write_text(card, encoding="utf-8")
         _make_readable(temporary)
-        old = folder.with_name(f".{folder.name}-old-{os.getpid()}")
+        flush_tree(temporary)
         if folder.exists():
+            shutil.rmtree(old, ignore_errors=True)
             folder.rename(old)
         temporary.rename(folder)
         shutil.rmtree(old, ignore_errors=True)
-    except OSError as failure:
+    except Exception as failure:
         shutil.rmtree(temporary, ignore_errors=True)
+        if (reason := system_error(failure)) is None:
+            raise
         raise UserError(
             "R207",
-            f"cannot write the model to {folder}: {failure.strerror or failure}",
+            f"cannot write the model to {folder}: {reason}",
             ExitStatus.IO,
             hint="make room and run the same command again: only this last step repeats",
         ) from failure
@@ -72,6 +79,10 @@ def _generation_config(
     if config.pad_token_id is None:
         pad = tokenizer.pad_token_id
         config.pad_token_id = tokenizer.eos_token_id if pad is None else pad
+    try:
+        config.validate(strict=True)
+    except ValueError:
+        config.do_sample = True  # Llama 2's has a temperature without it, which cannot be saved
     return config
 
 
@@ -81,8 +92,9 @@ def _make_readable(folder: Path) -> None:
     """
     umask = os.umask(0)
     os.umask(umask)
-    for path in folder.iterdir():
-        path.chmod(0o666 & ~umask)
+    for path in folder.rglob("*"):
+        if path.is_file():
+            path.chmod(0o666 & ~umask)
 
 
 def model_card(

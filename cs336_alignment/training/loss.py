@@ -64,7 +64,11 @@ def masked_normalize(
     if not is_constant_tensor:
         return total / normalize_constant
     constant = torch.as_tensor(normalize_constant, device=total.device)
-    if torch.broadcast_shapes(constant.shape, total.shape) != total.shape:
+    # Only a constant that leaves the result's shape alone: a larger one would repeat the sum.
+    offset = total.ndim - constant.ndim
+    if offset < 0 or any(
+        size not in (1, total.shape[offset + index]) for index, size in enumerate(constant.shape)
+    ):
         raise ValueError(
             f"normalize_constant of shape {tuple(constant.shape)} does not broadcast to the "
             f"result's {tuple(total.shape)}"

@@ -15,7 +15,13 @@ import yaml
 
 from cs336_alignment.config import Config, flatten
 from cs336_alignment.errors import ExitStatus, Place, UserError
-from cs336_alignment.training.checkpoint import find_latest, verify, write_json
+from cs336_alignment.training.checkpoint import (
+    find_latest,
+    list_checkpoints,
+    verify,
+    write_json,
+    write_text,
+)
 
 CONFIG = "config.yaml"
 STATUS = "status.json"
@@ -118,7 +124,7 @@ class RunFolder:
             ) from failure
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as failure:
+        except BlockingIOError as failure:
             self._lock.seek(0)
             raise UserError(
                 "R102",
@@ -126,6 +132,13 @@ class RunFolder:
                 ExitStatus.CANNOT_CREATE,
                 got=self._lock.read().strip() or None,
                 hint="wait for it, or choose another run_name=…",
+            ) from failure
+        except OSError as failure:  # a file system without locks
+            raise UserError(
+                "R101",
+                f"cannot lock the run folder {self.path}: {failure.strerror or failure}",
+                ExitStatus.CANNOT_CREATE,
+                hint="choose an output_root=… on another file system",
             ) from failure
         self._lock.truncate(0)
         self._lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
@@ -191,19 +204,26 @@ class RunFolder:
 
     def _read_config(self) -> dict[str, Any] | None:
         path = self.path / CONFIG
-        if not path.is_file():
+        if not path.is_file() and not list_checkpoints(self.checkpoints):
             return None
         try:
             old = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except (OSError, yaml.YAMLError, UnicodeDecodeError) as failure:
-            raise UserError("R204", f"cannot read {path}: {failure}", ExitStatus.IO) from failure
+            if not isinstance(old, dict):
+                raise ValueError("it holds no config")
+        except (OSError, yaml.YAMLError, ValueError) as failure:
+            raise UserError(
+                "R204",
+                f"cannot read {path}: {failure}",
+                ExitStatus.IO,
+                hint="restore it from a copy, or start anew with another run_name=…",
+            ) from failure
         return dict(_flatten_dict(old))
 
     def read_status(self) -> dict[str, Any]:
         """Read `status.json`; {} if there is none."""
         try:
             return dict(json.loads((self.path / STATUS).read_text(encoding="utf-8")))
-        except (OSError, ValueError):
+        except (OSError, ValueError, TypeError):
             return {}
 
     def write_status(self, status: Status) -> None:
@@ -213,9 +233,7 @@ class RunFolder:
     def write_config(self, config: Config) -> None:
         """Write `config.yaml`, every key with its value."""
         text = yaml.safe_dump(dataclasses.asdict(config), sort_keys=False, allow_unicode=True)
-        temporary = self.path / f".{CONFIG}"
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(self.path / CONFIG)
+        write_text(self.path / CONFIG, text)
 
     def write_json(self, name: str, value: Any) -> None:
         """Replace another JSON file of the folder."""

@@ -37,7 +37,7 @@ def test_every_cut_on_two_processes_gives_the_dense_gradient(
 ) -> None:
     result = tmp_path / "errors.json"
     worker = ROOT / "tests" / "distributed" / "worker_cuts.py"
-    done = sft(str(worker), str(result), launcher=launch("torchrun"))
+    done = sft(str(worker), str(result), launcher=launch("torchrun"), env={"PYTHONPATH": str(ROOT)})
     assert done.returncode == 0, done.stderr[-3000:]
     report = json.loads(result.read_text())
     assert report["world"] == 2
@@ -96,7 +96,12 @@ def test_two_processes_stop_together_and_go_on_bit_for_bit(
     sft: Sft, rows: Path, tmp_path: Path
 ) -> None:
     overrides = (*TINY, f"data.train_path={rows}", "trainer.max_steps=8")
-    whole = sft("train", *overrides, "run_name=whole", launcher=(*launch("torchrun"), "-m", "cs336_alignment.cli"))
+    whole = sft(
+        "train",
+        *overrides,
+        "run_name=whole",
+        launcher=(*launch("torchrun"), "-m", "cs336_alignment.cli"),
+    )
     assert whole.returncode == 0, whole.stderr[-3000:]
     cut = (*launch("torchrun"), "-m", "cs336_alignment.cli")
     # about 0.02 seconds: at least one step, and far from eight

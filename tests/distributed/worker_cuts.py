@@ -12,16 +12,13 @@ from pathlib import Path
 
 import torch
 
-sys.path[:0] = [str(Path(__file__).resolve().parents[1])]
-
-from conftest import build_dataset, build_model
-from reference import dense_loss, gradient, relative_error
-
 from cs336_alignment.config import ParallelConfig, TrainerConfig
 from cs336_alignment.evaluation.loss import evaluate_loss
 from cs336_alignment.model.policy import Policy
 from cs336_alignment.training.parallel import Processes, start_processes
 from cs336_alignment.training.step import Cut, accumulate_gradients
+from tests.conftest import build_dataset, build_model
+from tests.reference import dense_loss, gradient, relative_error
 
 STEPS = {"full": list(range(8)), "short": [8, 3, 10], "lone": [5]}
 
@@ -30,7 +27,9 @@ def main(path: str) -> None:
     processes = Processes(start_processes(ParallelConfig(num_processes=2)))
     torch.set_num_threads(1)
     errors: dict[str, float] = {}
-    for name, dtype in itertools.product(("llama", "qwen2", "gpt2"), (torch.float64, torch.float32)):
+    for name, dtype in itertools.product(
+        ("llama", "qwen2", "gpt2"), (torch.float64, torch.float32)
+    ):
         dataset = build_dataset()
         policy = Policy(build_model(name, dtype))
         wrapped = processes.wrap(policy)
@@ -47,7 +46,9 @@ def main(path: str) -> None:
                 )  # fmt: skip
                 case = f"{name} {dtype} {normalization} {step} x{accumulation} {'flat' if flat else 'padded'}"
                 errors[case] = relative_error(gradient(policy.model), want)
-        loss = evaluate_loss(policy, dataset, processes, microbatch_tokens=30, flat=True)["eval/loss"]
+        loss = evaluate_loss(policy, dataset, processes, microbatch_tokens=30, flat=True)[
+            "eval/loss"
+        ]
         errors[f"eval {name} {dtype}"] = loss
     if processes.is_main:
         Path(path).write_text(json.dumps({"world": processes.count, "errors": errors}))

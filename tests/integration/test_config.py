@@ -1,0 +1,169 @@
+"""Presets compose, mistakes get one readable error, and Hydra leaves nothing behind."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from cs336_alignment import cli, compose
+from cs336_alignment.config import Config
+from cs336_alignment.errors import ExitStatus
+from tests.conftest import ROOT, Sft
+
+GIVEN = ("model.name_or_path=m", "data.train_path=d.jsonl")
+
+
+def composed(*arguments: str, verb: str = "train") -> list[Config]:
+    """Compose as the command line does, and catch the config instead of running it."""
+    seen: list[Config] = []
+
+    def job(config: Config) -> ExitStatus:
+        seen.append(config)
+        return ExitStatus.DONE
+
+    compose.run_with_config(verb, arguments, job)
+    return seen
+
+
+def error_of(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str]:
+    status = cli.run(["train", *arguments])
+    return int(status), capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "configs/experiment").glob("*.yaml")), ids=lambda p: p.stem
+)
+def test_every_experiment_composes(path: Path) -> None:
+    (config,) = composed(f"experiment={path.stem}")
+    assert config.run_name == path.stem
+    assert config.trainer.gradient_accumulation_steps is None
+
+
+@pytest.mark.parametrize(
+    "choice",
+    [
+        f"{path.parent.name}={path.stem}"
+        for path in sorted((ROOT / "configs").glob("*/*.yaml"))
+        if path.parent.name not in ("experiment", "hydra", "accelerate")
+    ],
+)
+def test_every_group_option_composes(choice: str) -> None:
+    assert len(composed(choice, *GIVEN)) == 1
+
+
+def test_defaults_are_those_of_the_schema() -> None:
+    """YAML repeats the schema's defaults for people to read; they must agree."""
+    (config,) = composed(*GIVEN)
+    want = Config()
+    want.model.name_or_path, want.data.train_path, want.run_name = "m", "d.jsonl", "m-d"
+    assert config == want
+
+
+def test_contract_defaults() -> None:
+    (config,) = composed(*GIVEN)
+    assert (config.seed, config.output_root) == (42, "outputs")
+    assert (config.data.max_length, config.data.overlong) == (2048, "drop")
+    assert config.trainer.global_batch_size == 32
+    assert config.trainer.microbatch_tokens is config.trainer.gradient_accumulation_steps is None
+    assert (config.trainer.num_train_epochs, config.trainer.max_steps) == (3, None)
+    assert config.optimizer.betas == [0.9, 0.999]
+    assert config.logger.backend == "wandb"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "texts"),
+    [
+        (("trainer.learning_rat=1",), 78, ("no key trainer.learning_rat", "optimizer.learning_rate")),
+        (("optimizer.lr=1",), 78, ("no key optimizer.lr", "optimizer.learning_rate")),
+        (("trainr.max_steps=1",), 78, ("no key trainr", "trainer.max_steps")),
+        (("+trainer.foo=1",), 78, ("no key trainer.foo",)),
+        (("~trainer.max_steps",), 78, ("trainer.max_steps",)),
+        (("trainer.max_steps=abc",), 78, ("trainer.max_steps", "wrong type", "abc")),
+        (("trainer.global_batch_size=1.5",), 78, ("trainer.global_batch_size", "wrong type")),
+        (("trainer.global_batch_size=0",), 78, ("trainer.global_batch_size", "at least 1", "0 (int)")),
+        (("optimizer.learning_rate=nan",), 78, ("optimizer.learning_rate", "finite")),
+        (("trainer.loss_normalization=tokens",), 78, ("one of token, sequence",)),
+        (("trainer.batching=packed",), 78, ("one of auto, flat, padded",)),
+        (("experiment=quickstrat",), 78, ("no preset experiment=quickstrat", "experiment=quickstart")),
+        (("logger=tensorboard",), 78, ("no preset logger=tensorboard", "none, wandb")),
+        (("run_name=../x",), 78, ("run_name", "letters, digits")),
+        (("seed=-1",), 78, ("seed",)),
+        (("trainer.microbatch_tokens=9", "trainer.gradient_accumulation_steps=2"), 78,
+         ("trainer.microbatch_tokens and trainer.gradient_accumulation_steps",)),
+        (("optimizer.warmup_steps=9", "optimizer.warmup_ratio=0.1"), 78,
+         ("optimizer.warmup_steps and optimizer.warmup_ratio",)),
+        (("optimizer.warmup_steps=9", "optimizer.warmup_ratio=0.03"), 78, ("do not combine",)),
+        (("model.trust_remote_code=true",), 78, ("model.trust_remote_code and model.revision",)),
+        (("trainer.normalize_constant=2",), 78, ("trainer.loss_normalization",)),
+        (("run_name=a,b",), 78, ("--multirun",)),
+        (("trainer.max_steps",), 78, ("cannot read the override `trainer.max_steps`",)),
+        (("--learning_rate", "1e-5"), 2, ("type optimizer.learning_rate=1e-5",)),
+        (("--learning-rate=1e-5",), 2, ("type optimizer.learning_rate=1e-5",)),
+        (("--num_train_epochs", "2"), 2, ("type trainer.num_train_epochs=2",)),
+        (("--config", "dir/x.yaml"), 2, ("--config-dir dir experiment=x",)),
+    ],
+)  # fmt: skip
+def test_mistakes(
+    arguments: tuple[str, ...], status: int, texts: tuple[str, ...],
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("cs336_alignment.training.run.train", lambda *_: ExitStatus.DONE)
+    got, error = error_of(capsys, *GIVEN, *arguments)
+    assert got == status, error
+    assert error.count("error[") == 1, error
+    assert "Traceback" not in error
+    for text in texts:
+        assert text in error
+
+
+def test_several_mistakes_come_together(capsys: pytest.CaptureFixture[str]) -> None:
+    _, error = error_of(capsys, *GIVEN, "seed=-1", "trainer.save_total_limit=0")
+    assert "error[C103]: seed" in error and "trainer.save_total_limit" in error
+    assert "2 errors in all" in error
+
+
+def test_what_must_be_given(capsys: pytest.CaptureFixture[str]) -> None:
+    status, error = error_of(capsys, "model.name_or_path=m")
+    assert status == 78 and "data.train_path is not given" in error and "quickstart" in error
+    assert composed("model.name_or_path=m", "data.eval_path=e", verb="evaluate")[0].run_name
+
+
+def test_a_users_own_preset(tmp_path: Path) -> None:
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment/mine.yaml").write_text(
+        "# @package _global_\ndefaults:\n  - quickstart\nrun_name: mine\ntrainer:\n  max_steps: 3\n"
+    )
+    (config,) = composed("--config-dir", str(tmp_path), "experiment=mine", "seed=7")
+    assert (config.run_name, config.trainer.max_steps, config.seed) == ("mine", 3, 7)
+    assert config.model.name_or_path == "builtin:arithmetic"
+
+
+def test_a_mistake_in_a_users_preset_names_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment/mine.yaml").write_text("# @package _global_\ntrainer:\n  max_step: 3\n")
+    status, error = error_of(capsys, "--config-dir", str(tmp_path), "experiment=mine", *GIVEN)
+    assert status == 78
+    assert "experiment/mine" in error and "trainer.max_steps" in error
+
+
+def test_multirun_names_each_run() -> None:
+    configs = composed(*GIVEN, "-m", "optimizer.learning_rate=1e-5,2e-5", "run_name=try", "seed=1")
+    assert [c.run_name for c in configs] == ["try-learning_rate-1e-05", "try-learning_rate-2e-05"]
+    assert [c.optimizer.learning_rate for c in configs] == [1e-5, 2e-5]
+
+
+def test_hydra_flags_and_no_litter(sft: Sft, tmp_path: Path) -> None:
+    shown = sft("train", "experiment=quickstart", "--cfg", "job")
+    assert shown.returncode == 0 and "global_batch_size: 32" in shown.stdout
+    helped = sft("train", "--help")
+    assert helped.returncode == 0 and "experiment: " in helped.stdout
+    assert "cs336-sft" in helped.stdout
+    verbs = sft()
+    assert "train" in verbs.stdout and "evaluate" in verbs.stdout
+    unknown = sft("trian")
+    assert unknown.returncode == 2 and "error[C002]" in unknown.stderr
+    assert list(tmp_path.iterdir()) == []

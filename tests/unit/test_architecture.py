@@ -1,0 +1,150 @@
+"""Imports point one way, heavy libraries have one owner each, and public names stay."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from cs336_alignment import sft
+from tests.conftest import ROOT
+
+PACKAGE = ROOT / "cs336_alignment"
+FILES = sorted(PACKAGE.rglob("*.py"))
+# Lower layers first; a module imports from its own package and from lower layers alone.
+LAYERS = [
+    {"errors", "microbatch"}, {"config"}, {"compose", "data", "model", "training.loss"},
+    {"training.parallel", "training.optimizer", "training.schedule", "training.checkpoint",
+     "training.step", "training.stop", "training.preflight"},
+    {"tracking"}, {"evaluation"},
+    {"training.run_folder", "training.export", "training.manifest", "training.report",
+     "training.trainer", "training.run"},
+    {"cli", "sft"},
+]  # fmt: skip
+OWNERS = {
+    "hydra": {"compose"}, "omegaconf": {"compose"}, "datasets": {"data.sources"},
+    "wandb": {"tracking.wandb_logger"}, "matplotlib": {"tracking.plots"}, "accelerate": {"training.parallel"},
+}  # fmt: skip
+
+
+def name_of(path: Path) -> str:
+    return ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__")
+
+
+def imports(path: Path) -> set[str]:
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def layer_of(name: str) -> int:
+    for index, layer in enumerate(LAYERS):
+        if name in layer or name.split(".")[0] in layer:
+            return index
+    raise AssertionError(f"{name} belongs to no layer")
+
+
+@pytest.mark.parametrize("path", FILES, ids=name_of)
+def test_imports_point_one_way(path: Path) -> None:
+    name = name_of(path)
+    if path.name == "__init__.py":
+        assert not imports(path)
+        return
+    package = name.split(".")[0]
+    for full in imports(path):
+        if not full.startswith("cs336_alignment."):
+            continue
+        target = full.removeprefix("cs336_alignment.")
+        if not (PACKAGE / Path(*target.split("."))).with_suffix(".py").is_file():
+            continue
+        if package in {"data", "model"} and target.split(".")[0] in {"data", "model"}:
+            assert target.split(".")[0] == package, f"{name} imports its sibling {target}"
+        same_package = target.split(".")[0] == package and package != "training"
+        assert same_package or layer_of(target) <= layer_of(name), f"{name} imports {target}"
+
+
+def test_each_library_has_one_owner() -> None:
+    for library, owners in OWNERS.items():
+        users = {
+            name_of(path) for path in FILES
+            if any(full.split(".")[0] == library for full in imports(path))
+        }  # fmt: skip
+        assert users == owners, library
+    graders = {name_of(p) for p in FILES if any("math_verify" in full for full in imports(p))}
+    assert len(graders) == 1
+
+
+def test_the_core_imports_with_torch_and_transformers_alone() -> None:
+    code = """
+import sys
+for name in ("hydra", "omegaconf", "wandb", "datasets", "accelerate", "matplotlib", "rich", "math_verify"):
+    sys.modules[name] = None
+import cs336_alignment.data.tokenize, cs336_alignment.data.batching
+import cs336_alignment.model.policy, cs336_alignment.model.loading, cs336_alignment.model.log_probs
+import cs336_alignment.training.loss
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+def test_config_and_command_line_import_no_torch() -> None:
+    code = """
+import sys
+import cs336_alignment.cli, cs336_alignment.compose
+assert "torch" not in sys.modules and "transformers" not in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+def test_public_signatures() -> None:
+    wanted = {
+        "tokenize_prompt_and_output": ["prompt_strs", "output_strs", "tokenizer"],
+        "compute_entropy": ["logits"],
+        "get_response_log_probs": ["model", "input_ids", "labels", "return_token_entropy"],
+        "masked_normalize": ["tensor", "mask", "dim", "normalize_constant"],
+        "sft_microbatch_train_step": [
+            "policy_log_probs", "response_mask", "gradient_accumulation_steps", "normalize_constant",
+        ],
+        "log_generations": [
+            "model", "tokenizer", "prompts", "ground_truths", "reward_fn", "max_new_tokens",
+            "temperature", "batch_size", "stop", "seed",
+        ],
+    }  # fmt: skip
+    assert set(sft.__all__) == set(wanted)
+    for name, parameters in wanted.items():
+        have = list(inspect.signature(getattr(sft, name)).parameters)
+        assert have[: len(parameters)] == parameters
+        assert inspect.getdoc(getattr(sft, name))
+    defaults = inspect.signature(sft.log_generations).parameters
+    assert defaults["max_new_tokens"].default == 1024 and defaults["stop"].default == ("</answer>",)
+
+
+def test_no_code_from_config_and_no_unsafe_loading() -> None:
+    for path in [*FILES, *ROOT.glob("configs/**/*.yaml")]:
+        text = path.read_text()
+        for word in (
+            "_target_",
+            "instantiate(",
+            "weights_only=False",
+            "torch.load(",
+            "pickle.load",
+        ):
+            assert word not in text, (path, word)
+
+
+def test_size() -> None:
+    def lines(*packages: str) -> int:
+        return sum(
+            len(path.read_text().splitlines()) for path in FILES
+            if name_of(path).split(".")[0] in packages
+        )  # fmt: skip
+
+    assert lines("config", "data", "model", "training") <= 5000
+    assert lines("evaluation", "tracking", "cli") <= 3000

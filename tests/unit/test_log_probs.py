@@ -1,0 +1,177 @@
+"""Log-probs and entropies, dense and chunked, against a float64 log-softmax."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from cs336_alignment.data.batching import collate
+from cs336_alignment.model import lm_head
+from cs336_alignment.model.attention import FLAT_ATTENTION
+from cs336_alignment.model.lm_head import Head, head_log_probs
+from cs336_alignment.model.policy import Policy
+from cs336_alignment.sft import compute_entropy, get_response_log_probs
+from cs336_alignment.training.preflight import choose_batching
+from tests.conftest import VOCABULARY, build_dataset, build_model
+from tests.reference import dense_log_probs
+
+
+class Fixed(nn.Module):
+    """A model whose logits are given."""
+
+    def __init__(self, logits: torch.Tensor) -> None:
+        super().__init__()
+        self.logits = logits
+
+    def forward(self, *_: object, **__: object) -> Fixed:
+        return self
+
+
+def entropy64(logits: torch.Tensor) -> torch.Tensor:
+    log_p = logits.double().log_softmax(-1)
+    return -(log_p.exp() * log_p).sum(-1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_against_float64(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    logits = torch.randn(3, 7, 5003).to(dtype)
+    labels = torch.randint(5003, (3, 7))
+    result = get_response_log_probs(Fixed(logits), labels, labels, return_token_entropy=True)
+    want = logits.double().log_softmax(-1).gather(-1, labels[..., None]).squeeze(-1)
+    assert (result["log_probs"] - want).abs().max() <= 1e-5
+    assert (result["token_entropy"] - entropy64(logits)).abs().max() <= 1e-5
+    assert set(get_response_log_probs(Fixed(logits), labels, labels)) == {"log_probs"}
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e2, 1e4])
+def test_large_logits_stay_finite(scale: float) -> None:
+    torch.manual_seed(0)
+    logits = scale * torch.randn(2, 3, 101).sign()
+    logits[0, 0] = -scale
+    logits[0, 0, 5] = scale
+    labels = torch.randint(101, (2, 3))
+    result = get_response_log_probs(Fixed(logits), labels, labels, return_token_entropy=True)
+    assert result["log_probs"].isfinite().all() and (result["log_probs"] <= 0).all()
+    entropy = result["token_entropy"]
+    assert entropy.isfinite().all() and (entropy >= 0).all()
+    torch.testing.assert_close(entropy.double(), entropy64(logits), rtol=1e-4, atol=1e-4)
+    logits[..., 0] = -torch.inf  # a forbidden token
+    assert compute_entropy(logits).isfinite().all()
+
+
+def test_shapes_must_agree() -> None:
+    with pytest.raises(ValueError, match=r"\(2, 3\) and \(2, 4\)"):
+        get_response_log_probs(nn.Identity(), torch.zeros(2, 3), torch.zeros(2, 4))
+
+
+@pytest.mark.parametrize("softcap", [None, 5.0])
+@pytest.mark.parametrize("scale", [1.0, 0.25])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("rows", [1, 3, 64])
+def test_chunked_head_against_float64(
+    rows: int, bias: bool, scale: float, softcap: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    monkeypatch.setattr(lm_head, "_chunk_rows", lambda *_: rows)
+    linear = nn.Linear(8, 31, bias=bias).double()
+    hidden = torch.randn(10, 8, dtype=torch.float64, requires_grad=True)
+    labels = torch.randint(31, (10,))
+    upstream = torch.randn(10, dtype=torch.float64)
+
+    def reference() -> torch.Tensor:
+        logits = linear(hidden) * scale
+        logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
+        return logits
+
+    want = reference().log_softmax(-1).gather(1, labels[:, None]).squeeze(1)
+    want_grads = torch.autograd.grad((want * upstream).sum(), [hidden, *linear.parameters()])
+    got, entropy = head_log_probs(Head(linear, scale, softcap), hidden, labels, with_entropy=True)
+    got_grads = torch.autograd.grad((got * upstream).sum(), [hidden, *linear.parameters()])
+    torch.testing.assert_close(got, want, rtol=1e-13, atol=1e-13)
+    for a, b in zip(got_grads, want_grads, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-13)
+    assert entropy is not None and not entropy.requires_grad
+    torch.testing.assert_close(entropy, entropy64(reference()), rtol=1e-12, atol=1e-12)
+
+
+def test_chunked_head_is_stable_for_large_logits() -> None:
+    linear = nn.Linear(4, 11, bias=False)
+    nn.init.normal_(linear.weight, std=1e4)
+    hidden = torch.randn(6, 4, requires_grad=True)
+    log_probs, entropy = head_log_probs(Head(linear), hidden, torch.arange(6), with_entropy=True)
+    log_probs.sum().backward()
+    assert hidden.grad is not None and entropy is not None
+    assert log_probs.isfinite().all() and hidden.grad.isfinite().all() and (entropy >= 0).all()
+
+
+def test_bf16_autocast_accumulates_in_float32() -> None:
+    torch.manual_seed(0)
+    linear, hidden = nn.Linear(64, 301, bias=False), torch.randn(50, 64)
+    labels = torch.randint(301, (50,))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        log_probs, _ = head_log_probs(Head(linear), hidden, labels)
+    log_probs.sum().backward()
+    assert log_probs.dtype == torch.float32
+    assert linear.weight.grad is not None and linear.weight.grad.dtype == torch.float32
+    want = linear(hidden).log_softmax(-1).gather(1, labels[:, None]).squeeze(1)
+    torch.testing.assert_close(log_probs, want, rtol=0.02, atol=0.02)
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2", "gpt2"])
+def test_flat_equals_padded_equals_dense(name: str) -> None:
+    dataset, model = build_dataset(), build_model(name)
+    policy = Policy(model)
+    assert model.config._attn_implementation == FLAT_ATTENTION
+    examples = [dataset[i] for i in range(len(dataset))]
+    dense, mask = dense_log_probs(build_model(name), dataset, range(len(dataset)))
+    for flat in (True, False):
+        log_probs, entropy = policy(collate(examples, flat=flat), with_entropy=True)
+        torch.testing.assert_close(log_probs, dense[mask], rtol=1e-12, atol=1e-12)
+        assert entropy is not None and (entropy >= 0).all()
+
+
+def test_a_leak_between_sequences_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With borders ignored, `auto` must fall back to padded rows and `flat` must be refused."""
+    from cs336_alignment.errors import UserError
+    from cs336_alignment.model import attention
+
+    policy = Policy(build_model("llama"))
+    assert choose_batching(policy, "auto", 16).flat
+
+    original = attention._grouped_attention
+
+    def leaky(query, key, value, layout, dropout, scaling):  # type: ignore[no-untyped-def]
+        total = query.shape[2]
+        joined = attention.FlatLayout.of([total])
+        return original(query, key, value, joined, dropout, scaling)
+
+    monkeypatch.setattr(attention, "_grouped_attention", leaky)
+    choice = choose_batching(policy, "auto", 16)
+    assert not choice.flat and "differs" in choice.reason
+    with pytest.raises(UserError, match="not exact"):
+        choose_batching(policy, "flat", 16)
+
+
+def test_sliding_windows_and_unknown_heads_fall_back() -> None:
+    from transformers import MistralConfig, MistralForCausalLM
+
+    config = MistralConfig(
+        vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=1,
+        num_attention_heads=4, num_key_value_heads=2, sliding_window=8,
+    )  # fmt: skip
+    policy = Policy(MistralForCausalLM(config))
+    choice = choose_batching(policy, "auto", longest=20)
+    assert not choice.flat and "sliding window" in choice.reason
+    scaled = Policy(build_model("llama"))
+    assert scaled.head is not None
+    scaled.head = Head(
+        scaled.head.linear, scale=2.0
+    )  # a scaling that this project knows nothing of
+    choose_batching(scaled, "auto", 16)
+    assert scaled.head is None
+    dataset = build_dataset()
+    dense, mask = dense_log_probs(build_model("llama"), dataset, [0, 1, 2])
+    log_probs, _ = scaled(collate([dataset[i] for i in range(3)], flat=True))
+    torch.testing.assert_close(log_probs, dense[mask], rtol=1e-12, atol=1e-12)

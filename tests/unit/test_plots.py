@@ -1,0 +1,100 @@
+"""The picture of a run shows what metrics.jsonl holds, whatever is missing from it."""
+
+from __future__ import annotations
+
+import math
+from itertools import pairwise
+from pathlib import Path
+
+import matplotlib
+import pytest
+from matplotlib import image, pyplot
+from matplotlib.figure import Figure
+
+from cs336_alignment.tracking.metrics import MetricsFile
+from cs336_alignment.tracking.plots import _smoothed, plot_loss
+
+
+@pytest.fixture
+def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
+    """Keep the figures that are saved, to look into them."""
+    figures: list[Figure] = []
+    save = Figure.savefig
+
+    def keep(self: Figure, *args: object, **options: object) -> None:
+        figures.append(self)
+        save(self, *args, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Figure, "savefig", keep)
+    return figures
+
+
+def write_run(path: Path, steps: int) -> None:
+    file = MetricsFile(path)
+    for step in range(1, steps + 1):
+        losses = {"train/loss": 2 * math.exp(-step / 40) + 0.1 * (-1) ** step}
+        norm = math.inf if step == 7 else 1.0 / step
+        file.write(
+            step, losses | {"train/grad_norm": norm, "train/learning_rate": 1e-5 * step / steps}
+        )
+        if step % 20 == 0:
+            file.write(step, {"eval/loss": 2.0})
+    file.close()
+
+
+def test_a_long_run_is_smoothed_and_labelled(tmp_path: Path, drawn: list[Figure]) -> None:
+    write_run(tmp_path / "metrics.jsonl", 120)
+    plot_loss(tmp_path / "metrics.jsonl", tmp_path / "loss.png", "my run")
+    top, bottom, rates = drawn[0].axes
+    assert top.get_title() == "my run"
+    raw, smooth, held_out = top.get_lines()
+    assert (len(raw.get_xdata()), len(smooth.get_xdata())) == (120, 120)
+    roughness = [sum(abs(b - a) for a, b in pairwise(y))
+                 for y in (raw.get_ydata(), smooth.get_ydata())]  # fmt: skip
+    assert roughness[1] < roughness[0] / 5
+    assert list(held_out.get_xdata()) == [20, 40, 60, 80, 100, 120]
+    shown = [text.get_text() for text in top.get_legend().get_texts()]
+    assert shown == ["train/loss (smoothed)", "eval/loss"]
+    assert top.get_ylabel() and bottom.get_xlabel() == "step"
+    assert (bottom.get_ylabel(), rates.get_ylabel()) == ("gradient norm", "learning rate")
+    assert len(bottom.get_lines()[0].get_xdata()) == len(rates.get_lines()[0].get_xdata()) == 120
+    picture = image.imread(tmp_path / "loss.png")
+    assert min(picture.shape[:2]) > 500
+    assert pyplot.get_fignums() == []  # none stays in memory
+    assert matplotlib.get_backend().lower() == "agg"
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+def test_a_short_run_shows_its_points(tmp_path: Path, drawn: list[Figure], steps: int) -> None:
+    write_run(tmp_path / "metrics.jsonl", steps)
+    plot_loss(tmp_path / "metrics.jsonl", tmp_path / "loss.png", "short")
+    for axes in drawn[0].axes:
+        (line,) = axes.get_lines()
+        assert len(line.get_xdata()) == steps
+        assert line.get_marker() == "."
+
+
+def test_a_run_with_evaluations_only_is_drawn(tmp_path: Path, drawn: list[Figure]) -> None:
+    (tmp_path / "metrics.jsonl").write_text('{"step": 0, "time": 1.0, "eval/loss": 2.0}\n')
+    plot_loss(tmp_path / "metrics.jsonl", tmp_path / "loss.png", "evaluation")
+    assert (tmp_path / "loss.png").stat().st_size > 0
+
+
+def test_a_failure_leaves_the_old_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_run(tmp_path / "metrics.jsonl", 3)
+    (tmp_path / "loss.png").write_bytes(b"old")
+
+    def fail(self: Figure, path: Path, **options: object) -> None:
+        Path(path).write_bytes(b"half")
+        raise OSError("disk full")
+
+    monkeypatch.setattr(Figure, "savefig", fail)
+    with pytest.raises(OSError, match="disk full"):
+        plot_loss(tmp_path / "metrics.jsonl", tmp_path / "loss.png", "run")
+    assert (tmp_path / "loss.png").read_bytes() == b"old"
+    assert pyplot.get_fignums() == []
+
+
+def test_smoothing_has_no_bias_at_the_start() -> None:
+    assert _smoothed([3.0] * 5) == pytest.approx([3.0] * 5)
+    assert _smoothed([1.0, 0.0])[1] == pytest.approx(0.9 / 1.9)
