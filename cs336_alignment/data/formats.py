@@ -122,9 +122,7 @@ def to_example(row: Row, template: PromptTemplate) -> Example:
             got=describe(row.fields["input"]),
             hint="join the input to the instruction, or give the whole text as `prompt`",
         )
-    ground_truth = (
-        None if row.fields.get("ground_truth") is None else str(row.fields["ground_truth"])
-    )
+    ground_truth = _ground_truth(row)
     if prompt_field in TEMPLATED_PROMPTS:
         prompt = template.fill(prompt)
         if response_field == "answer":
@@ -200,6 +198,15 @@ def _text(row: Row, name: str) -> str:
             expected="Unicode text",
         )
     return value
+
+
+def _ground_truth(row: Row) -> str | None:
+    """Give the row's own final answer, if it has one; here a number may stand as a number."""
+    value = row.fields.get("ground_truth")
+    if value is None:
+        return None
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return str(value) if is_number else _text(row, "ground_truth")
 
 
 def _at(row: Row, name: str) -> Place:

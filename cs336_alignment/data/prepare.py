@@ -137,11 +137,18 @@ def prepare(
     with progress("tokenizing", len(examples)) as advance:
         rows = _tokenize(examples, config, tokenizer, advance)
     kept_examples, kept_rows = [], []
+    errors: list[UserError] = []
     for example, (ids, num_prompt) in zip(examples, rows, strict=True):
-        fitted = _fit(ids, num_prompt, config, example.place, ledger)
+        try:
+            fitted = _fit(ids, num_prompt, config, example.place, ledger)
+        except UserError as error:
+            errors.append(error)
+            continue
         if fitted is not None:
             kept_examples.append(example)
             kept_rows.append((fitted, num_prompt))
+    if errors:
+        raise UserErrors(errors)
     if not kept_rows:
         raise UserError(
             "D301",

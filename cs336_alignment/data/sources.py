@@ -172,13 +172,14 @@ def _read_with_datasets(path: str, default_split: str) -> SourceRead:
         split, revision = match["split"] or default_split, match["revision"]
     import datasets
 
+    folder = Path(repo).expanduser()
     try:
-        data = datasets.load_dataset(
-            str(Path(repo).expanduser()) if is_folder else repo,
-            config,
-            split=split,
-            revision=revision,
-        )
+        if is_folder and (folder / "state.json").is_file():  # written by Dataset.save_to_disk
+            data = datasets.load_from_disk(str(folder))
+        else:
+            data = datasets.load_dataset(
+                str(folder) if is_folder else repo, config, split=split, revision=revision
+            )
     except Exception as failure:  # every kind of network, hub and format trouble ends here
         raise UserError(
             "D105",

@@ -19,9 +19,8 @@ from transformers import (
 )
 
 from cs336_alignment.data.tokenize import tokenize_prompts
+from cs336_alignment.evaluation.rewards import RewardFunction
 from cs336_alignment.model.log_probs import compute_entropy
-
-RewardFunction = Callable[[str, str], dict[str, float]]
 
 
 class _StopStrings(StoppingCriteria):

@@ -112,6 +112,7 @@ def load_model(source: ModelSource, *, random_init: bool, seed: int) -> PreTrain
     common = {"trust_remote_code": source.trust_remote_code}
     if source.is_local and not random_init:
         _require_weights(source)
+    transformers.logging.disable_progress_bar()
     level = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()
     try:

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from cs336_alignment.microbatch import Microbatch
 from cs336_alignment.model.attention import FLAT_ATTENTION, why_not_flat
 from cs336_alignment.model.lm_head import head_log_probs, head_of
+from cs336_alignment.model.log_probs import compute_entropy
 
 
 class Policy(nn.Module):
@@ -76,11 +77,7 @@ class Policy(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         """Use the model's own head, whose logits (T, V) exist for the time of this call."""
         logits = self.model(**inputs).logits.flatten(0, 1).index_select(0, batch.response_index)
-        log_p = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(
-            -1
-        )  # (R, V)
-        log_probs = log_p.gather(1, batch.labels[:, None]).squeeze(1)
-        if not with_entropy:
-            return log_probs, None
-        with torch.no_grad():
-            return log_probs, -(log_p.exp() * log_p.clamp(min=torch.finfo(log_p.dtype).min)).sum(-1)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))  # (R, V)
+        picked = logits.gather(1, batch.labels[:, None]).squeeze(1)
+        log_probs = picked - logits.logsumexp(dim=-1)
+        return log_probs, compute_entropy(logits.detach()) if with_entropy else None

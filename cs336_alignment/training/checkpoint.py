@@ -131,28 +131,22 @@ def save_checkpoint(
         UserError: the disk is full or failing (74); the checkpoints before this one are intact.
     """
     final = checkpoints / f"step-{state.step:06d}"
-    if final.is_dir() and verify(final) is None:
-        return final
     temporary = checkpoints / f"{TEMPORARY}{final.name}-{os.getpid()}"
     weights, moments = module_tensors(module), optimizer_tensors(module, optimizer)
     try:
-        temporary.mkdir(parents=True)
-        save_sidecars(temporary)
-        manifest = {
-            WEIGHTS: write_safetensors(temporary / WEIGHTS, weights),
-            OPTIMIZER: write_safetensors(temporary / OPTIMIZER, moments),
-        }
-        write_json(temporary / STATE, {"progress": asdict(state), **extra})
-        for path in flush_tree(temporary):
-            name = path.relative_to(temporary).as_posix()
-            if name not in manifest:
-                manifest[name] = {"bytes": path.stat().st_size, "sha256": _sha256(path)}
-        write_json(temporary / MANIFEST, manifest)
-        _flush_folder(temporary)
-        if final.is_dir():  # one that does not verify stands in the way
-            shutil.rmtree(final)
-        temporary.rename(final)
-        _flush_folder(checkpoints)
+        if not final.is_dir() or verify(final) is not None:
+            temporary.mkdir(parents=True)
+            save_sidecars(temporary)
+            manifest = {
+                WEIGHTS: write_safetensors(temporary / WEIGHTS, weights),
+                OPTIMIZER: write_safetensors(temporary / OPTIMIZER, moments),
+            }
+            write_json(temporary / STATE, {"progress": asdict(state), **extra})
+            _seal(temporary, manifest)
+            if final.is_dir():  # one that does not verify stands in the way
+                shutil.rmtree(final)
+            temporary.rename(final)
+            _flush_folder(checkpoints)
         write_json(checkpoints / INDEX, {"latest": final.name, "best": None})
         _rotate(checkpoints, state.step, keep)
     except Exception as failure:
@@ -170,6 +164,16 @@ def save_checkpoint(
             "the checkpoints before this one are intact",
         ) from failure
     return final
+
+
+def _seal(folder: Path, manifest: dict[str, dict[str, int | str]]) -> None:
+    """Bring a folder to the disk, with a manifest of all its files."""
+    for path in flush_tree(folder):
+        name = path.relative_to(folder).as_posix()
+        if name not in manifest:
+            manifest[name] = {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+    write_json(folder / MANIFEST, manifest)
+    _flush_folder(folder)
 
 
 def verify(folder: Path) -> str | None:
@@ -231,6 +235,7 @@ def remove_leftovers(checkpoints: Path) -> None:
     if checkpoints.is_dir():
         for path in checkpoints.glob(f"{TEMPORARY}*"):
             shutil.rmtree(path, ignore_errors=True)
+        (checkpoints / f".{INDEX}").unlink(missing_ok=True)
 
 
 def write_safetensors(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, int | str]:

@@ -199,7 +199,7 @@ def test_a_tokenizer_beyond_the_embedding_is_refused(sft: Sft, rows: Path, tmp_p
     for path in Path(resolve_model("builtin:arithmetic", None, False).location).iterdir():
         (folder / path.name).write_bytes(path.read_bytes())
     config = json.loads((folder / "config.json").read_text())
-    config["vocab_size"] = 200
+    config.update(vocab_size=200, pad_token_id=None, eos_token_id=None)
     (folder / "config.json").write_text(json.dumps(config))
     done = sft("train", *TINY, f"data.train_path={rows}", f"model.name_or_path={folder}")
     assert done.returncode == 78 and "ids below 200" in done.stderr

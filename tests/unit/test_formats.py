@@ -1,0 +1,249 @@
+"""Templates to the byte, rows shaped exactly, and every field that cannot be trained named."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cs336_alignment.data.formats import PromptTemplate, load_template, to_example
+from cs336_alignment.data.sources import Row
+from cs336_alignment.errors import ExitStatus, Place, UserError
+
+R1_ZERO = (
+    "A conversation between User and Assistant. The User asks a question, and the Assistant solves it. "
+    "The Assistant first thinks about the reasoning process in the mind and then provides the User with "
+    "the answer. The reasoning process is enclosed within <think> </think> and answer is enclosed within "
+    "<answer> </answer> tags, respectively, i.e., <think> reasoning process here </think> <answer> answer "
+    "here </answer>.\nUser: {question}\nAssistant: <think>"
+)
+ALPACA = (
+    "Below is an instruction that describes a task. Write a response that appropriately completes the "
+    "request.\n\n### Instruction:\n{instruction}\n\n### Response:\n"
+)
+PLACE = Place("rows.jsonl", 7)
+GSM8K = {
+    "question": "Natalia sold clips to 48 of her friends in April, and half as many in May. How many?",
+    "answer": "Natalia sold 48/2 = <<48/2=24>>24 clips in May.\n"
+    "Natalia sold 48+24 = <<48+24=72>>72 clips altogether in April and May.\n#### 72",
+}  # fmt: skip
+REASONING = (
+    "Natalia sold 48/2 = 24 clips in May.\n"
+    "Natalia sold 48+24 = 72 clips altogether in April and May."
+)
+
+
+def row(**fields: Any) -> Row:
+    return Row(fields, PLACE)
+
+
+@pytest.fixture(scope="module")
+def r1_zero() -> PromptTemplate:
+    return load_template("r1_zero")
+
+
+@pytest.mark.parametrize(
+    ("name", "text"), [("r1_zero", R1_ZERO), ("question_only", "{question}"), ("alpaca", ALPACA)]
+)
+def test_templates_to_the_byte(name: str, text: str) -> None:
+    template = load_template(name)
+    assert template.text.encode() == text.encode()
+    assert template.tagged is (name == "r1_zero")
+
+
+@pytest.mark.parametrize(
+    "value", ["{question}", "{0} {} {{x}} {instruction}", r"\1 \g<0> $x %s", "ü\n"]
+)
+def test_what_fills_a_template_stays_as_it_is(value: str, r1_zero: PromptTemplate) -> None:
+    head, tail = R1_ZERO.split("{question}")
+    assert r1_zero.fill(value) == head + value + tail
+    assert load_template("question_only").fill(value) == value
+
+
+def test_gsm8k_in_r1_zero(r1_zero: PromptTemplate) -> None:
+    example = to_example(row(**GSM8K), r1_zero)
+    assert example.prompt == R1_ZERO.replace("{question}", GSM8K["question"])
+    assert example.response == f" {REASONING} </think> <answer> 72 </answer>"
+    assert example.ground_truth == "72"
+    assert example.place == PLACE
+
+
+def test_gsm8k_without_tags() -> None:
+    example = to_example(row(**GSM8K), load_template("question_only"))
+    assert example.prompt == GSM8K["question"]
+    assert example.response == f"{REASONING}\n#### 72"
+    assert example.ground_truth == "72"
+
+
+@pytest.mark.parametrize(
+    ("answer", "reasoning", "final"),
+    [
+        ("a\n#### 1,200", "a", "1,200"),
+        ("a\n####-5", "a", "-5"),
+        ("  a  \n\n####  5 \n", "a", "5"),
+        ("a #### b\n#### 5", "a #### b", "5"),  # the last mark parts
+        ("2 < 3 and <<1+1=2>>2 > 1\n#### 5", "2 < 3 and 2 > 1", "5"),
+        ("<<<1>>>\n#### 5", "<>", "5"),
+    ],
+)
+def test_how_an_answer_is_parted(
+    answer: str, reasoning: str, final: str, r1_zero: PromptTemplate
+) -> None:
+    example = to_example(row(question="q", answer=answer), r1_zero)
+    assert example.response == f" {reasoning} </think> <answer> {final} </answer>"
+    assert example.ground_truth == final
+
+
+@pytest.mark.parametrize(
+    "answer", ["no mark", "#### 5", "a\n####", "a\n####  ", "<<1+1=2>>\n#### 5"]
+)
+def test_an_answer_that_cannot_be_parted_is_named(answer: str, r1_zero: PromptTemplate) -> None:
+    with pytest.raises(UserError) as caught:
+        to_example(row(question="q", answer=answer), r1_zero)
+    assert (caught.value.code, caught.value.status) == ("D204", 65)
+    assert str(caught.value.place) == 'rows.jsonl:7, field "answer"'
+
+
+def test_an_answer_without_a_mark_stands_under_a_plain_template() -> None:
+    example = to_example(row(question="q", answer=" yes, <<1>> "), load_template("question_only"))
+    assert (example.response, example.ground_truth) == (" yes, <<1>> ", None)
+
+
+@pytest.mark.parametrize("field", ["response", "answer", "output"])
+def test_a_prompt_is_verbatim(field: str, r1_zero: PromptTemplate) -> None:
+    prompt, response = " {question} <think>\n", "a <<1+1=2>>2\n#### 2 "
+    example = to_example(row(prompt=prompt, **{field: response}, other=None), r1_zero)
+    assert (example.prompt, example.response, example.ground_truth) == (prompt, response, None)
+
+
+def test_instruction_and_output_fill_alpaca() -> None:
+    example = to_example(
+        row(instruction="Sum {a}.", input="", output="b #### 1"), load_template("alpaca")
+    )
+    assert example.prompt == ALPACA.replace("{instruction}", "Sum {a}.")
+    assert example.response == "b #### 1"
+
+
+def test_a_response_to_a_question_is_verbatim(r1_zero: PromptTemplate) -> None:
+    example = to_example(row(question="q", response=" t </think> <answer> 1 </answer>"), r1_zero)
+    assert example.response == " t </think> <answer> 1 </answer>"
+    assert example.prompt.endswith("User: q\nAssistant: <think>")
+
+
+@pytest.mark.parametrize(
+    ("given", "ground_truth"), [("73", "73"), (73, "73"), (0.5, "0.5"), (0, "0"), (None, "72")]
+)
+def test_a_rows_own_ground_truth_comes_first(
+    given: Any, ground_truth: str, r1_zero: PromptTemplate
+) -> None:
+    assert to_example(row(**GSM8K, ground_truth=given), r1_zero).ground_truth == ground_truth
+
+
+BAD_VALUES: list[tuple[Any, str, str]] = [
+    ("", "D203", '"" (str, length 0)'),
+    ("  ", "D203", '"  " (str, length 2)'),
+    ("\n\t\u00a0", "D203", "length 3"),
+    (None, "D205", "null"),
+    (3, "D205", "3 (int)"),
+    (0.5, "D205", "0.5 (float)"),
+    (True, "D205", "True (bool)"),
+    (["a"], "D205", "['a'] (list)"),
+    ({"text": "a"}, "D205", "(dict)"),
+    ("a\ud800", "D207", ""),
+    ("\udfffb", "D207", ""),
+]
+
+
+@pytest.mark.parametrize(("value", "code", "got"), BAD_VALUES)
+@pytest.mark.parametrize("field", ["prompt", "response", "question", "answer"])
+def test_a_field_that_cannot_be_trained_is_named(
+    field: str, value: Any, code: str, got: str, r1_zero: PromptTemplate
+) -> None:
+    good = {"prompt": "p", "response": "r"} if field in ("prompt", "response") else dict(GSM8K)
+    with pytest.raises(UserError) as caught:
+        to_example(row(**{**good, field: value}), r1_zero)
+    error = caught.value
+    assert (error.code, error.status) == (code, ExitStatus.BAD_DATA)
+    assert str(error.place) == f'rows.jsonl:7, field "{field}"'
+    assert got in (error.got or "") and error.expected
+    str(error).encode()  # can be printed
+
+
+@pytest.mark.parametrize("value", [["72"], {"a": 1}, True, "", "\ud800"])
+def test_a_ground_truth_that_is_none_is_named(value: Any, r1_zero: PromptTemplate) -> None:
+    with pytest.raises(UserError) as caught:
+        to_example(row(**GSM8K, ground_truth=value), r1_zero)
+    assert caught.value.status == 65
+    assert str(caught.value.place) == 'rows.jsonl:7, field "ground_truth"'
+
+
+@pytest.mark.parametrize(
+    ("fields", "message", "columns"),
+    [
+        ({}, "missing", "none"),
+        ({"text": "a"}, "missing", "text"),
+        ({"prompt": "a", "Response": "b"}, "missing", "prompt, Response"),
+        ({"response": "b"}, "missing", "response"),
+        ({"prompt": "a", "question": "b", "answer": "c"}, "exclude", "prompt, question, answer"),
+        ({"prompt": "a", "response": "b", "output": "c"}, "exclude", "prompt, response, output"),
+    ],
+)
+def test_wrong_columns_are_named(
+    fields: dict[str, str], message: str, columns: str, r1_zero: PromptTemplate
+) -> None:
+    with pytest.raises(UserError, match=message) as caught:
+        to_example(row(**fields), r1_zero)
+    assert (caught.value.code, caught.value.status) == ("D202", 65)
+    assert caught.value.place == PLACE and caught.value.got == f"columns {columns}"
+
+
+def test_a_value_is_shortened_in_a_message(r1_zero: PromptTemplate) -> None:
+    with pytest.raises(UserError) as caught:
+        to_example(row(question="q", answer="secret " * 100), r1_zero)
+    assert str(caught.value).count("secret") < 15 and "length 700" in str(caught.value)
+
+
+def test_an_input_without_a_place_is_refused() -> None:
+    with pytest.raises(UserError) as caught:
+        to_example(row(instruction="a", input="b", output="c"), load_template("alpaca"))
+    assert caught.value.code == "D206" and caught.value.status == 65
+    assert str(caught.value.place) == 'rows.jsonl:7, field "input"'
+
+
+def test_a_users_template(tmp_path: Path) -> None:
+    path = tmp_path / "mine.prompt"
+    path.write_text("{x} ü\nQ: {question}\nA: <think>", encoding="utf-8")
+    template = load_template(str(path))
+    assert template.name == str(path) and template.tagged
+    example = to_example(row(**GSM8K), template)
+    assert example.prompt == f"{{x}} ü\nQ: {GSM8K['question']}\nA: <think>"
+    assert example.response.endswith(" </think> <answer> 72 </answer>")
+
+
+@pytest.mark.parametrize(
+    "text", ["", "Q:", "{question} {question}", "{question} {instruction}", "{Question}"]
+)
+def test_a_template_needs_one_placeholder(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "mine.prompt"
+    path.write_text(text)
+    with pytest.raises(UserError, match="exactly one placeholder") as caught:
+        load_template(str(path))
+    assert (caught.value.code, caught.value.status) == ("D111", 65)
+
+
+@pytest.mark.parametrize("name", ["r1_zro", "", "../templates/r1_zero", "R1_ZERO", "/etc/passwd"])
+def test_an_unknown_template_is_78(name: str) -> None:
+    with pytest.raises(UserError, match="no prompt template") as caught:
+        load_template(name)
+    assert caught.value.status == 78
+    assert "alpaca, question_only, r1_zero" in (caught.value.expected or "")
+
+
+def test_a_template_file_that_cannot_be_read_is_66(tmp_path: Path) -> None:
+    (tmp_path / "bytes.prompt").write_bytes(b"\xff{question}")
+    (tmp_path / "folder.prompt").mkdir()
+    for name in ("nowhere.prompt", "bytes.prompt", "folder.prompt"):
+        with pytest.raises(UserError, match="cannot read") as caught:
+            load_template(str(tmp_path / name))
+        assert (caught.value.code, caught.value.status) == ("D110", 66)

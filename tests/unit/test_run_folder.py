@@ -1,0 +1,366 @@
+"""One process holds a run's folder, and a command there starts, continues, ends or is refused."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import signal
+import socket
+import threading
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from cs336_alignment.config import ALL_KEYS, Config, DataConfig, ModelConfig, flatten
+from cs336_alignment.errors import ExitStatus, Place, UserError
+from cs336_alignment.training import run_folder as module
+from cs336_alignment.training.checkpoint import TrainState, save_checkpoint
+from cs336_alignment.training.run_folder import RunFolder, Status, compare
+
+
+def make_config(root: Path, **changes: Any) -> Config:
+    """A config with some keys (`trainer__max_steps=3`) changed."""
+    config = Config(
+        model=ModelConfig("org/model"), data=DataConfig("train.jsonl"),
+        run_name="run", output_root=str(root),
+    )  # fmt: skip
+    for key, value in changes.items():
+        section, _, name = key.rpartition("__")
+        owner = getattr(config, section) if section else config
+        assert hasattr(owner, name)
+        setattr(owner, name, value)
+    return config
+
+
+def save(checkpoints: Path, step: int) -> Path:
+    layer = nn.Linear(2, 2)
+    return save_checkpoint(
+        checkpoints, TrainState(step), layer, torch.optim.AdamW(layer.parameters()),
+        extra={}, save_sidecars=lambda folder: None, keep=9,
+    )  # fmt: skip
+
+
+def start_run(root: Path, state: str, *steps: int) -> RunFolder:
+    config = make_config(root)
+    folder = RunFolder(config)
+    folder.path.mkdir(parents=True)
+    folder.write_config(config)
+    folder.write_status(Status(state))
+    for step in steps:
+        save(folder.checkpoints, step)
+    return folder
+
+
+def flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+# What a command finds.
+
+
+def test_a_new_folder_starts_from_the_beginning(tmp_path: Path) -> None:
+    config = make_config(tmp_path / "new")
+    for resume in ("auto", "never"):
+        config.trainer.resume = resume
+        decision = RunFolder(config).decide(config)
+        assert (decision.complete, decision.checkpoint, decision.notices) == (False, None, ())
+
+
+def test_the_same_command_continues_at_the_newest_checkpoint(tmp_path: Path) -> None:
+    for state in ("running", "preempted", "failed"):
+        folder = start_run(tmp_path / state, state, 2, 10)
+        decision = folder.decide(make_config(tmp_path / state))
+        assert not decision.complete
+        assert decision.checkpoint == folder.checkpoints / "step-000010"
+        assert decision.notices == ()
+
+
+def test_a_run_killed_before_its_first_checkpoint_starts_again(tmp_path: Path) -> None:
+    folder = start_run(tmp_path, "running")
+    decision = folder.decide(make_config(tmp_path))
+    assert not decision.complete
+    assert decision.checkpoint is None
+
+
+def test_a_complete_run_has_nothing_to_do_unless_it_is_made_longer(tmp_path: Path) -> None:
+    folder = start_run(tmp_path, "completed", 3)
+    assert folder.decide(make_config(tmp_path)).complete
+    longer = folder.decide(make_config(tmp_path, trainer__num_train_epochs=5.0))
+    assert not longer.complete
+    assert longer.checkpoint == folder.checkpoints / "step-000003"
+    assert any("3.0 to 5.0" in notice for notice in longer.notices)
+
+
+def test_a_damaged_checkpoint_is_passed_over_with_its_reason(tmp_path: Path) -> None:
+    folder = start_run(tmp_path, "running", 1, 2)
+    flip(folder.checkpoints / "step-000002" / "model.safetensors")
+    decision = folder.decide(make_config(tmp_path))
+    assert decision.checkpoint == folder.checkpoints / "step-000001"
+    (notice,) = decision.notices
+    assert "step-000002" in notice and "sha256" in notice
+
+
+def test_a_run_never_silently_starts_from_zero(tmp_path: Path) -> None:
+    folder = start_run(tmp_path, "running", 1, 2)
+    for step in (1, 2):
+        flip(folder.checkpoints / f"step-00000{step}" / "optimizer.safetensors")
+    with pytest.raises(UserError) as caught:
+        folder.decide(make_config(tmp_path))
+    assert caught.value.status == ExitStatus.IO
+    assert "step-000001" in str(caught.value) and "step-000002" in str(caught.value)
+
+
+@pytest.mark.parametrize("content", [None, "", "- a\n", "a: [\n", b"\xff\xfe\x00"])
+def test_checkpoints_without_a_readable_config_are_refused(
+    tmp_path: Path, content: str | bytes | None
+) -> None:
+    folder = start_run(tmp_path, "running", 1)
+    config_path = folder.path / "config.yaml"
+    if content is None:
+        config_path.unlink()
+    else:
+        config_path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(UserError, match=r"config\.yaml") as caught:
+        folder.decide(make_config(tmp_path))
+    assert caught.value.status == ExitStatus.IO
+
+
+def test_resume_never_keeps_what_is_there(tmp_path: Path) -> None:
+    folder = start_run(tmp_path, "completed", 1)
+    before = sorted(folder.path.rglob("*"))
+    with pytest.raises(UserError, match="resume=never") as caught:
+        folder.decide(make_config(tmp_path, trainer__resume="never"))
+    assert caught.value.status == ExitStatus.CANNOT_CREATE
+    assert sorted(folder.path.rglob("*")) == before
+
+
+def test_an_explicit_checkpoint_is_used_whole_or_refused(tmp_path: Path) -> None:
+    checkpoint = save(tmp_path / "elsewhere", 4)
+
+    def decide(path: Path) -> module.Decision:
+        config = make_config(tmp_path / "new", trainer__resume=str(path))
+        return RunFolder(config).decide(config)
+
+    decision = decide(checkpoint)
+    assert decision.checkpoint == checkpoint
+    assert str(checkpoint) in decision.notices[0]
+    with pytest.raises(UserError, match="no checkpoint") as missing:
+        decide(tmp_path / "nowhere")
+    assert missing.value.status == ExitStatus.NOT_FOUND
+    flip(checkpoint / "trainer_state.json")
+    with pytest.raises(UserError, match="damaged") as damaged:
+        decide(checkpoint)
+    assert damaged.value.status == ExitStatus.IO
+
+
+def test_an_explicit_checkpoint_does_not_replace_a_run(tmp_path: Path) -> None:
+    checkpoint = save(tmp_path / "elsewhere", 4)
+    folder = start_run(tmp_path, "running", 1)
+    with pytest.raises(UserError) as caught:
+        folder.decide(make_config(tmp_path, trainer__resume=str(checkpoint)))
+    assert caught.value.status == ExitStatus.CANNOT_CREATE
+
+
+# What may change between a stop and a restart.
+
+FREE = {
+    "run_name", "output_root", "trainer.logging_steps", "trainer.eval_steps", "trainer.save_steps",
+    "trainer.save_total_limit", "trainer.resume", "trainer.max_hours", "data.eval_path",
+    "data.max_eval_examples", "parallel.num_processes",
+}  # fmt: skip
+NOTICED = {
+    "trainer.max_steps", "trainer.num_train_epochs", "trainer.microbatch_tokens",
+    "trainer.gradient_accumulation_steps", "trainer.batching", "trainer.gradient_checkpointing",
+}  # fmt: skip
+CUT = {"trainer.microbatch_tokens", "trainer.gradient_accumulation_steps", "trainer.batching"}
+
+
+def changed(value: Any) -> Any:
+    if isinstance(value, bool):
+        return not value
+    if isinstance(value, int | float):
+        return value + 1
+    if isinstance(value, list):
+        return [*value, value[0]]
+    return f"{value}-other" if value else 7
+
+
+def compare_one(key: str, normalization: str = "token") -> tuple[Any, Any, list[str], bool]:
+    """Compare two configs that differ in one key."""
+    config = make_config(Path("root"), trainer__loss_normalization=normalization)
+    old = dict(flatten(copy.deepcopy(config)))
+    section, _, name = key.rpartition(".")
+    owner = getattr(config, section) if section else config
+    before, after = getattr(owner, name), changed(getattr(owner, name))
+    setattr(owner, name, after)
+    return before, after, *compare(old, config, Place("config.yaml"))
+
+
+@pytest.mark.parametrize("key", ALL_KEYS)
+def test_each_key_is_free_or_noticed_or_refused(key: str) -> None:
+    if key in FREE or key.startswith(("evaluation.", "logger.")):
+        assert compare_one(key)[2:] == ([], False)
+    elif key in NOTICED:
+        before, after, notices, lengthened = compare_one(key)
+        assert notices[0] == f"{key} changed from {before} to {after}"
+        assert lengthened == (key in ("trainer.max_steps", "trainer.num_train_epochs"))
+    else:
+        with pytest.raises(UserError) as caught:
+            compare_one(key)
+        assert caught.value.status == ExitStatus.BAD_CONFIG
+
+
+def test_a_refusal_shows_every_key_with_old_and_new_value_and_what_to_type(tmp_path: Path) -> None:
+    folder = start_run(tmp_path, "running")
+    config = make_config(tmp_path, seed=43, optimizer__learning_rate=1e-3, trainer__max_steps=9)
+    with pytest.raises(UserError) as caught:
+        folder.decide(config)
+    text = str(caught.value)
+    assert caught.value.status == ExitStatus.BAD_CONFIG
+    assert "seed: 42 → 43" in text
+    assert "optimizer.learning_rate: 2e-05 → 0.001" in text
+    assert "max_steps" not in text
+    assert "run_name=run-2" in text
+    assert str(folder.path / "config.yaml") in text
+
+
+@pytest.mark.parametrize("key", sorted(CUT))
+def test_the_cut_may_not_change_where_it_is_part_of_the_loss(key: str) -> None:
+    with pytest.raises(UserError, match="changes training"):
+        compare_one(key, normalization="microbatch")
+
+
+def test_a_written_config_reads_back_without_a_difference(tmp_path: Path) -> None:
+    config = make_config(
+        tmp_path, optimizer__eps=1e-30, data__train_path="a: b # ü\n", data__prompt_template="1e5",
+        model__revision="0123", evaluation__stop=["</answer>", "no"],
+    )  # fmt: skip
+    folder = RunFolder(config)
+    folder.path.mkdir(parents=True)
+    folder.write_config(config)
+    old = folder._read_config()
+    assert old == dict(flatten(config))
+    assert compare(old, config, Place("config.yaml")) == ([], False)
+
+
+# Who holds the folder.
+
+
+def test_a_second_process_is_refused_and_told_who_holds_it(tmp_path: Path) -> None:
+    config = make_config(tmp_path / "with spaces and ü")
+    read, write = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            folder = RunFolder(config)  # whose lock lasts as long as it
+            folder.claim()
+            os.write(write, b"!")
+            signal.pause()
+        finally:
+            os._exit(1)
+    try:
+        assert os.read(read, 1) == b"!"
+        with pytest.raises(UserError, match="another process") as caught:
+            RunFolder(config).claim()
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        os.close(read)
+        os.close(write)
+    assert caught.value.status == ExitStatus.CANNOT_CREATE
+    assert caught.value.got == f"process {child} on {socket.gethostname()}"
+    RunFolder(config).claim()  # a lock dies with its holder
+
+
+def test_the_lock_names_its_new_holder_only(tmp_path: Path) -> None:
+    folder = RunFolder(make_config(tmp_path))
+    folder.path.mkdir(parents=True)
+    (folder.path / "run.lock").write_text("process 123456789 on a machine with a long name\n")
+    folder.claim()
+    text = (folder.path / "run.lock").read_text()
+    assert text == f"process {os.getpid()} on {socket.gethostname()}\n"
+
+
+def test_a_file_system_without_locks_is_not_taken_for_another_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise OSError(37, "No locks available")
+
+    monkeypatch.setattr(module.fcntl, "flock", fail)
+    with pytest.raises(UserError, match="No locks available") as caught:
+        RunFolder(make_config(tmp_path)).claim()
+    assert caught.value.status == ExitStatus.CANNOT_CREATE
+
+
+@pytest.mark.parametrize("obstacle", ["root below a file", "folder is a file", "folder is a link"])
+def test_a_folder_that_cannot_be_made_is_refused(tmp_path: Path, obstacle: str) -> None:
+    config = make_config(tmp_path)
+    if obstacle == "root below a file":
+        (tmp_path / "file").write_text("")
+        config.output_root = str(tmp_path / "file" / "below")
+    elif obstacle == "folder is a file":
+        (tmp_path / "run").write_text("")
+    else:
+        (tmp_path / "elsewhere").mkdir()
+        (tmp_path / "run").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(UserError, match="cannot write") as caught:
+        RunFolder(config).claim()
+    assert caught.value.status == ExitStatus.CANNOT_CREATE
+    assert caught.value.hint is not None and "output_root=" in caught.value.hint
+
+
+# How it stands.
+
+
+def test_status_is_always_whole_for_a_reader(tmp_path: Path) -> None:
+    folder = start_run(tmp_path, "running")
+    path, done, seen = folder.path / "status.json", threading.Event(), set()
+
+    def read() -> None:
+        while not done.is_set():
+            seen.add(len(json.loads(path.read_text())["error"] or ""))
+
+    folder.write_status(Status("failed", error=""))
+    reader = threading.Thread(target=read)
+    reader.start()
+    try:
+        for size in range(100):
+            folder.write_status(Status("failed", size, 70, "x" * 500 * size))
+    finally:
+        done.set()
+        reader.join()
+    assert len(seen) > 1
+    assert folder.read_status() == asdict(Status("failed", 99, 70, "x" * 500 * 99))
+    assert [p.name for p in folder.path.iterdir() if p.name.startswith(".")] == []
+
+
+def test_a_status_that_cannot_be_replaced_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = start_run(tmp_path, "running")
+
+    def fail(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", fail)
+        with pytest.raises(OSError, match="No space"):
+            folder.write_status(Status("completed"))
+    assert folder.read_status()["state"] == "running"
+    assert sorted(p.name for p in folder.path.iterdir()) == ["config.yaml", "status.json"]
+
+
+@pytest.mark.parametrize("content", ["", "{", "null", "[1]", '"completed"'])
+def test_an_unreadable_status_counts_as_none(tmp_path: Path, content: str) -> None:
+    folder = start_run(tmp_path, "running", 1)
+    (folder.path / "status.json").write_text(content)
+    assert folder.read_status() == {}
+    assert not folder.decide(make_config(tmp_path)).complete
