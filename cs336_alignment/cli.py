@@ -122,7 +122,7 @@ def run(arguments: list[str]) -> ExitStatus:
     arguments = [argument for argument in arguments if argument != "--debug"]
     if not arguments or arguments[0] in ("--help", "-h", "help"):
         print(usage())
-        return ExitStatus.DONE if arguments else ExitStatus.USAGE
+        return ExitStatus.DONE
     verb = next((verb for verb in VERBS if verb.name == arguments[0]), None)
     try:
         if verb is None:

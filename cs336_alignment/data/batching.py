@@ -117,16 +117,16 @@ def cut_by_tokens(
         microbatch_tokens: the budget.
         flat: which layout the microbatches will have.
     """
-    if not example_ids:
-        return []
     if not flat:
         return _cut_padded(example_ids, lengths, microbatch_tokens)
-    total = sum(lengths[i] for i in example_ids)
-    for num_bins in range(max(1, math.ceil(total / microbatch_tokens)), len(example_ids) + 1):
-        bins = balance(example_ids, lengths, num_bins)
-        if all(len(b) == 1 or sum(lengths[i] for i in b) <= microbatch_tokens for b in bins):
-            return bins
-    return [[i] for i in example_ids]
+    alone = sorted(i for i in example_ids if lengths[i] > microbatch_tokens)
+    rest = [i for i in example_ids if lengths[i] <= microbatch_tokens]
+    num_bins = math.ceil(sum(lengths[i] for i in rest) / microbatch_tokens)
+    bins = balance(rest, lengths, num_bins)
+    while any(sum(lengths[i] for i in b) > microbatch_tokens for b in bins):
+        num_bins += 1
+        bins = balance(rest, lengths, num_bins)
+    return [[i] for i in alone] + bins
 
 
 def _cut_padded(

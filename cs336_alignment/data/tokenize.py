@@ -99,13 +99,13 @@ def tokenize_prompt_and_output(
     Example:
         >>> from tokenizers import Tokenizer, models, pre_tokenizers
         >>> from transformers import PreTrainedTokenizerFast
-        >>> words = Tokenizer(models.WordLevel({"<pad>": 0, "1": 1, "+": 2, "=": 3, "2": 4},
-        "<pad>"))
+        >>> vocabulary = {"<pad>": 0, "1": 1, "+": 2, "=": 3, "2": 4}
+        >>> words = Tokenizer(models.WordLevel(vocabulary, "<pad>"))
         >>> words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
         >>> batch = tokenize_prompt_and_output(["1 + 1 ="], ["2"],
         ...     PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>"))
-        >>> batch["labels"], batch["response_mask"]
-        (tensor([[2, 1, 3, 4]]), tensor([[False, False, False,  True]]))
+        >>> batch["labels"].tolist(), batch["response_mask"].tolist()
+        ([[2, 1, 3, 4]], [[False, False, False, True]])
     """
     if len(prompt_strs) != len(output_strs) or not prompt_strs:
         raise ValueError(

@@ -347,9 +347,9 @@ class _Run:
             self.console.stop()
             if owns_folder:
                 command = self.command if hasattr(self, "processes") else None
-                self.folder.write_status(
-                    Status(state, self.state.step, int(status), error, command)
-                )
+                # Before the checkpoint is loaded the folder knows the step better than this process.
+                step = max(self.state.step, self.folder.read_status().get("step", 0))
+                self.folder.write_status(Status(state, step, int(status), error, command))
 
         try:
             yield

@@ -152,12 +152,11 @@ class RunFolder:
                 checkpoints of which none verifies (74).
         """
         old = self._read_config()
+        named = None
         if config.trainer.resume not in ("auto", "never"):
-            return self._from_explicit(
-                Path(config.trainer.resume).expanduser(), holds_run=old is not None
-            )
+            named = Path(config.trainer.resume).expanduser()
         if old is None:
-            return Decision()
+            return Decision() if named is None else self._from_named(named)
         if config.trainer.resume == "never":
             raise UserError(
                 "R103",
@@ -166,10 +165,14 @@ class RunFolder:
                 hint="choose another run_name=…, or leave trainer.resume=auto to continue it",
             )
         notices, lengthened = compare(old, config, Place(self.path / CONFIG))
+        if named is not None and named.resolve().parent == self.checkpoints.resolve():
+            return self._from_named(named)  # back to an earlier step of this run
         status = self.read_status()
         if status.get("state") == "completed" and not lengthened:
             return Decision(complete=True)
         checkpoint, skipped = find_latest(self.checkpoints)
+        if checkpoint is None and not skipped and named is not None:
+            return self._from_named(named)  # stopped before it had a checkpoint of its own
         if checkpoint is None and skipped:
             raise UserError(
                 "R201",
@@ -181,14 +184,7 @@ class RunFolder:
         notices += [f"passed over a damaged checkpoint: {line}" for line in skipped]
         return Decision(checkpoint=checkpoint, notices=tuple(notices))
 
-    def _from_explicit(self, checkpoint: Path, *, holds_run: bool) -> Decision:
-        if holds_run:
-            raise UserError(
-                "R104",
-                f"{self.path} holds a run, and trainer.resume names a checkpoint",
-                ExitStatus.CANNOT_CREATE,
-                hint="choose another run_name=…, or trainer.resume=auto",
-            )
+    def _from_named(self, checkpoint: Path) -> Decision:
         if not checkpoint.is_dir():
             raise UserError(
                 "R202",

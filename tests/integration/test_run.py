@@ -217,7 +217,19 @@ def test_a_loss_that_is_not_finite_stops_before_the_weights(
     assert not list((tmp_path / "outputs/r/checkpoints").glob("step-*"))
 
 
-def test_wandb_unreachable_or_offline_changes_nothing(sft: Sft, rows: Path, tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_a_run_with_wandb_unreachable_ends_well(sft: Sft, rows: Path, tmp_path: Path) -> None:
+    unreachable = {
+        "WANDB_BASE_URL": "http://127.0.0.1:9", "WANDB_API_KEY": "0" * 40, "WANDB_MODE": "online",
+    }  # fmt: skip
+    done = sft("train", *TINY, "logger=wandb", f"data.train_path={rows}", "trainer.max_steps=3",
+               "run_name=r", env=unreachable)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("wandb") == 1  # one warning
+    assert read(tmp_path / "outputs/r/status.json")["state"] == "completed"
+
+
+def test_wandb_offline_changes_nothing(sft: Sft, rows: Path, tmp_path: Path) -> None:
     overrides = [*TINY, "logger=wandb", f"data.train_path={rows}", "trainer.max_steps=3"]
     offline = sft("train", *overrides, "run_name=a", env={"WANDB_MODE": "offline"})
     assert offline.returncode == 0, offline.stderr

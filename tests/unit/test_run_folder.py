@@ -160,12 +160,24 @@ def test_an_explicit_checkpoint_is_used_whole_or_refused(tmp_path: Path) -> None
     assert damaged.value.status == ExitStatus.IO
 
 
-def test_an_explicit_checkpoint_does_not_replace_a_run(tmp_path: Path) -> None:
-    checkpoint = save(tmp_path / "elsewhere", 4)
-    folder = start_run(tmp_path, "running", 1)
-    with pytest.raises(UserError) as caught:
-        folder.decide(make_config(tmp_path, trainer__resume=str(checkpoint)))
-    assert caught.value.status == ExitStatus.CANNOT_CREATE
+def test_the_same_command_with_an_explicit_checkpoint_continues_its_own_run(
+    tmp_path: Path,
+) -> None:
+    elsewhere = save(tmp_path / "elsewhere", 4)
+    folder = start_run(tmp_path, "running", 5, 6)
+    config = make_config(tmp_path, trainer__resume=str(elsewhere))
+    latest = folder.decide(config).checkpoint
+    assert latest is not None and latest == folder.checkpoints / "step-000006"
+    earlier = folder.checkpoints / "step-000005"
+    config = make_config(tmp_path, trainer__resume=str(earlier))
+    assert folder.decide(config).checkpoint == earlier
+
+
+def test_an_explicit_checkpoint_starts_again_a_run_that_has_none(tmp_path: Path) -> None:
+    elsewhere = save(tmp_path / "elsewhere", 4)
+    folder = start_run(tmp_path, "running")
+    config = make_config(tmp_path, trainer__resume=str(elsewhere))
+    assert folder.decide(config).checkpoint == elsewhere
 
 
 # What may change between a stop and a restart.

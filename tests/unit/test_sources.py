@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import datasets
@@ -219,15 +221,29 @@ def test_a_folder_without_the_rows_is_66(folder: Path, kind: str) -> None:
     assert (caught.value.code, caught.value.status) == ("D105", 66)
 
 
-@pytest.mark.parametrize("name", ["someone/nothing", "someone/nothing:main:train@v1", "nothing"])
-def test_a_hub_id_offline_is_one_clear_error(folder: Path, name: str) -> None:
-    assert os.environ["HF_HUB_OFFLINE"] == "1"
-    with pytest.raises(UserError) as caught:
-        read(name)
-    assert (caught.value.code, caught.value.status) == ("D105", 66)
-    lines = str(caught.value).splitlines()
-    assert len(lines) == 2 and name in lines[0] and "offline" in lines[1]
-    assert "Traceback" not in str(caught.value)
+def test_a_hub_id_offline_is_one_clear_error(tmp_path: Path) -> None:
+    """In another process, because the libraries look at the environment when they are imported."""
+    names = ["someone/nothing", "someone/nothing:main:train@v1", "nothing"]
+    script = """
+import json, sys
+from cs336_alignment.data.sources import read_source
+from cs336_alignment.errors import UserError
+for name in sys.argv[1:]:
+    try:
+        read_source(name, seed=0, default_split="train")
+    except UserError as error:
+        print(json.dumps([error.code, error.status, str(error)]))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script, *names], capture_output=True, text=True, timeout=60, check=True,
+        env={**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)},
+    )  # fmt: skip
+    assert done.stderr == ""
+    for name, line in zip(names, done.stdout.splitlines(), strict=True):
+        code, status, text = json.loads(line)
+        assert (code, status) == ("D105", 66)
+        first, hint = text.splitlines()
+        assert name in first and "OfflineModeIsEnabled" in first and "offline" in hint
 
 
 @pytest.mark.parametrize(
