@@ -96,6 +96,8 @@ def _foreign_flag(flag: str, value: str) -> UserError:
             f"put the file at {folder}/experiment/{stem}.yaml and type: "
             f"--config-dir {folder} experiment={stem}"
         )
+    elif name in ("bf16", "fp16"):
+        hint = "type trainer.precision=bf16 (auto chooses it where the GPU has it)"
     elif near := nearest_key(name):
         hint = f"type {near}={value}"
     else:
@@ -120,6 +122,8 @@ def run(arguments: list[str]) -> ExitStatus:
     is_main = os.environ.get("RANK", "0") == "0"
     debug = "--debug" in arguments
     arguments = [argument for argument in arguments if argument != "--debug"]
+    # Idle threads must not spin: on a shared machine a tiny model would mostly wait for them.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     if not arguments or arguments[0] in ("--help", "-h", "help"):
         print(usage())
         return ExitStatus.DONE

@@ -24,7 +24,14 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from cs336_alignment.config import ALL_KEYS, Config, check, nearest_key, warmup_clash
+from cs336_alignment.config import (
+    ALL_KEYS,
+    DEFAULT_WARMUP_RATIO,
+    Config,
+    check,
+    nearest_key,
+    warmup_clash,
+)
 from cs336_alignment.errors import ExitStatus, Place, UserError
 
 PACKAGE = Path(__file__).resolve().parent
@@ -64,12 +71,17 @@ def run_with_config(verb: str, arguments: Sequence[str], job: Job) -> ExitStatus
     """
     ConfigStore.instance().store(name="schema", node=Config, provider="cs336_alignment")
     single: list[Config] = []
+    refused: list[UserError] = []
     status = ExitStatus.DONE
 
     def task(composed: DictConfig) -> None:
         nonlocal status
         run = HydraConfig.get()
-        config = to_config(composed, verb, run.overrides.task)
+        try:
+            config = to_config(composed, verb, run.overrides.task)
+        except UserError as error:
+            refused.append(error)
+            return
         if run.mode != RunMode.MULTIRUN:
             single.append(config)
         elif status == ExitStatus.DONE:
@@ -85,6 +97,8 @@ def run_with_config(verb: str, arguments: Sequence[str], job: Job) -> ExitStatus
             entry(task)()
         except (HydraException, OmegaConfBaseException) as failure:
             raise translate(failure) from failure
+    if refused:
+        raise refused[0]
     return job(single[0]) if single else status
 
 
@@ -92,7 +106,9 @@ def run_with_config(verb: str, arguments: Sequence[str], job: Job) -> ExitStatus
 def _hydra_process(verb: str, arguments: Sequence[str]) -> Any:
     """Give Hydra the command line it expects, and make it raise instead of printing and leaving."""
     argv, full_error = sys.argv, os.environ.get("HYDRA_FULL_ERROR")
-    sys.argv = [f"cs336-sft {verb}", *_flags_first(arguments)]
+    # Hydra's parser refuses a flag between two overrides; people type it there.
+    flags, overrides = _split_flags(arguments)
+    sys.argv = [f"cs336-sft {verb}", *flags, *overrides]
     os.environ["HYDRA_FULL_ERROR"] = "1"
     try:
         yield
@@ -104,8 +120,8 @@ def _hydra_process(verb: str, arguments: Sequence[str]) -> Any:
             os.environ["HYDRA_FULL_ERROR"] = full_error
 
 
-def _flags_first(arguments: Sequence[str]) -> list[str]:
-    """Hydra's parser refuses a flag between two overrides; people type it there."""
+def _split_flags(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Divide a command line into Hydra's flags, with their values, and overrides."""
     flags: list[str] = []
     overrides: list[str] = []
     takes_value = False
@@ -113,7 +129,7 @@ def _flags_first(arguments: Sequence[str]) -> list[str]:
         is_flag = argument.startswith("-") or takes_value
         (flags if is_flag else overrides).append(argument)
         takes_value = argument in VALUE_FLAGS
-    return flags + overrides
+    return flags, overrides
 
 
 def to_config(composed: DictConfig, verb: str, overrides: Sequence[str]) -> Config:
@@ -150,6 +166,8 @@ def to_config(composed: DictConfig, verb: str, overrides: Sequence[str]) -> Conf
         "optimizer.warmup_steps",
     } <= given and config.optimizer.warmup_steps is not None:
         raise warmup_clash()
+    if "optimizer.warmup_steps" in given and config.optimizer.warmup_steps is not None:
+        config.optimizer.warmup_ratio = DEFAULT_WARMUP_RATIO  # typed steps replace a preset's ratio
     if config.run_name is None:
         config.run_name = _default_run_name(config, verb)
     check(config)
@@ -188,9 +206,7 @@ def _default_run_name(config: Config, verb: str) -> str:
 
 def _swept_suffix(arguments: Sequence[str], job_overrides: Sequence[str]) -> str:
     """Name a multirun's job by the overrides that differ between its jobs."""
-    parsed = OverridesParser.create().parse_overrides(
-        [a for a in arguments if not a.startswith("-")]
-    )
+    parsed = OverridesParser.create().parse_overrides(_split_flags(arguments)[1])
     swept = {o.get_key_element() for o in parsed if o.is_sweep_override()}
     chosen = [o.split("=", 1) for o in job_overrides if o.split("=", 1)[0] in swept]
     text = "".join(f"-{key.rsplit('.', 1)[-1]}-{value}" for key, value in chosen)

@@ -153,8 +153,8 @@ ALL_KEYS = tuple(key for key, _ in flatten(Config()))
 
 # Spellings of other frameworks whose nearest key by letters would be the wrong one.
 ALIASES = {
-    "per_device_train_batch_size": "trainer.microbatch_tokens",
-    "micro_batch_size": "trainer.microbatch_tokens",
+    "per_device_train_batch_size": "trainer.global_batch_size",
+    "micro_batch_size": "trainer.global_batch_size",
     "batch_size": "trainer.global_batch_size",
     "lr": "optimizer.learning_rate",
     "epochs": "trainer.num_train_epochs",
@@ -170,7 +170,6 @@ ALIASES = {
     "sequence_len": "data.max_length",
     "output_dir": "output_root",
     "resume_from_checkpoint": "trainer.resume",
-    "bf16": "trainer.precision",
     "report_to": "logger",
     "clip_grad_norm": "optimizer.max_grad_norm",
     "scheduler": "optimizer.lr_scheduler_type",
@@ -188,6 +187,8 @@ def nearest_key(key: str) -> str | None:
         'optimizer.learning_rate'
     """
     leaf = key.rsplit(".", 1)[-1].replace("-", "_")
+    if key in ALL_KEYS:
+        return key
     if leaf in ALIASES:
         return ALIASES[leaf]
     by_leaf = {full.rsplit(".", 1)[-1]: full for full in reversed(ALL_KEYS)}

@@ -56,9 +56,10 @@ class UserError(Exception):
         hint: what to type or change.
 
     Example:
-        >>> print(UserError("D203", "response is empty", ExitStatus.BAD_DATA,
-        ...                 place=Place("train.jsonl", 418, "response"), expected="non-empty
-        string")) error[D203]: response is empty
+        >>> place = Place("train.jsonl", 418, "response")
+        >>> print(UserError("D203", "response is empty", ExitStatus.BAD_DATA, place=place,
+        ...                 expected="non-empty string"))
+        error[D203]: response is empty
           --> train.jsonl:418, field "response"
           expected: non-empty string
     """

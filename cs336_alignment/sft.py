@@ -1,15 +1,16 @@
 """The public primitives of supervised fine-tuning, and the map of the package.
 
 ```
-errors, config, microbatch     what everything speaks: user errors, the keys of a run, one
-microbatch compose, cli                   Hydra to a typed config; `cs336-sft VERB`
-data/       sources → formats → tokenize → prepare (ledger) → batching (step ▸ examples ▸
-microbatches) model/      loading · attention (flat rows) · lm_head (chunked) · policy (what is
-trained) · log_probs training/   loss · step (one step's gradient) · trainer (the loop) · run (a
-run, whole)
-            optimizer · schedule · parallel · checkpoint · run_folder · preflight · stop · export
-evaluation/ loss · log_generations · rewards · evaluator · run (`cs336-sft evaluate`)
-tracking/   tracker · console · metrics · wandb_logger · plots
+errors, config, microbatch   what all speak: user errors, the keys of a run, one microbatch
+compose, cli                 Hydra to a typed config; `cs336-sft VERB`
+data/        sources → formats → tokenize → prepare (ledger) → batching (step ▸ examples)
+model/       loading · attention (flat rows) · lm_head (chunked) · policy · log_probs
+training/    loss · step (one step's gradient) · trainer (the loop) · run (a run, whole)
+             optimizer · schedule · parallel · checkpoint · run_folder · preflight · report
+             manifest · stop · export
+evaluation/  loss · log_generations · evaluator · run (`cs336-sft evaluate`)
+             rewards ← answers ← quantities, formulas ← spelling
+tracking/    tracker · console · metrics · wandb_logger · plots
 ```
 """
 

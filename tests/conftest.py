@@ -10,6 +10,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when transformers is imported
+os.environ.setdefault("WANDB_MODE", "disabled")
+
 import pytest
 import torch
 from transformers import (
@@ -27,8 +30,6 @@ from cs336_alignment.data.prepare import TokenizedDataset
 from cs336_alignment.training.parallel import Processes, start_processes
 
 ROOT = Path(__file__).resolve().parent.parent
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ.setdefault("WANDB_MODE", "disabled")
 VOCABULARY = 97
 torch.set_num_threads(1)  # the models are so small that threads only wait for each other
 

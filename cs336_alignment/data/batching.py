@@ -7,6 +7,7 @@ number of processes nor the cut into microbatches changes what a step trains on.
 
 from __future__ import annotations
 
+import heapq
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -95,11 +96,11 @@ def balance(example_ids: Sequence[int], lengths: Sequence[int], num_bins: int) -
         arguments.
     """
     bins: list[list[int]] = [[] for _ in range(num_bins)]
-    loads = [0] * num_bins
+    emptiest = [(0, 0, index) for index in range(num_bins)]  # a heap of (tokens, examples, bin)
     for example_id in sorted(example_ids, key=lambda i: (-lengths[i], i)):
-        lightest = min(range(num_bins), key=lambda b: (loads[b], len(bins[b]), b))
-        bins[lightest].append(example_id)
-        loads[lightest] += lengths[example_id]
+        load, count, index = emptiest[0]
+        bins[index].append(example_id)
+        heapq.heapreplace(emptiest, (load + lengths[example_id], count + 1, index))
     return bins
 
 

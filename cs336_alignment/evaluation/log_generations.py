@@ -96,11 +96,10 @@ def log_generations(
 
     Returns:
         `rows`: a dict for each prompt: `prompt`, `response`, `ground_truth`, `reward`,
-            `format_reward`,
-        `answer_reward`, `token_entropy` (mean over the response, nats), `length` (tokens),
-        `stopped` (`eos`, `stop` or `length`). `summary`: means of the rewards, `stop_rate`,
-        `token_entropy`, and `length`, `length_correct`, `length_incorrect` (null where there is no
-        such response).
+        `format_reward`, `answer_reward`, `token_entropy` (mean over the response, nats), `length`
+        (tokens), `stopped` (`eos`, `stop` or `length`). `summary`: means of the rewards,
+        `stop_rate`, `token_entropy`, and `length`, `length_correct`, `length_incorrect` (None
+        where there is no such response).
 
     Raises:
         ValueError: different numbers of prompts and ground truths.

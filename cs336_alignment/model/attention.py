@@ -59,6 +59,11 @@ def flat_attention(
     for name in ("softcap", "s_aux", "position_bias"):
         if kwargs.get(name) is not None:
             raise ValueError(f"flat attention does not implement {name}")
+    device = query.device.type
+    if torch.is_autocast_enabled(device):
+        # Rotary embeddings widen queries and keys to float32; SDPA would narrow them by itself.
+        dtype = torch.get_autocast_dtype(device)
+        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16) and dropout == 0.0:
         return _varlen_attention(query, key, value, flat_layout, scaling), None
     return _grouped_attention(query, key, value, flat_layout, dropout, scaling), None

@@ -4,9 +4,11 @@ config.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -121,13 +123,35 @@ def load_model(source: ModelSource, *, random_init: bool, seed: int) -> PreTrain
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(seed)
                 return AutoModelForCausalLM.from_config(config, dtype=torch.float32, **common)
-        return AutoModelForCausalLM.from_pretrained(
-            source.location, revision=source.revision, dtype=torch.float32, **common
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            source.location,
+            revision=source.revision,
+            dtype=torch.float32,
+            output_loading_info=True,
+            **common,
         )
+        model, info = loaded
+        _refuse_drawn_weights(source, info)
+        return model
+    except UserError:
+        raise
     except Exception as failure:
         raise _cannot_load("model", source, failure) from failure
     finally:
         transformers.logging.set_verbosity(level)
+
+
+def _refuse_drawn_weights(source: ModelSource, info: Mapping[str, Any]) -> None:
+    """transformers draws at random what a file does not hold; nobody asked for that."""
+    lost = sorted(str(key) for kind in ("missing_keys", "mismatched_keys") for key in info[kind])
+    if lost:
+        raise UserError(
+            "M107",
+            f"the weights of {source.location} lack tensors that the model has",
+            ExitStatus.NOT_FOUND,
+            got=f"{len(lost)} missing or of another shape: {', '.join(lost[:3])}",
+            hint="the folder is damaged, or its config.json belongs to another model",
+        )
 
 
 def _require_weights(source: ModelSource) -> None:

@@ -15,7 +15,6 @@ from rich.progress import (
     MofNCompleteColumn,
     Progress,
     TextColumn,
-    TimeElapsedColumn,
     TimeRemainingColumn,
 )
 from rich.table import Table
@@ -132,11 +131,10 @@ class Console:
     def _open_live(self) -> Progress:
         if self._live is None:
             self._live = Progress(
-                TextColumn("{task.description:<16}"),
-                BarColumn(bar_width=24),
+                TextColumn("{task.description:<12}"),
+                BarColumn(bar_width=14),  # all columns fit a terminal of 80
                 MofNCompleteColumn(),
                 TextColumn("{task.fields[detail]}"),
-                TimeElapsedColumn(),
                 TextColumn("eta"),
                 TimeRemainingColumn(),
                 console=self._out,

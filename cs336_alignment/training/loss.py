@@ -37,8 +37,9 @@ def masked_normalize(
 
     Example:
         >>> import torch
-        >>> masked_normalize(torch.tensor([1., 2., 3., 4., 5.]), torch.tensor([1, 0, 1, 1, 0]),
-        None, 2) tensor(4.)
+        >>> mask = torch.tensor([1, 0, 1, 1, 0])
+        >>> masked_normalize(torch.tensor([1., 2., 3., 4., 5.]), mask, None, 2)
+        tensor(4.)
         >>> masked_normalize(torch.tensor([[1., 2., 3.], [4., 5., 6.]]),
         ...                  torch.tensor([[1, 0, 1], [1, 1, 0]]), dim=1, normalize_constant=2.0)
         tensor([2.0000, 4.5000])

@@ -132,7 +132,9 @@ def set_threads(local_processes: int) -> int:
     read.
     """
     if local_processes > 1 or "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_processes))
+        allowed = getattr(os, "sched_getaffinity", None)  # Linux only
+        cores = len(allowed(0)) if allowed else os.cpu_count() or 1
+        torch.set_num_threads(max(1, cores // local_processes))
     return torch.get_num_threads()
 
 

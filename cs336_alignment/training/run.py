@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from typing import Any
 
@@ -123,8 +123,9 @@ class _Run:
         data, held_out = self._prepare(tokenizer)
         self.console.note(f"loading {model_config.name_or_path}")
         model = load_model(source, random_init=model_config.random_init, seed=config.seed)
-        longest = max(data.dataset.lengths)
-        check_fits(model, int(data.dataset.input_ids.max()), longest)
+        parts = [part.dataset for part in (data, held_out) if part is not None]
+        longest = max(max(part.lengths) for part in parts)
+        check_fits(model, max(int(part.input_ids.max()) for part in parts), longest)
         if config.trainer.gradient_checkpointing:
             enable_checkpointing(model)
         device = self.processes.device
@@ -347,7 +348,7 @@ class _Run:
             self.console.stop()
             if owns_folder:
                 command = self.command if hasattr(self, "processes") else None
-                # Before the checkpoint is loaded the folder knows the step better than this process.
+                # Before a checkpoint is loaded the folder knows the step better.
                 step = max(self.state.step, self.folder.read_status().get("step", 0))
                 self.folder.write_status(Status(state, step, int(status), error, command))
 
@@ -360,6 +361,16 @@ class _Run:
         except KeyboardInterrupt:
             write("preempted", ExitStatus.INTERRUPTED)
             raise
+        except OSError as failure:
+            full = UserError(
+                "R209",
+                f"cannot write to {self.folder.path}: {failure.strerror or failure}",
+                ExitStatus.IO,
+                hint="make room and run the same command again",
+            )
+            with suppress(OSError):
+                write("failed", full.status, str(full))
+            raise full from failure
         except Exception as failure:
             write("failed", ExitStatus.INTERNAL, f"{type(failure).__name__}: {failure}")
             raise

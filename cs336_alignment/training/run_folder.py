@@ -165,8 +165,6 @@ class RunFolder:
                 hint="choose another run_name=…, or leave trainer.resume=auto to continue it",
             )
         notices, lengthened = compare(old, config, Place(self.path / CONFIG))
-        if named is not None and named.resolve().parent == self.checkpoints.resolve():
-            return self._from_named(named)  # back to an earlier step of this run
         status = self.read_status()
         if status.get("state") == "completed" and not lengthened:
             return Decision(complete=True)
@@ -256,10 +254,12 @@ def compare(old: dict[str, Any], new: Config, place: Place) -> tuple[list[str], 
     Raises:
         UserError: a key that changes training differs (78), with old and new value of each.
     """
+    # A key that a later release added was at its default.
+    before_all = {**dict(flatten(Config())), **old}
     changed = {
-        key: (old.get(key), value)
+        key: (before_all[key], value)
         for key, value in flatten(new)
-        if key not in FREE and not key.startswith(FREE_SECTIONS) and old.get(key) != value
+        if key not in FREE and not key.startswith(FREE_SECTIONS) and before_all[key] != value
     }
     # With a mean of means the cut is part of the loss.
     noticed = NOTICED - CUT if new.trainer.loss_normalization == "microbatch" else NOTICED

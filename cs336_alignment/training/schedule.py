@@ -21,9 +21,8 @@ def learning_rate(config: OptimizerConfig, step: int, total_steps: int) -> float
 
     After a linear warmup (step 0 already moves: its rate is 1/warmup of the peak) the rate follows
     `lr_scheduler_type`: `constant`; `linear`, to zero; `cosine`, half a cosine wave to zero
-        (Loshchilov and
-    Hutter, arXiv 1608.03983); `warmup_stable_decay`, constant, then linear to zero in the last
-    tenth (Hu et al., arXiv 2404.06395).
+    (Loshchilov and Hutter, arXiv 1608.03983); `warmup_stable_decay`, constant, then linear to zero
+    in the last tenth (Hu et al., arXiv 2404.06395).
 
     Args:
         config: the optimizer section.

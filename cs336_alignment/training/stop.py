@@ -9,11 +9,14 @@ from types import FrameType
 
 from cs336_alignment.errors import ExitStatus
 
+REPEAT_SECONDS = 2.0
+
 
 class StopRequest:
     """Remembers a request to stop; the trainer reads it between steps and saves before it leaves.
 
-    A second signal leaves at once. Use as a context manager: the handlers last as long as it does.
+    A second signal, two seconds later or more, leaves at once: launchers and schedulers send the
+    first one twice. Use as a context manager: the handlers last as long as it does.
 
     Args:
         max_hours: stop by itself after this long, None: never.
@@ -22,6 +25,7 @@ class StopRequest:
     def __init__(self, max_hours: float | None = None) -> None:
         self._deadline = None if max_hours is None else time.monotonic() + 3600 * max_hours
         self._status: ExitStatus | None = None
+        self._received = 0.0
         self._before: dict[int, object] = {}
 
     def __enter__(self) -> StopRequest:
@@ -34,8 +38,12 @@ class StopRequest:
             signal.signal(number, handler)  # type: ignore[arg-type]
 
     def _on_signal(self, number: int, _: FrameType | None) -> None:
+        now = time.monotonic()
         if self._status is not None:
-            os._exit(128 + number)
+            if now - self._received > REPEAT_SECONDS:
+                os._exit(128 + number)
+            return
+        self._received = now
         self._status = ExitStatus.INTERRUPTED if number == signal.SIGINT else ExitStatus.STOPPED
 
     @property

@@ -109,6 +109,10 @@ def test_slices_of_processes_partition_the_step(
     assert sum(not part for part in slices) == max(0, num_processes - len(ids))
 
 
+def test_slices_are_balanced_by_tokens() -> None:
+    assert balance(range(4), [2, 4, 10, 4], 2) == [[2], [1, 3, 0]]
+
+
 @few
 @given(lengths_of, st.integers(1, 4), st.integers(2, 200), st.booleans())
 def test_microbatches_partition_the_slice_within_the_budget(

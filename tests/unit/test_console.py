@@ -151,3 +151,15 @@ def test_a_failure_within_progress_takes_its_bar_away() -> None:
     # No bar is redrawn, and the cursor is shown again.
     assert text.getvalue()[len(before) :] == "plain\n"
     assert before.count("\x1b[?25l") == before.count("\x1b[?25h")
+
+
+def test_the_bars_fit_a_terminal_of_80_columns() -> None:
+    text = StringIO()
+    console = Console(True, RichConsole(file=text, force_terminal=True, width=80))
+    console.start(3000, 0)
+    with console.progress("evaluation loss", 1000) as advance:
+        console.step(1000, METRICS | {"perf/tokens_per_second": 99_999.0}, show=True)
+        advance(1000)
+    console.stop()
+    assert "1000/3000" in text.getvalue()
+    assert "…" not in text.getvalue()

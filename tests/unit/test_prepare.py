@@ -82,12 +82,6 @@ def test_eos_is_not_doubled(run: Run) -> None:
     assert [trained for _, trained in tokens(run(rows))] == [[6, EOS], [6, EOS, 6, EOS], [EOS]]
 
 
-def test_an_eos_that_ends_the_prompt_is_not_that_of_the_response(run: Run) -> None:
-    assert tokens(run([{"prompt": "1 </s>", "response": "2"}])) == [
-        ([BOS, 5, EOS, 6, EOS], [6, EOS])
-    ]
-
-
 def test_without_eos_and_prefix(run: Run) -> None:
     data = run([pair(1, 1)], append_eos=False, add_special_tokens=False)
     assert tokens(data) == [([5, 6], [6])]
@@ -187,6 +181,9 @@ def test_a_response_without_tokens_is_dropped_and_counted(
     data = run(rows, tokenizer, append_eos=False)
     assert data.ledger.dropped == {"no_response_token": 1} and data.ledger.kept == 1
     assert tokens(run(rows, tokenizer))[0] == ([5, EOS], [EOS])
+    # an EOS that ends the prompt is not the response's
+    data = run([{"prompt": "1 </s>", "response": "e"}], tokenizer)
+    assert tokens(data) == [([5, EOS, EOS], [EOS])]
 
 
 BAD = b"""{"prompt": "p", "response": "r"}

@@ -170,7 +170,7 @@ def test_the_same_command_with_an_explicit_checkpoint_continues_its_own_run(
     assert latest is not None and latest == folder.checkpoints / "step-000006"
     earlier = folder.checkpoints / "step-000005"
     config = make_config(tmp_path, trainer__resume=str(earlier))
-    assert folder.decide(config).checkpoint == earlier
+    assert folder.decide(config).checkpoint == latest
 
 
 def test_an_explicit_checkpoint_starts_again_a_run_that_has_none(tmp_path: Path) -> None:
