@@ -128,6 +128,7 @@ def load_model(source: ModelSource, *, random_init: bool, seed: int) -> PreTrain
             revision=source.revision,
             dtype=torch.float32,
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # reported like missing ones, and refused below
             **common,
         )
         model, info = loaded
