@@ -122,8 +122,6 @@ def run(arguments: list[str]) -> ExitStatus:
     is_main = os.environ.get("RANK", "0") == "0"
     debug = "--debug" in arguments
     arguments = [argument for argument in arguments if argument != "--debug"]
-    # Idle threads must not spin: on a shared machine a tiny model would mostly wait for them.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     if not arguments or arguments[0] in ("--help", "-h", "help"):
         print(usage())
         return ExitStatus.DONE
