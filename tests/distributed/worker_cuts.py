@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -52,7 +53,9 @@ def main(path: str) -> None:
         errors[f"eval {name} {dtype}"] = loss
     if processes.is_main:
         Path(path).write_text(json.dumps({"world": processes.count, "errors": errors}))
-    processes.close()
+    processes.wait()
+    # Six DDP wrappers are alive; taking gloo down under them can wait for ever.
+    os._exit(0)
 
 
 if __name__ == "__main__":
