@@ -23,10 +23,10 @@ train: install ## train the quickstart and show accuracy before and after (minut
 	$(BIN)/cs336-sft train experiment=quickstart
 
 test: install ## run the tests (minutes; the slow ones are in test-all)
-	$(BIN)/python -m pytest -q -m "not slow and not gpu"
+	$(BIN)/python -m pytest -q -n 2 --dist worksteal -m "not slow and not gpu"
 
 test-all: install ## run every test that this machine can
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n 2 --dist worksteal
 
 lint: install ## check style
 	$(BIN)/ruff check .

@@ -6,7 +6,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from transformers import (
 from cs336_alignment.config import ParallelConfig
 from cs336_alignment.data.prepare import TokenizedDataset
 from cs336_alignment.training.parallel import Processes, start_processes
+from tests.zygote import Zygote
 
 ROOT = Path(__file__).resolve().parent.parent
 VOCABULARY = 97
@@ -79,11 +80,22 @@ def processes() -> Processes:
 Sft = Callable[..., "subprocess.CompletedProcess[str]"]
 
 
+@pytest.fixture(scope="session")
+def zygote() -> Iterator[Zygote]:
+    """What runs the commands that need no launcher and no environment of their own."""
+    started = Zygote(clean_environment())
+    yield started
+    started.close()
+
+
 @pytest.fixture
-def sft(tmp_path: Path) -> Sft:
+def sft(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, zygote: Zygote) -> Sft:
     """Run `cs336-sft` as a user does, in a folder of its own."""
+    scratch = tmp_path_factory.mktemp("printed")
 
     def run(*arguments: str, launcher: tuple[str, ...] = (), **options: Any) -> Any:
+        if not launcher and "env" not in options:
+            return zygote.run(list(arguments), options.get("cwd", tmp_path), scratch)
         command = [sys.executable, "-m", *(launcher or ("cs336_alignment.cli",)), *arguments]
         return subprocess.run(
             command, cwd=options.pop("cwd", tmp_path), text=True, capture_output=True, timeout=280,
