@@ -11,7 +11,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from cs336_alignment.compose import FLAGS, VALUE_FLAGS, run_with_config
-from cs336_alignment.config import Config, nearest_key
+from cs336_alignment.config import Config
+from cs336_alignment.config_names import nearest_key
 from cs336_alignment.errors import ExitStatus, UserError
 
 FILE_FLAGS = {"--config", "--config_file", "--config-file", "--yaml"}
@@ -119,7 +120,7 @@ def run(arguments: list[str]) -> ExitStatus:
     Returns:
         The exit status; errors have been printed.
     """
-    is_main = os.environ.get("RANK", "0") == "0"
+    speaks = os.environ.get("LOCAL_RANK", "0") == "0"  # one process of each machine
     debug = "--debug" in arguments
     arguments = [argument for argument in arguments if argument != "--debug"]
     if not arguments or arguments[0] in ("--help", "-h", "help"):
@@ -138,7 +139,7 @@ def run(arguments: list[str]) -> ExitStatus:
         refuse_foreign_flags(arguments[1:])
         return verb.run(arguments[1:])
     except UserError as error:
-        if is_main:
+        if speaks:
             print(error, file=sys.stderr, flush=True)
         if debug:
             traceback.print_exc()

@@ -6,35 +6,28 @@ OmegaConf object exists.
 
 from __future__ import annotations
 
-import difflib
 import os
 import re
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
-from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import hydra
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.errors import HydraException, MissingConfigException, OverrideParseException
+from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from cs336_alignment.config import (
-    ALL_KEYS,
-    DEFAULT_WARMUP_RATIO,
-    Config,
-    check,
-    nearest_key,
-    warmup_clash,
-)
-from cs336_alignment.errors import ExitStatus, Place, UserError
+from cs336_alignment.compose_errors import config_folder, no_such_key, presets, translate
+from cs336_alignment.config import ALL_KEYS, DEFAULT_WARMUP_RATIO, Config
+from cs336_alignment.config_check import check, warmup_clash
+from cs336_alignment.errors import ExitStatus, UserError
 
-PACKAGE = Path(__file__).resolve().parent
 # Hydra's own flags: those alone, and those that take a value.
 FLAGS = frozenset({
     "--help", "-h", "--hydra-help", "--version", "--resolve", "--multirun", "-m", "--run", "-r",
@@ -46,12 +39,6 @@ VALUE_FLAGS = frozenset({
 })  # fmt: skip
 OPTIONAL_KEYS = {"evaluate": ("data.train_path",)}
 Job = Callable[[Config], ExitStatus]
-
-
-def config_folder() -> Path:
-    """Find the shipped presets: inside the installed package, or beside it in a checkout."""
-    inside = PACKAGE / "configs"
-    return inside if inside.is_dir() else PACKAGE.parent / "configs"
 
 
 def run_with_config(verb: str, arguments: Sequence[str], job: Job) -> ExitStatus:
@@ -71,23 +58,24 @@ def run_with_config(verb: str, arguments: Sequence[str], job: Job) -> ExitStatus
     """
     ConfigStore.instance().store(name="schema", node=Config, provider="cs336_alignment")
     single: list[Config] = []
-    refused: list[UserError] = []
+    failed: list[Exception] = []
     status = ExitStatus.DONE
 
     def task(composed: DictConfig) -> None:
         nonlocal status
         run = HydraConfig.get()
+        if failed or status != ExitStatus.DONE:
+            return
         try:
             config = to_config(composed, verb, run.overrides.task)
-        except UserError as error:
-            refused.append(error)
-            return
-        if run.mode != RunMode.MULTIRUN:
-            single.append(config)
-        elif status == ExitStatus.DONE:
+            if run.mode != RunMode.MULTIRUN:
+                single.append(config)
+                return
             config.run_name = f"{config.run_name}{_swept_suffix(arguments, run.overrides.task)}"
             check(config)
             status = job(config)
+        except Exception as failure:  # raised again below: Hydra would print a line of its own
+            failed.append(failure)
 
     with _hydra_process(verb, arguments):
         entry = hydra.main(
@@ -97,8 +85,8 @@ def run_with_config(verb: str, arguments: Sequence[str], job: Job) -> ExitStatus
             entry(task)()
         except (HydraException, OmegaConfBaseException) as failure:
             raise translate(failure) from failure
-    if refused:
-        raise refused[0]
+    if failed:
+        raise failed[0]
     return job(single[0]) if single else status
 
 
@@ -108,10 +96,13 @@ def _hydra_process(verb: str, arguments: Sequence[str]) -> Any:
     argv, full_error = sys.argv, os.environ.get("HYDRA_FULL_ERROR")
     # Hydra's parser refuses a flag between two overrides; people type it there.
     flags, overrides = _split_flags(arguments)
-    sys.argv = [f"cs336-sft {verb}", *flags, *overrides]
     os.environ["HYDRA_FULL_ERROR"] = "1"
     try:
-        yield
+        # A multirun writes a multirun.yaml that nobody asked for.
+        with TemporaryDirectory() as sweep:
+            own = [f"hydra.sweep.dir={sweep}"] if {"-m", "--multirun"} & set(flags) else []
+            sys.argv = [f"cs336-sft {verb}", *flags, *own, *overrides]
+            yield
     finally:
         sys.argv = argv
         if full_error is None:
@@ -152,7 +143,7 @@ def to_config(composed: DictConfig, verb: str, overrides: Sequence[str]) -> Conf
                 "C102",
                 f"{key} is not given",
                 ExitStatus.BAD_CONFIG,
-                hint=f"add {key}=…, or choose a preset: experiment={_presets()}",
+                hint=f"add {key}=…, or choose a preset: experiment={presets()}",
             )
         OmegaConf.update(composed, key, "none")
     try:
@@ -181,27 +172,22 @@ def _refuse_added_keys(composed: Any, prefix: str = "") -> None:
         if isinstance(value, dict):
             _refuse_added_keys(value, f"{key}.")
         elif key not in ALL_KEYS:
-            raise _no_such_key(key)
-
-
-def _no_such_key(key: str, place: Place | None = None) -> UserError:
-    near = nearest_key(key)
-    return UserError(
-        "C101",
-        f"there is no key {key}",
-        ExitStatus.BAD_CONFIG,
-        place=place,
-        hint=f"did you mean {near}?" if near else "`cs336-sft train --cfg job` prints every key",
-    )
+            raise no_such_key(key)
 
 
 def _default_run_name(config: Config, verb: str) -> str:
-    names = [config.model.name_or_path, "" if verb == "evaluate" else config.data.train_path]
-    parts = [
-        re.split(r"[/:]", name.rstrip("/"))[-1].removesuffix(".jsonl") for name in names if name
-    ]
-    prefix = [] if verb == "train" else [verb]
-    return re.sub(r"[^A-Za-z0-9._-]+", "-", "-".join([*prefix, *parts])).strip("-._") or "run"
+    model, data = config.model.name_or_path, config.data
+    if verb == "train":
+        parts = [_last(model), _last(data.train_path)]
+    else:
+        # Every run's export is called `model`, so the folders above it belong to the name.
+        folders = [part for part in model.split("/") if part.strip(".~") and part != "checkpoints"]
+        parts = [verb, *folders[-3:], _last(data.eval_path or "")]
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", "-".join(parts)).strip("-._")[:150] or "run"
+
+
+def _last(name: str) -> str:
+    return re.split(r"[/:]", name.rstrip("/"))[-1].removesuffix(".jsonl")
 
 
 def _swept_suffix(arguments: Sequence[str], job_overrides: Sequence[str]) -> str:
@@ -211,117 +197,3 @@ def _swept_suffix(arguments: Sequence[str], job_overrides: Sequence[str]) -> str
     chosen = [o.split("=", 1) for o in job_overrides if o.split("=", 1)[0] in swept]
     text = "".join(f"-{key.rsplit('.', 1)[-1]}-{value}" for key, value in chosen)
     return re.sub(r"[^A-Za-z0-9._-]+", "-", text)
-
-
-def _presets() -> str:
-    return ", ".join(sorted(path.stem for path in (config_folder() / "experiment").glob("*.yaml")))
-
-
-def translate(failure: Exception) -> UserError:
-    """Turn what Hydra or OmegaConf raised into one readable error, with the nearest key or
-    preset.
-    """
-    text = _whole_text(failure)
-    if isinstance(failure, MissingConfigException):
-        return _unknown_preset(text)
-    if isinstance(failure, OverrideParseException):
-        return UserError(
-            "C107",
-            f"cannot read the override `{failure.override}`",
-            ExitStatus.BAD_CONFIG,
-            expected="section.key=value",
-            got=text.splitlines()[0],
-            hint="put quotes around values with '=', ',' or spaces: 'key=\"a,b\"'",
-        )
-    place = None
-    if match := re.search(r"In '([^']+)'", text):
-        place = Place(f"preset {match[1]}")
-    if key := _unknown_key(text):
-        return _no_such_key(key, place)
-    if match := re.search(r"full_key: (\S+)", text):
-        key = match[1]
-        reason = next(
-            (
-                line
-                for line in text.splitlines()
-                if line.startswith(
-                    (
-                        "Value",
-                        "Cannot",
-                        "Unsupported",
-                        "Non optional",
-                        "field",
-                        "Incompatible",
-                        "Invalid",
-                    )
-                )
-            ),
-            text.splitlines()[0],
-        )
-        return UserError(
-            "C108",
-            f"{key} has a value of the wrong type",
-            ExitStatus.BAD_CONFIG,
-            place=place,
-            got=reason.strip(),
-            hint=f"{key}=…",
-        )
-    if "Ambiguous value" in text:
-        return UserError(
-            "C109",
-            text.splitlines()[0],
-            ExitStatus.BAD_CONFIG,
-            hint="several values want --multirun (-m); a comma in a text, quotes: 'key=\"a,b\"'",
-        )
-    return UserError("C100", " ".join(text.split()), ExitStatus.BAD_CONFIG, place=place)
-
-
-def _whole_text(failure: BaseException) -> str:
-    """Join the texts of an exception and its causes: the outer one often says nothing."""
-    texts = [str(failure)]
-    while (cause := failure.__cause__ or failure.__context__) is not None:
-        failure = cause
-        texts.append(str(failure))
-    return "\n".join(texts)
-
-
-def _unknown_preset(text: str) -> UserError:
-    match = re.search(r"Could not find '([^']+)'", text)
-    name = match[1] if match else text.splitlines()[0]
-    group, _, choice = name.rpartition("/")
-    folder = config_folder() / group
-    known = sorted(path.stem for path in folder.glob("*.yaml"))
-    if not known:
-        groups = sorted(path.name for path in config_folder().iterdir() if path.is_dir())
-        near = nearest_key(group or choice) or next(
-            iter(difflib.get_close_matches(group, groups, n=1)), None
-        )
-        return UserError(
-            "C101",
-            f"there is no key {group or choice}",
-            ExitStatus.BAD_CONFIG,
-            hint=f"did you mean {near}?" if near else f"groups: {', '.join(groups)}",
-        )
-    near = next(iter(difflib.get_close_matches(choice, known, n=1)), None)
-    return UserError(
-        "C110",
-        f"there is no preset {group}={choice}",
-        ExitStatus.BAD_CONFIG,
-        expected="one of " + ", ".join(known),
-        hint=(f"did you mean {group}={near}? " if near else "")
-        + "your own presets: --config-dir DIR, with "
-        f"DIR/{group}/{choice}.yaml",
-    )
-
-
-def _unknown_key(text: str) -> str | None:
-    """Find the key that does not exist, in full, from the several texts in which it is reported."""
-    if match := re.search(
-        r"Could not (?:override|append to config|delete from config).*?'([^']+)'", text
-    ):
-        return match[1].split("=", 1)[0].lstrip("+~")
-    if match := re.search(r"Key '([^']+)' (?:not in|is not in struct|is not)", text):
-        full = re.search(r"full_key: (\S+)", text)
-        key = full[1] if full else match[1]
-        return None if key in ALL_KEYS else key
-    return None

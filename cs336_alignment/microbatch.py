@@ -64,8 +64,6 @@ class Microbatch:
         labels: (R,) int64, the response tokens they predict.
         response_mask: (R,) bool, all True but for the filler of an empty microbatch.
         example_response_tokens: (R,) int64, the number of response tokens of the label's example.
-        example_ids: the examples, in the order of their rows.
-        num_tokens: real tokens, prompt and response, of all examples.
         num_response_tokens: trained tokens.
     """
 
@@ -77,8 +75,6 @@ class Microbatch:
     labels: Tensor
     response_mask: Tensor
     example_response_tokens: Tensor
-    example_ids: tuple[int, ...]
-    num_tokens: int
     num_response_tokens: int
 
     def to(self, device: torch.device) -> Microbatch:

@@ -233,7 +233,5 @@ def collate(examples: Sequence[TokenizedExample], *, flat: bool) -> Microbatch:
         example_response_tokens=torch.tensor(response_tokens).repeat_interleave(
             torch.tensor(response_tokens)
         ),
-        example_ids=() if filler else tuple(example.example_id for example in examples),
-        num_tokens=0 if filler else sum(len(example.input_ids) for example in examples),
         num_response_tokens=0 if filler else sum(response_tokens),
     )

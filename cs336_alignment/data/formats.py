@@ -11,6 +11,7 @@ from cs336_alignment.data.sources import Row
 from cs336_alignment.errors import ExitStatus, Place, UserError, describe
 
 FINAL_MARK = "####"
+CLOSING_TAG = "</think>"
 CALCULATOR = re.compile(r"<<[^<>]*>>")
 PLACEHOLDER = re.compile(r"\{(question|instruction)\}")
 VERBATIM_PROMPT = "prompt"
@@ -128,6 +129,17 @@ def to_example(row: Row, template: PromptTemplate) -> Example:
         if response_field == "answer":
             response, final = _shape_answer(row, response, tagged=template.tagged)
             ground_truth = final if ground_truth is None else ground_truth
+        elif template.tagged and CLOSING_TAG not in response:
+            raise UserError(
+                "D207",
+                f"the prompt template {template.name} opens <think>, and the response does not "
+                "close it",
+                ExitStatus.BAD_DATA,
+                place=_at(row, response_field),
+                expected=f"reasoning, then {CLOSING_TAG}, then the answer",
+                got=describe(response),
+                hint="use data.prompt_template=alpaca or question_only for plain responses",
+            )
     return Example(prompt, response, ground_truth, row.place)
 
 

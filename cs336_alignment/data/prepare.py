@@ -87,6 +87,7 @@ class PreparedData:
         dataset: the tokens.
         examples: the texts, in the order of the data set.
         ledger: what became of the rows.
+        template: what shaped the prompts of rows that have no prompt of their own.
         fingerprint: sha256 over the tokens and masks that are trained.
         revision: the hub's revision, if one was named.
     """
@@ -94,6 +95,7 @@ class PreparedData:
     dataset: TokenizedDataset
     examples: tuple[Example, ...]
     ledger: LedgerEntry
+    template: PromptTemplate
     fingerprint: str
     revision: str | None
 
@@ -166,7 +168,9 @@ def prepare(
     digest = hashlib.sha256(dataset.input_ids.numpy().tobytes())
     digest.update(dataset.response_mask.numpy().tobytes())
     digest.update(repr(dataset.lengths).encode())
-    return PreparedData(dataset, tuple(kept_examples), ledger, digest.hexdigest(), read.revision)
+    return PreparedData(
+        dataset, tuple(kept_examples), ledger, template, digest.hexdigest(), read.revision
+    )
 
 
 def _to_examples(

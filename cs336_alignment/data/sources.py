@@ -8,7 +8,6 @@ import codecs
 import hashlib
 import json
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -198,8 +197,3 @@ def _read_with_datasets(path: str, default_split: str) -> SourceRead:
 
 def _first_line(failure: BaseException) -> str:
     return (str(failure) or type(failure).__name__).splitlines()[0]
-
-
-def iter_fields(rows: list[Row]) -> Iterator[str]:
-    """Yield every field name that occurs, once, in the order of first appearance."""
-    yield from dict.fromkeys(name for row in rows for name in row.fields)

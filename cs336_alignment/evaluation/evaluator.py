@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,14 +10,12 @@ from transformers import PreTrainedTokenizerBase
 
 from cs336_alignment.config import EvaluationConfig
 from cs336_alignment.data.formats import Example
-from cs336_alignment.data.prepare import TokenizedDataset
+from cs336_alignment.data.prepare import Progress, TokenizedDataset
 from cs336_alignment.evaluation.log_generations import log_generations, summarize
 from cs336_alignment.evaluation.loss import evaluate_loss
 from cs336_alignment.evaluation.rewards import REWARDS
 from cs336_alignment.model.policy import Policy
 from cs336_alignment.training.parallel import Processes
-
-Progress = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
 
 
 @dataclass(frozen=True)

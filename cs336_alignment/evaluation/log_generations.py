@@ -180,7 +180,7 @@ def _generate(
     new_tokens = output[:, width:].tolist()
     entropies = torch.stack(recorder.entropies, dim=1).tolist()  # (B, steps)
     return [
-        _read_row(tokenizer, tokens, entropy, eos_ids, stop, max_new_tokens)
+        _read_row(tokenizer, tokens, entropy, eos_ids, stop)
         for tokens, entropy in zip(new_tokens, entropies, strict=True)
     ]
 
@@ -191,7 +191,6 @@ def _read_row(
     entropies: list[float],
     eos_ids: set[int],
     stop: Sequence[str],
-    max_new_tokens: int,
 ) -> dict[str, Any]:
     """Cut one row where it ended; what follows is padding."""
     end = next((i for i, token in enumerate(tokens) if token in eos_ids), None)

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from cs336_alignment.config import DEFAULT_MICROBATCH_TOKENS, Config
 from cs336_alignment.data.prepare import prepare
 from cs336_alignment.errors import ExitStatus, UserError
 from cs336_alignment.evaluation.evaluator import Evaluator
+from cs336_alignment.files import write_json
 from cs336_alignment.model.loading import check_fits, load_model, load_tokenizer, resolve_model
 from cs336_alignment.model.policy import Policy
 from cs336_alignment.tracking.console import Console
 from cs336_alignment.tracking.tracker import show_examples, write_generations
-from cs336_alignment.training.checkpoint import write_json
 from cs336_alignment.training.parallel import (
     Processes,
     refuse_launcher_options,
@@ -22,6 +26,7 @@ from cs336_alignment.training.parallel import (
 from cs336_alignment.training.preflight import choose_batching, choose_precision
 
 EXAMPLES_SHOWN = 3
+RESULT = "evaluation.json"
 
 
 def evaluate(config: Config) -> ExitStatus:
@@ -38,6 +43,13 @@ def evaluate(config: Config) -> ExitStatus:
             hint="add data.eval_path=test.jsonl",
         )
     precision = refuse_launcher_options(config.trainer.precision)
+    folder = Path(config.output_root).expanduser() / (config.run_name or "")
+    subject = {
+        "model": config.model.name_or_path,
+        "revision": config.model.revision,
+        "data": config.data.eval_path,
+    }
+    _refuse_another(folder / RESULT, subject)
     processes = Processes(start_processes(config.parallel))
     console = Console(enabled=processes.is_main)
     try:
@@ -45,20 +57,8 @@ def evaluate(config: Config) -> ExitStatus:
         evaluator = _build(config, precision, processes, console)
         result = evaluator.run(generate=True)
         if processes.is_main:
-            folder = Path(config.output_root).expanduser() / (config.run_name or "")
-            try:
-                folder.mkdir(parents=True, exist_ok=True)
-                report = {"model": config.model.name_or_path, "data": config.data.eval_path}
-                write_json(folder / "evaluation.json", {**report, **result.metrics})
-                if result.rows:
-                    write_generations(folder / "generations.jsonl", result.rows)
-            except OSError as failure:
-                raise UserError(
-                    "R101",
-                    f"cannot write to {folder}: {failure.strerror or failure}",
-                    ExitStatus.CANNOT_CREATE,
-                    hint="choose another output_root=… or run_name=…",
-                ) from failure
+            report = {**subject, "options": asdict(config.evaluation), **result.metrics}
+            _write(folder, report, result.rows)
             show_examples(console, result.rows, EXAMPLES_SHOWN)
             rows = [[name, f"{value:.4f}"] for name, value in sorted(result.metrics.items())]
             console.table(config.model.name_or_path, ["metric", "value"], rows)
@@ -66,6 +66,42 @@ def evaluate(config: Config) -> ExitStatus:
     finally:
         processes.close()
     return ExitStatus.DONE
+
+
+def _refuse_another(path: Path, subject: dict[str, str | None]) -> None:
+    """Refuse to write over the evaluation of another model or other data.
+
+    Raises:
+        UserError: there is one (73).
+    """
+    try:
+        old = dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        return
+    if any(old.get(key) != value for key, value in subject.items()):
+        raise UserError(
+            "R104",
+            f"{path} holds the evaluation of another model or other data",
+            ExitStatus.CANNOT_CREATE,
+            expected=f"{subject['model']} on {subject['data']}",
+            got=f"{old.get('model')} on {old.get('data')}",
+            hint="choose another run_name=…",
+        )
+
+
+def _write(folder: Path, report: dict[str, Any], rows: Sequence[dict[str, Any]]) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / RESULT, report)
+        if rows:
+            write_generations(folder / "generations.jsonl", rows)
+    except OSError as failure:
+        raise UserError(
+            "R101",
+            f"cannot write to {folder}: {failure.strerror or failure}",
+            ExitStatus.CANNOT_CREATE,
+            hint="choose another output_root=… or run_name=…",
+        ) from failure
 
 
 def _build(config: Config, precision: str, processes: Processes, console: Console) -> Evaluator:

@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from cs336_alignment.files import replacing
+
 
 class MetricsFile:
     """Appends one JSON object a line: `step`, `time` in Unix seconds, and the metrics.
@@ -49,13 +51,9 @@ class MetricsFile:
         kept = [line for line in lines if (row := _parse(line)) is not None and row["step"] <= step]
         if len(kept) == len(lines):
             return
-        temporary = self.path.with_name(f".{self.path.name}")
-        with temporary.open("wb") as file:
+        with replacing(self.path) as file:
             file.writelines(kept)
-            file.flush()
-            os.fsync(file.fileno())
         self._file.close()
-        temporary.replace(self.path)
         self._file = self.path.open("ab", buffering=0)
 
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
+from cs336_alignment.files import replacing
 from cs336_alignment.tracking.metrics import read_metrics
 
 SMOOTH_FROM = 50  # steps; shorter runs are read best raw
@@ -26,66 +29,54 @@ def plot_loss(metrics_path: Path, png_path: Path, title: str) -> None:
 
     rows = read_metrics(metrics_path)
     train = [row for row in rows if row.get("train/loss") is not None]
-    held_out = [row for row in rows if row.get("eval/loss") is not None]
     figure, (top, bottom) = pyplot.subplots(
         2, 1, figsize=(8, 6), sharex=True, height_ratios=(3, 1.4), layout="constrained"
     )
     try:
-        steps = [row["step"] for row in train]
-        losses = [row["train/loss"] for row in train]
-        smooth = len(losses) >= SMOOTH_FROM
-        marker = None if smooth else "."  # a line through one point is invisible
-        top.plot(
-            steps,
-            losses,
-            color="tab:blue",
-            alpha=0.35 if smooth else 1.0,
-            linewidth=1.2,
-            marker=marker,
-            label=None if smooth else "train/loss",
-        )
-        if smooth:
-            top.plot(
-                steps,
-                _smoothed(losses),
-                color="tab:blue",
-                linewidth=2,
-                label="train/loss (smoothed)",
-            )
-        if held_out:
-            top.plot(
-                [row["step"] for row in held_out],
-                [row["eval/loss"] for row in held_out],
-                "o-",
-                color="tab:orange",
-                label="eval/loss",
-            )
-        top.set_ylabel("nats per response token")
+        _draw_losses(top, train, [row for row in rows if row.get("eval/loss") is not None])
         top.set_title(title)
-        top.grid(alpha=0.3)
-        if top.get_legend_handles_labels()[0]:
-            top.legend()
-        norms = [row["train/grad_norm"] for row in train]
-        bottom.plot(steps, norms, color="tab:green", linewidth=1, marker=marker)
-        bottom.xaxis.get_major_locator().set_params(integer=True)
-        bottom.set_ylabel("gradient norm", color="tab:green")
-        bottom.set_xlabel("step")
-        bottom.grid(alpha=0.3)
-        rates = bottom.twinx()
-        rates.plot(
-            steps,
-            [row["train/learning_rate"] for row in train],
-            color="tab:gray",
-            linewidth=1.5,
-            marker=marker,
-        )
-        rates.set_ylabel("learning rate", color="tab:gray")
-        rates.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
-        temporary = png_path.with_name(f".{png_path.name}")
-        figure.savefig(temporary, dpi=120, format="png")
-        temporary.replace(png_path)
+        _draw_norm_and_rate(bottom, train)
+        with replacing(png_path) as file:
+            figure.savefig(file, dpi=120, format="png")
     finally:
         pyplot.close(figure)
+
+
+def _draw_losses(
+    axes: Any, train: Sequence[Mapping[str, Any]], held_out: Sequence[Mapping[str, Any]]
+) -> None:
+    steps, losses = _columns(train, "train/loss")
+    if len(losses) < SMOOTH_FROM:
+        axes.plot(steps, losses, ".-", color="tab:blue", linewidth=1.2, label="train/loss")
+    else:
+        axes.plot(steps, losses, color="tab:blue", alpha=0.35, linewidth=1.2)
+        label = "train/loss (smoothed)"
+        axes.plot(steps, _smoothed(losses), color="tab:blue", linewidth=2, label=label)
+    if held_out:
+        axes.plot(*_columns(held_out, "eval/loss"), "o-", color="tab:orange", label="eval/loss")
+    axes.set_ylabel("nats per response token")
+    axes.grid(alpha=0.3)
+    axes.legend()
+
+
+def _draw_norm_and_rate(axes: Any, train: Sequence[Mapping[str, Any]]) -> None:
+    marker = "." if len(train) < SMOOTH_FROM else None  # a line through one point is invisible
+    norms = _columns(train, "train/grad_norm")
+    axes.plot(*norms, color="tab:green", linewidth=1, marker=marker)
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.set_ylabel("gradient norm", color="tab:green")
+    axes.set_xlabel("step")
+    axes.grid(alpha=0.3)
+    rates = axes.twinx()
+    rates.plot(
+        *_columns(train, "train/learning_rate"), color="tab:gray", linewidth=1.5, marker=marker
+    )
+    rates.set_ylabel("learning rate", color="tab:gray")
+    rates.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
+
+
+def _columns(rows: Sequence[Mapping[str, Any]], name: str) -> tuple[list[int], list[float]]:
+    return [row["step"] for row in rows], [row[name] for row in rows]
 
 
 def _smoothed(values: list[float]) -> list[float]:

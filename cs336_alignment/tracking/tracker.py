@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from cs336_alignment.files import replacing
 from cs336_alignment.tracking.console import Console
 from cs336_alignment.tracking.metrics import MetricsFile
 from cs336_alignment.tracking.plots import plot_loss
@@ -23,15 +24,23 @@ class RunTracker:
         metrics: the run's file, or None.
         logger: wandb or nothing.
         folder: of the run.
+        on_saved: called with the step of each checkpoint.
     """
 
     def __init__(
-        self, console: Console, metrics: MetricsFile | None, logger: Logger, folder: Path
+        self,
+        console: Console,
+        metrics: MetricsFile | None,
+        logger: Logger,
+        folder: Path,
+        on_saved: Callable[[int], None] = lambda _: None,
     ) -> None:
         self.console = console
         self.metrics = metrics
         self.logger = logger
         self.folder = folder
+        self.on_saved = on_saved
+        self.generations: Sequence[Mapping[str, Any]] = ()
 
     def step(self, step: int, metrics: Mapping[str, float], *, log: bool) -> None:
         """Take one step's metrics; `log`: into the files too, else only to the progress bar."""
@@ -48,6 +57,7 @@ class RunTracker:
     def saved(self, step: int, seconds: float) -> None:
         """Take notice of a checkpoint."""
         self.console.note(f"checkpoint of step {step} saved in {seconds:.1f} s")
+        self.on_saved(step)
 
     def evaluation(
         self, step: int, metrics: Mapping[str, float], rows: Sequence[Mapping[str, Any]]
@@ -61,6 +71,7 @@ class RunTracker:
         parts = [f"{name} {metrics[name]:.4f}" for name in shown if name in metrics]
         self.console.note(f"evaluation at step {step}: " + "  ".join(parts))
         if rows:
+            self.generations = rows
             write_generations(self.folder / "generations" / f"step-{step:06d}.jsonl", rows)
             self.logger.log_table("eval/generations", step, rows)
 
@@ -82,11 +93,9 @@ class RunTracker:
 def write_generations(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """Write generations as JSON lines; replaces an older file at once."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}")
-    with temporary.open("w", encoding="utf-8") as file:
+    with replacing(path) as file:
         for row in rows:
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
-    temporary.replace(path)
+            file.write((json.dumps(row, ensure_ascii=False) + "\n").encode())
 
 
 def show_examples(console: Console, rows: Sequence[Mapping[str, Any]], count: int) -> None:

@@ -8,7 +8,6 @@ in one operation.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
@@ -23,6 +22,15 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from cs336_alignment.errors import ExitStatus, UserError
+from cs336_alignment.files import (
+    flush_folder,
+    flush_tree,
+    free_mib,
+    sha256_of,
+    system_error,
+    write_json,
+)
+from cs336_alignment.training.safetensors_file import write_safetensors
 
 MANIFEST = "manifest.json"
 INDEX = "index.json"
@@ -31,20 +39,6 @@ OPTIMIZER = "optimizer.safetensors"
 STATE = "trainer_state.json"
 NAME = re.compile(r"step-(\d{6,})")
 TEMPORARY = ".tmp-"
-OS_ERROR = re.compile(r"\(os error (\d+)\)")
-READ_BYTES = 2**22
-DTYPE_NAMES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.bfloat16: "BF16",
-    torch.float16: "F16",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int16: "I16",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-}
 
 
 @dataclass
@@ -146,7 +140,7 @@ def save_checkpoint(
             if final.is_dir():  # one that does not verify stands in the way
                 shutil.rmtree(final)
             temporary.rename(final)
-            _flush_folder(checkpoints)
+            flush_folder(checkpoints)
         write_json(checkpoints / INDEX, {"latest": final.name, "best": None})
         _rotate(checkpoints, state.step, keep)
     except Exception as failure:
@@ -159,7 +153,7 @@ def save_checkpoint(
             f"cannot write the checkpoint {final}: {reason}",
             ExitStatus.IO,
             expected=f"{needed / 2**20:,.1f} MiB",
-            got=f"{_free_mib(checkpoints):,.1f} MiB free",
+            got=f"{free_mib(checkpoints.parent):,.1f} MiB free",
             hint="make room and run the same command again; "
             "the checkpoints before this one are intact",
         ) from failure
@@ -171,9 +165,9 @@ def _seal(folder: Path, manifest: dict[str, dict[str, int | str]]) -> None:
     for path in flush_tree(folder):
         name = path.relative_to(folder).as_posix()
         if name not in manifest:
-            manifest[name] = {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+            manifest[name] = {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
     write_json(folder / MANIFEST, manifest)
-    _flush_folder(folder)
+    flush_folder(folder)
 
 
 def verify(folder: Path) -> str | None:
@@ -201,7 +195,7 @@ def _verify(folder: Path) -> str | None:
             return f"{name} is missing"
         if path.stat().st_size != entry.get("bytes"):
             return f"{name} has {path.stat().st_size} bytes, not {entry.get('bytes')}"
-        if _sha256(path) != entry.get("sha256"):
+        if sha256_of(path) != entry.get("sha256"):
             return f"{name} differs from its sha256"
     return None
 
@@ -238,86 +232,6 @@ def remove_leftovers(checkpoints: Path) -> None:
         (checkpoints / f".{INDEX}").unlink(missing_ok=True)
 
 
-def write_safetensors(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, int | str]:
-    """Write tensors in the safetensors format, one at a time, and give size and sha256 of the file.
-
-    The library's own writer wants all bytes at once or hides the system's error text; this one
-    streams, and a full disk is an OSError. The format: 8 bytes of little-endian header length, a
-    JSON header, the data.
-    """
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for name, tensor in tensors.items():
-        start, end = end, end + tensor.numel() * tensor.element_size()
-        header[name] = {
-            "dtype": DTYPE_NAMES[tensor.dtype],
-            "shape": list(tensor.shape),
-            "data_offsets": [start, end],
-        }
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    digest, size = hashlib.sha256(), 0
-    with path.open("wb") as file:
-        for part in (len(text).to_bytes(8, "little"), text):
-            file.write(part)
-            digest.update(part)
-            size += len(part)
-        for tensor in tensors.values():
-            data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
-            file.write(data)
-            digest.update(data)
-            size += len(data)
-        file.flush()
-        os.fsync(file.fileno())
-    return {"bytes": size, "sha256": digest.hexdigest()}
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Replace a JSON file atomically: readers see the old one or the new one, whole."""
-    write_text(path, json.dumps(value, indent=2) + "\n")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Replace a text file atomically: readers see the old one or the new one, whole."""
-    temporary = path.with_name(f".{path.name}")
-    try:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except OSError:
-        temporary.unlink(missing_ok=True)
-        raise
-
-
-def flush_tree(folder: Path) -> list[Path]:
-    """Bring all files of a folder to the disk and give their paths."""
-    paths = sorted(folder.rglob("*"))
-    for path in paths:
-        if path.is_dir():
-            _flush_folder(path)
-        else:
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
-    return [path for path in paths if not path.is_dir()]
-
-
-def system_error(failure: Exception) -> str | None:
-    """Give the system's words if a failure comes from it, else None.
-
-    The writers of tokenizers and safetensors are Rust's and raise no OSError.
-
-    Example:
-        >>> system_error(Exception("No space left on device (os error 28)"))
-        'No space left on device'
-    """
-    if isinstance(failure, OSError):
-        return failure.strerror or str(failure)
-    found = OS_ERROR.search(str(failure))
-    return None if found is None else os.strerror(int(found[1]))
-
-
 def _rotate(checkpoints: Path, step: int, keep: int) -> None:
     # A later one is damaged, or this run would have begun there: it must not push out a whole one.
     old = [folder for folder in list_checkpoints(checkpoints) if _step_of(folder) <= step]
@@ -329,26 +243,3 @@ def _step_of(folder: Path) -> int:
     match = NAME.fullmatch(folder.name)
     assert match is not None
     return int(match[1])
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(READ_BYTES):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def _free_mib(folder: Path) -> float:
-    try:
-        return shutil.disk_usage(folder.parent).free / 2**20
-    except OSError:  # of a run folder that is gone
-        return 0.0
-
-
-def _flush_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

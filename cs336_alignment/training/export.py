@@ -10,7 +10,7 @@ from pathlib import Path
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from cs336_alignment.errors import ExitStatus, UserError
-from cs336_alignment.training.checkpoint import flush_tree, system_error
+from cs336_alignment.files import flush_tree, system_error
 
 
 def save_sidecars(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -12,11 +12,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from cs336_alignment.config import Config
-from cs336_alignment.data.formats import PromptTemplate
 from cs336_alignment.data.prepare import PreparedData
 from cs336_alignment.errors import ExitStatus, UserError
 
@@ -40,44 +40,64 @@ def build_manifest(
     old: Mapping[str, Any],
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    template: PromptTemplate,
     train: PreparedData,
     held_out: PreparedData | None,
     num_processes: int,
-    threads: int,
+    step: int,
 ) -> dict[str, Any]:
     """Describe a run; what an earlier part of the same run noted (its wandb id) is kept.
 
+    Evaluations from `evaluation_since_step` on ask the same questions.
+
+    Args:
+        config: of the command.
+        old: the manifest of the earlier part; empty if there is none.
+        model: loaded.
+        tokenizer: of the model.
+        train: the training data.
+        held_out: the evaluation data, if any.
+        num_processes: that train.
+        step: where this part begins.
+
     Raises:
-        UserError: the data or tokenizer of the earlier part were others (78).
+        UserError: training data, tokenizer, template or, where it counts, the number of processes
+            of the earlier part were others (78).
     """
+    questions = _evaluation_hash(config, held_out)
+    since = step + 1 if step else 0
+    same_questions = old.get("evaluation_sha256") == questions
     manifest: dict[str, Any] = {
         "versions": versions(),
         "git_commit": git_commit(),
         "data_sha256": train.fingerprint,
         "eval_data_sha256": None if held_out is None else held_out.fingerprint,
+        "evaluation_sha256": questions,
+        "evaluation_since_step": old.get("evaluation_since_step", 0) if same_questions else since,
         "tokenizer_sha256": _tokenizer_hash(tokenizer),
-        "template_sha256": hashlib.sha256(template.text.encode()).hexdigest(),
+        "template_sha256": hashlib.sha256(train.template.text.encode()).hexdigest(),
         "model_revision": getattr(model.config, "_commit_hash", None) or config.model.revision,
         "data_revision": train.revision,
         "num_processes": num_processes,
-        "threads_per_process": threads,
+        "threads_per_process": torch.get_num_threads(),
         "parallel": config.parallel.strategy,
         "wandb_run_id": old.get("wandb_run_id") or uuid.uuid4().hex[:12],
         **count_parameters(model),
     }
-    for key, what in (
+    watched = [
         ("data_sha256", "training data"),
         ("tokenizer_sha256", "tokenizer"),
         ("template_sha256", "prompt template"),
-    ):
+    ]
+    if config.trainer.loss_normalization == "microbatch":  # a mean over the processes' means
+        watched.append(("num_processes", "number of processes"))
+    for key, what in watched:
         if old and old.get(key) != manifest[key]:
             raise UserError(
                 "C302",
                 f"the {what} differs from what this run was started with",
                 ExitStatus.BAD_CONFIG,
-                expected=f"sha256 {str(old.get(key))[:16]}…",
-                got=f"{manifest[key][:16]}…",
+                expected=f"{key} {str(old.get(key))[:16]}",
+                got=str(manifest[key])[:16],
                 hint=f"to start another run: run_name={config.run_name}-2",
             )
     return manifest
@@ -114,6 +134,16 @@ def count_parameters(module: nn.Module) -> dict[str, int]:
     total = sum(size for size, _ in sizes)
     trained = sum(size for size, requires_grad in sizes if requires_grad)
     return {"parameters": total, "trainable_parameters": trained, "local_parameters": total}
+
+
+def _evaluation_hash(config: Config, held_out: PreparedData | None) -> str:
+    """Hash what an evaluation's numbers depend on besides the model."""
+    evaluation = config.evaluation
+    text = [
+        held_out and held_out.fingerprint, evaluation.num_prompts, evaluation.max_new_tokens,
+        evaluation.temperature, evaluation.stop, evaluation.reward,
+    ]  # fmt: skip
+    return hashlib.sha256(json.dumps(text).encode()).hexdigest()
 
 
 def _tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:

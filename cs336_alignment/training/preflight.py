@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from cs336_alignment.config import DEFAULT_MICROBATCH_TOKENS, TrainerConfig, clash
+from cs336_alignment.config import DEFAULT_MICROBATCH_TOKENS, TrainerConfig
 from cs336_alignment.data.batching import StepPlan, collate, plan_microbatches
 from cs336_alignment.data.tokenize import TokenizedExample
 from cs336_alignment.errors import ExitStatus, UserError
@@ -155,14 +155,8 @@ def _reference(policy: Policy, rows: Sequence[TokenizedExample]) -> Tensor:
 
 
 def choose_cut(config: TrainerConfig, *, flat: bool) -> Cut:
-    """Fill in the microbatch budget if neither it nor the accumulation is given.
-
-    Raises:
-        UserError: both are given (78).
-    """
+    """Fill in the microbatch budget if neither it nor the accumulation is given."""
     tokens, accumulation = config.microbatch_tokens, config.gradient_accumulation_steps
-    if tokens is not None and accumulation is not None:
-        raise clash("trainer.microbatch_tokens", "trainer.gradient_accumulation_steps", "give one")
     if tokens is None and accumulation is None:
         tokens = DEFAULT_MICROBATCH_TOKENS
     return Cut(tokens, accumulation, flat)

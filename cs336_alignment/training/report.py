@@ -2,19 +2,32 @@
 
 from __future__ import annotations
 
+import json
+import os
+import shlex
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from cs336_alignment.config import Config
 from cs336_alignment.data.batching import StepPlan
 from cs336_alignment.data.prepare import PreparedData
+from cs336_alignment.errors import ExitStatus
 from cs336_alignment.model.policy import Policy
+from cs336_alignment.tracking.console import Console
 from cs336_alignment.tracking.metrics import read_metrics
+from cs336_alignment.tracking.tracker import show_examples
+from cs336_alignment.training.checkpoint import TrainState
+from cs336_alignment.training.export import model_card
+from cs336_alignment.training.parallel import launched_processes
 from cs336_alignment.training.preflight import Batching, describe_batches, dropout_options
+from cs336_alignment.training.run_folder import EXPORT, MANIFEST, METRICS
 from cs336_alignment.training.schedule import warmup_length
 from cs336_alignment.training.step import Cut
 
+EXAMPLES_SHOWN = 3
 COMPARED = ("eval/loss", "eval/format_reward", "eval/answer_reward", "eval/stop_rate")
 DTYPE_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float64: "fp64"}
 
@@ -29,18 +42,19 @@ def describe_run(
     cut: Cut,
     *,
     num_processes: int,
-    threads: int,
     total_steps: int,
 ) -> list[str]:
     """Write down what is about to be trained and how, a line for each thing that could surprise."""
     parameter = next(policy.parameters())
     dtype = DTYPE_NAMES.get(parameter.dtype, str(parameter.dtype))
     compute = DTYPE_NAMES.get(policy.autocast_dtype or parameter.dtype, "?")
+    threads = torch.get_num_threads()
     count = sum(p.numel() for p in policy.parameters())
     optimizer, trainer = config.optimizer, config.trainer
+    drawn = f"; weights drawn from seed {config.seed}" if config.model.random_init else ""
     lines = [
         ("run", str(Path(config.output_root) / (config.run_name or ""))),
-        ("model", f"{config.model.name_or_path}, {count:,} parameters, all trained"),
+        ("model", f"{config.model.name_or_path}, {count:,} parameters, all trained{drawn}"),
         ("precision", f"weights {dtype}, compute {compute}, optimizer state {dtype}"),
         ("processes", f"{num_processes} on {parameter.device.type}, {threads} thread(s) each"),
         ("data", ledger_line(train)),
@@ -93,9 +107,12 @@ def ledger_line(part: PreparedData) -> str:
     return "; ".join(pieces)
 
 
-def before_and_after(metrics: Path) -> list[tuple[str, float, float]]:
-    """Compare the first and last evaluation of a run, metric by metric."""
-    rows = read_metrics(metrics)
+def before_and_after(folder: Path) -> list[tuple[str, float, float]]:
+    """Compare the first and last evaluation of a run, metric by metric; only those count that asked
+    the questions of now.
+    """
+    since = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["evaluation_since_step"]
+    rows = [row for row in read_metrics(folder / METRICS) if row["step"] >= since]
     results = []
     for name in COMPARED:
         values = [row[name] for row in rows if row.get(name) is not None]
@@ -107,3 +124,85 @@ def before_and_after(metrics: Path) -> list[tuple[str, float, float]]:
 def show_metric(name: str, value: float) -> str:
     """Write an evaluation metric as people read it: losses as numbers, shares in percent."""
     return f"{value:.4f}" if name == "eval/loss" else f"{100 * value:.1f} %"
+
+
+def resume_command(arguments: Sequence[str]) -> str:
+    """Write the command that continues a run, under the launcher that started this process.
+
+    Args:
+        arguments: as typed after the verb.
+    """
+    words = shlex.join(arguments)
+    count = launched_processes()
+    if count == 1:
+        return f"cs336-sft train {words}"
+    local = os.environ.get("LOCAL_WORLD_SIZE", str(count))
+    launcher = f"torchrun --standalone --nproc_per_node {local}"
+    return f"{launcher} -m cs336_alignment.cli train {words}"
+
+
+def write_card(config: Config, state: TrainState, folder: Path, template: str) -> str:
+    """Write the model card of a run that has come to its end.
+
+    Args:
+        config: of the run.
+        state: at its end.
+        folder: of the run.
+        template: the text of its prompt template.
+    """
+    optimizer = config.optimizer
+    facts = {
+        "learning rate": f"{optimizer.learning_rate:g}, {optimizer.lr_scheduler_type}",
+        "examples a step": str(config.trainer.global_batch_size),
+        "steps": str(state.step),
+        "trained tokens": f"{state.response_tokens_seen:,}",
+        "seed": str(config.seed),
+    }
+    return model_card(
+        base_model=config.model.name_or_path,
+        run_name=config.run_name or "",
+        data=config.data.train_path,
+        facts=facts,
+        results=before_and_after(folder),
+        prompt_template=template,
+    )
+
+
+def say_goodbye(
+    console: Console,
+    folder: Path,
+    outcome: ExitStatus,
+    *,
+    step: int,
+    generations: Sequence[Mapping[str, Any]],
+    command: str,
+) -> None:
+    """Print how a run ended and where everything is; silent off the main process.
+
+    Args:
+        console: of this process.
+        folder: of the run.
+        outcome: DONE, or the status of the request that stopped it.
+        step: the last one done.
+        generations: of the last evaluation.
+        command: what continues the run.
+    """
+    if not console.enabled:
+        return
+    if outcome != ExitStatus.DONE:
+        console.note(f"stopped on request after step {step}; checkpoint written")
+        console.note(f"to continue: {command}")
+        return
+    if generations:
+        console.note(f"\nThe first {EXAMPLES_SHOWN} generations after training:\n")
+        show_examples(console, generations, EXAMPLES_SHOWN)
+    if results := before_and_after(folder):
+        cells = [
+            [name, show_metric(name, before), show_metric(name, after)]
+            for name, before, after in results
+        ]
+        console.table("Held-out data", ["metric", "before", "after"], cells)
+    console.note(f"model    {folder / EXPORT}  (loads with transformers' from_pretrained)")
+    console.note(f"metrics  {folder / METRICS}, picture {folder / 'loss.png'}")
+    if generations:
+        console.note(f"texts    {folder / 'generations'}")

@@ -15,19 +15,15 @@ import yaml
 
 from cs336_alignment.config import Config, flatten
 from cs336_alignment.errors import ExitStatus, Place, UserError
-from cs336_alignment.training.checkpoint import (
-    find_latest,
-    list_checkpoints,
-    verify,
-    write_json,
-    write_text,
-)
+from cs336_alignment.files import write_json, write_text
+from cs336_alignment.training.checkpoint import find_latest, list_checkpoints, verify
 
 CONFIG = "config.yaml"
 STATUS = "status.json"
 MANIFEST = "manifest.json"
 LEDGER = "data_ledger.json"
 METRICS = "metrics.jsonl"
+EXPORT = "model"
 LOCK = "run.lock"
 
 # What may change between a stop and a restart. These keys do not touch the weights:
@@ -77,18 +73,6 @@ class Decision:
     complete: bool = False
     checkpoint: Path | None = None
     notices: tuple[str, ...] = ()
-
-
-@dataclass
-class Status:
-    """`status.json`: how a run stands or ended, since launchers flatten exit statuses to 1."""
-
-    state: str
-    step: int = 0
-    exit_code: int | None = None
-    error: str | None = None
-    resume_command: str | None = None
-    reload_check: str | None = None
 
 
 class RunFolder:
@@ -144,8 +128,12 @@ class RunFolder:
         self._lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
         self._lock.flush()
 
-    def decide(self, config: Config) -> Decision:
+    def decide(self, config: Config, *, completed: bool) -> Decision:
         """Read the folder and say whether this command starts, continues or has nothing to do.
+
+        Args:
+            config: of the command.
+            completed: whether the run in the folder came to its end.
 
         Raises:
             UserError: `resume=never` on a folder that holds a run (73); a changed key (78);
@@ -165,8 +153,7 @@ class RunFolder:
                 hint="choose another run_name=…, or leave trainer.resume=auto to continue it",
             )
         notices, lengthened = compare(old, config, Place(self.path / CONFIG))
-        status = self.read_status()
-        if status.get("state") == "completed" and not lengthened:
+        if completed and not lengthened:
             return Decision(complete=True)
         checkpoint, skipped = find_latest(self.checkpoints)
         if checkpoint is None and not skipped and named is not None:
@@ -205,24 +192,8 @@ class RunFolder:
             if not isinstance(old, dict):
                 raise ValueError("it holds no config")
         except (OSError, yaml.YAMLError, ValueError) as failure:
-            raise UserError(
-                "R204",
-                f"cannot read {path}: {failure}",
-                ExitStatus.IO,
-                hint="restore it from a copy, or start anew with another run_name=…",
-            ) from failure
+            raise _unreadable(path, failure) from failure
         return dict(_flatten_dict(old))
-
-    def read_status(self) -> dict[str, Any]:
-        """Read `status.json`; {} if there is none."""
-        try:
-            return dict(json.loads((self.path / STATUS).read_text(encoding="utf-8")))
-        except (OSError, ValueError, TypeError):
-            return {}
-
-    def write_status(self, status: Status) -> None:
-        """Replace `status.json`."""
-        write_json(self.path / STATUS, dataclasses.asdict(status))
 
     def write_config(self, config: Config) -> None:
         """Write `config.yaml`, every key with its value."""
@@ -233,10 +204,28 @@ class RunFolder:
         """Replace another JSON file of the folder."""
         write_json(self.path / name, value)
 
-    def read_json(self, name: str) -> dict[str, Any]:
-        """Read a JSON file of the folder; {} if there is none."""
-        path = self.path / name
-        return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}
+    def read_manifest(self) -> dict[str, Any]:
+        """Read what an earlier part of the run noted of itself; {} if there is none.
+
+        Raises:
+            UserError: it cannot be read, so what the run was made of is unknown (74).
+        """
+        path = self.path / MANIFEST
+        if not path.is_file():
+            return {}
+        try:
+            return dict(json.loads(path.read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError) as failure:
+            raise _unreadable(path, failure) from failure
+
+
+def _unreadable(path: Path, failure: Exception) -> UserError:
+    return UserError(
+        "R204",
+        f"cannot read {path}: {failure}",
+        ExitStatus.IO,
+        hint="restore it from a copy, or start anew with another run_name=…",
+    )
 
 
 def compare(old: dict[str, Any], new: Config, place: Place) -> tuple[list[str], bool]:

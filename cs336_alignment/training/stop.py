@@ -5,25 +5,52 @@ from __future__ import annotations
 import os
 import signal
 import time
+from collections.abc import Callable
 from types import FrameType
 
 from cs336_alignment.errors import ExitStatus
 
 REPEAT_SECONDS = 2.0
+TOLD = b"\nstopping: this step is finished and saved first; once more to leave at once\n"
+
+
+class StopNow(BaseException):
+    """Raised where a request comes while there is nothing to save: no step has been taken yet.
+
+    Attributes:
+        status: the exit status to leave with.
+    """
+
+    def __init__(self, status: ExitStatus) -> None:
+        super().__init__(status.name)
+        self.status = status
 
 
 class StopRequest:
-    """Remembers a request to stop; the trainer reads it between steps and saves before it leaves.
+    """Turns signals and a time limit into one answer that the trainer reads between steps.
 
-    A second signal, two seconds later or more, leaves at once: launchers and schedulers send the
-    first one twice. Use as a context manager: the handlers last as long as it does.
+    Until `wait_for_steps` is called a signal raises `StopNow` on the spot; from then on it is
+    remembered, and the trainer saves before it leaves. A second signal, two seconds later or more,
+    leaves at once: launchers and schedulers send the first one twice. Use as a context manager: the
+    handlers last as long as it does, and the time limit counts from its making.
 
     Args:
         max_hours: stop by itself after this long, None: never.
+        on_leave: called with the exit status just before a second signal ends the process.
+        tell: whether the first signal is answered with a line on standard error.
     """
 
-    def __init__(self, max_hours: float | None = None) -> None:
+    def __init__(
+        self,
+        max_hours: float | None = None,
+        *,
+        on_leave: Callable[[ExitStatus], None] = lambda _: None,
+        tell: bool = False,
+    ) -> None:
         self._deadline = None if max_hours is None else time.monotonic() + 3600 * max_hours
+        self._on_leave = on_leave
+        self._tell = tell
+        self._waits = False
         self._status: ExitStatus | None = None
         self._received = 0.0
         self._before: dict[int, object] = {}
@@ -37,14 +64,23 @@ class StopRequest:
         for number, handler in self._before.items():
             signal.signal(number, handler)  # type: ignore[arg-type]
 
+    def wait_for_steps(self) -> None:
+        """From here on there is something to save: requests wait until the trainer reads them."""
+        self._waits = True
+
     def _on_signal(self, number: int, _: FrameType | None) -> None:
         now = time.monotonic()
         if self._status is not None:
             if now - self._received > REPEAT_SECONDS:
-                os._exit(128 + number)
+                self._on_leave(self._status)
+                os._exit(self._status)
             return
         self._received = now
         self._status = ExitStatus.INTERRUPTED if number == signal.SIGINT else ExitStatus.STOPPED
+        if not self._waits:
+            raise StopNow(self._status)
+        if self._tell:
+            os.write(2, TOLD)  # print may be what the signal interrupted, and is not reentrant
 
     @property
     def status(self) -> ExitStatus | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -123,13 +124,14 @@ class Trainer:
         self.wrapped.train()
         if self.state.step == 0:
             self.evaluate(0)
+        self.stop.wait_for_steps()
         status: ExitStatus | None = None
         while self.state.step < self.total_steps and status is None:
             metrics, status = self.train_step()
             step, last = self.state.step, self.state.step == self.total_steps
-            self.tracker.step(step, metrics, log=_due(self.config.logging_steps, step))
+            self.tracker.step(step, metrics, log=is_due(self.config.logging_steps, step))
             self.evaluate(step)
-            if last or status is not None or _due(self.config.save_steps, step):
+            if last or status is not None or is_due(self.config.save_steps, step):
                 self.save()
         return ExitStatus.DONE if self.state.step == self.total_steps else status or ExitStatus.DONE
 
@@ -142,7 +144,7 @@ class Trainer:
         rate = learning_rate(self.optimizer_config, step, self.total_steps)
         set_learning_rate(self.optimizer, rate)
         self.optimizer.zero_grad(set_to_none=True)
-        log = _due(self.config.logging_steps, step + 1)
+        log = is_due(self.config.logging_steps, step + 1)
         result = accumulate_gradients(
             self.wrapped,
             self.dataset,
@@ -242,7 +244,8 @@ class Trainer:
         self.tracker.saved(self.state.step, time.perf_counter() - start)
 
 
-def _due(every: int, step: int) -> bool:
+def is_due(every: int, step: int) -> bool:
+    """Tell whether something that comes every so many steps (0: never) comes at this step."""
     return every > 0 and step % every == 0
 
 
@@ -252,4 +255,5 @@ def peak_memory_gib(device: torch.device) -> float:
         return torch.cuda.max_memory_allocated(device) / 2**30
     import resource  # not on every platform
 
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    unit = 1 if sys.platform == "darwin" else 2**10  # macOS counts in bytes, Linux in KiB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30

@@ -156,6 +156,23 @@ def test_multirun_names_each_run() -> None:
     assert [c.optimizer.learning_rate for c in configs] == [1e-5, 2e-5]
 
 
+def test_a_multirun_ends_with_its_first_mistake_and_leaves_no_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    ran: list[int] = []
+
+    def train(config: Config, arguments: object) -> ExitStatus:
+        ran.append(config.seed)
+        return ExitStatus.DONE
+
+    monkeypatch.setattr("cs336_alignment.training.run.train", train)
+    status, error = error_of(capsys, *GIVEN, "-m", "seed=1,-1,2")
+    assert (status, ran) == (78, [1])
+    assert error.count("error[") == 1 and "Error executing job" not in error
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_hydra_flags_and_no_litter(sft: Sft, tmp_path: Path) -> None:
     shown = sft("train", "experiment=quickstart", "--cfg", "job")
     assert shown.returncode == 0 and "global_batch_size: 32" in shown.stdout

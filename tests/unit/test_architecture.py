@@ -17,16 +17,18 @@ PACKAGE = ROOT / "cs336_alignment"
 FILES = sorted(PACKAGE.rglob("*.py"))
 # Lower layers first; a module imports from its own package and from lower layers alone.
 LAYERS = [
-    {"errors", "microbatch"}, {"config"}, {"compose", "data", "model", "training.loss"},
+    {"errors", "files", "microbatch"}, {"config"}, {"config_check", "config_names"},
+    {"compose_errors", "compose", "data", "model", "training.loss"},
     {"training.parallel", "training.optimizer", "training.schedule", "training.checkpoint",
-     "training.step", "training.stop", "training.preflight"},
+     "training.step", "training.stop", "training.preflight", "training.safetensors_file",
+     "training.status"},
     {"tracking"}, {"evaluation"},
     {"training.run_folder", "training.export", "training.manifest", "training.report",
      "training.trainer", "training.run"},
     {"cli", "sft"},
 ]  # fmt: skip
 OWNERS = {
-    "hydra": {"compose"}, "omegaconf": {"compose"}, "datasets": {"data.sources"},
+    "hydra": {"compose", "compose_errors"}, "omegaconf": {"compose"}, "datasets": {"data.sources"},
     "wandb": {"tracking.wandb_logger"}, "matplotlib": {"tracking.plots"}, "accelerate": {"training.parallel"},
 }  # fmt: skip
 

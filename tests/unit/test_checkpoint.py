@@ -42,10 +42,10 @@ from cs336_alignment.training.checkpoint import (
     restore,
     save_checkpoint,
     verify,
-    write_safetensors,
 )
 from cs336_alignment.training.export import export_model, save_sidecars
 from cs336_alignment.training.optimizer import build_optimizer
+from cs336_alignment.training.safetensors_file import DTYPE_NAMES, write_safetensors
 
 CPU = torch.device("cpu")
 FILES = (
@@ -112,7 +112,7 @@ def fingerprint(folder: Path) -> str:
 # The format.
 
 
-@pytest.mark.parametrize("dtype", module.DTYPE_NAMES)
+@pytest.mark.parametrize("dtype", DTYPE_NAMES)
 def test_tensors_read_back_with_the_library(tmp_path: Path, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     whole = (torch.randn(6, 5) * 50).to(dtype)
@@ -264,8 +264,8 @@ def test_a_manifest_with_a_wrong_entry_is_refused(
     manifest |= {key: right if value == "right" else value for key, value in entry.items()}
     (folder / "manifest.json").write_text(json.dumps(manifest))
     opened: list[Path] = []
-    read = module._sha256
-    monkeypatch.setattr(module, "_sha256", lambda path: (opened.append(path), read(path))[1])
+    read = module.sha256_of
+    monkeypatch.setattr(module, "sha256_of", lambda path: (opened.append(path), read(path))[1])
     assert verify(folder) is not None
     assert all(path.resolve().is_relative_to(folder.resolve()) for path in opened)
 
@@ -281,14 +281,14 @@ def test_a_file_that_the_system_cannot_read_is_damage(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before, newest = save(tmp_path, 1), save(tmp_path, 2)
-    read = module._sha256
+    read = module.sha256_of
 
     def fail(path: Path) -> str:
         if path.is_relative_to(newest):
             raise OSError(errno.EIO, "Input/output error")
         return read(path)
 
-    monkeypatch.setattr(module, "_sha256", fail)
+    monkeypatch.setattr(module, "sha256_of", fail)
     latest, (skipped,) = find_latest(tmp_path)
     assert latest == before
     assert "Input/output error" in skipped

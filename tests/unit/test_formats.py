@@ -131,6 +131,12 @@ def test_a_response_to_a_question_is_verbatim(r1_zero: PromptTemplate) -> None:
     assert example.prompt.endswith("User: q\nAssistant: <think>")
 
 
+def test_a_response_that_leaves_the_thought_open_is_named(r1_zero: PromptTemplate) -> None:
+    with pytest.raises(UserError, match="opens <think>") as caught:
+        to_example(row(instruction="Sum.", output="3"), r1_zero)
+    assert str(caught.value.place) == 'rows.jsonl:7, field "output"'
+
+
 @pytest.mark.parametrize(
     ("given", "ground_truth"), [("73", "73"), (73, "73"), (0.5, "0.5"), (0, "0"), (None, "72")]
 )

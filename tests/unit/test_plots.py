@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from itertools import pairwise
 from pathlib import Path
+from typing import IO
 
 import matplotlib
 import pytest
@@ -84,8 +85,8 @@ def test_a_failure_leaves_the_old_picture(tmp_path: Path, monkeypatch: pytest.Mo
     write_run(tmp_path / "metrics.jsonl", 3)
     (tmp_path / "loss.png").write_bytes(b"old")
 
-    def fail(self: Figure, path: Path, **options: object) -> None:
-        Path(path).write_bytes(b"half")
+    def fail(self: Figure, file: IO[bytes], **options: object) -> None:
+        file.write(b"half")
         raise OSError("disk full")
 
     monkeypatch.setattr(Figure, "savefig", fail)

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import copy
-import json
 import os
 import signal
 import socket
-import threading
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +17,7 @@ from cs336_alignment.config import ALL_KEYS, Config, DataConfig, ModelConfig, fl
 from cs336_alignment.errors import ExitStatus, Place, UserError
 from cs336_alignment.training import run_folder as module
 from cs336_alignment.training.checkpoint import TrainState, save_checkpoint
-from cs336_alignment.training.run_folder import RunFolder, Status, compare
+from cs336_alignment.training.run_folder import RunFolder, compare
 
 
 def make_config(root: Path, **changes: Any) -> Config:
@@ -45,12 +42,11 @@ def save(checkpoints: Path, step: int) -> Path:
     )  # fmt: skip
 
 
-def start_run(root: Path, state: str, *steps: int) -> RunFolder:
+def start_run(root: Path, *steps: int) -> RunFolder:
     config = make_config(root)
     folder = RunFolder(config)
     folder.path.mkdir(parents=True)
     folder.write_config(config)
-    folder.write_status(Status(state))
     for step in steps:
         save(folder.checkpoints, step)
     return folder
@@ -69,50 +65,49 @@ def test_a_new_folder_starts_from_the_beginning(tmp_path: Path) -> None:
     config = make_config(tmp_path / "new")
     for resume in ("auto", "never"):
         config.trainer.resume = resume
-        decision = RunFolder(config).decide(config)
+        decision = RunFolder(config).decide(config, completed=False)
         assert (decision.complete, decision.checkpoint, decision.notices) == (False, None, ())
 
 
 def test_the_same_command_continues_at_the_newest_checkpoint(tmp_path: Path) -> None:
-    for state in ("running", "preempted", "failed"):
-        folder = start_run(tmp_path / state, state, 2, 10)
-        decision = folder.decide(make_config(tmp_path / state))
-        assert not decision.complete
-        assert decision.checkpoint == folder.checkpoints / "step-000010"
-        assert decision.notices == ()
+    folder = start_run(tmp_path, 2, 10)
+    decision = folder.decide(make_config(tmp_path), completed=False)
+    assert not decision.complete
+    assert decision.checkpoint == folder.checkpoints / "step-000010"
+    assert decision.notices == ()
 
 
 def test_a_run_killed_before_its_first_checkpoint_starts_again(tmp_path: Path) -> None:
-    folder = start_run(tmp_path, "running")
-    decision = folder.decide(make_config(tmp_path))
+    folder = start_run(tmp_path)
+    decision = folder.decide(make_config(tmp_path), completed=False)
     assert not decision.complete
     assert decision.checkpoint is None
 
 
 def test_a_complete_run_has_nothing_to_do_unless_it_is_made_longer(tmp_path: Path) -> None:
-    folder = start_run(tmp_path, "completed", 3)
-    assert folder.decide(make_config(tmp_path)).complete
-    longer = folder.decide(make_config(tmp_path, trainer__num_train_epochs=5.0))
+    folder = start_run(tmp_path, 3)
+    assert folder.decide(make_config(tmp_path), completed=True).complete
+    longer = folder.decide(make_config(tmp_path, trainer__num_train_epochs=5.0), completed=True)
     assert not longer.complete
     assert longer.checkpoint == folder.checkpoints / "step-000003"
     assert any("3.0 to 5.0" in notice for notice in longer.notices)
 
 
 def test_a_damaged_checkpoint_is_passed_over_with_its_reason(tmp_path: Path) -> None:
-    folder = start_run(tmp_path, "running", 1, 2)
+    folder = start_run(tmp_path, 1, 2)
     flip(folder.checkpoints / "step-000002" / "model.safetensors")
-    decision = folder.decide(make_config(tmp_path))
+    decision = folder.decide(make_config(tmp_path), completed=False)
     assert decision.checkpoint == folder.checkpoints / "step-000001"
     (notice,) = decision.notices
     assert "step-000002" in notice and "sha256" in notice
 
 
 def test_a_run_never_silently_starts_from_zero(tmp_path: Path) -> None:
-    folder = start_run(tmp_path, "running", 1, 2)
+    folder = start_run(tmp_path, 1, 2)
     for step in (1, 2):
         flip(folder.checkpoints / f"step-00000{step}" / "optimizer.safetensors")
     with pytest.raises(UserError) as caught:
-        folder.decide(make_config(tmp_path))
+        folder.decide(make_config(tmp_path), completed=False)
     assert caught.value.status == ExitStatus.IO
     assert "step-000001" in str(caught.value) and "step-000002" in str(caught.value)
 
@@ -121,22 +116,22 @@ def test_a_run_never_silently_starts_from_zero(tmp_path: Path) -> None:
 def test_checkpoints_without_a_readable_config_are_refused(
     tmp_path: Path, content: str | bytes | None
 ) -> None:
-    folder = start_run(tmp_path, "running", 1)
+    folder = start_run(tmp_path, 1)
     config_path = folder.path / "config.yaml"
     if content is None:
         config_path.unlink()
     else:
         config_path.write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(UserError, match=r"config\.yaml") as caught:
-        folder.decide(make_config(tmp_path))
+        folder.decide(make_config(tmp_path), completed=False)
     assert caught.value.status == ExitStatus.IO
 
 
 def test_resume_never_keeps_what_is_there(tmp_path: Path) -> None:
-    folder = start_run(tmp_path, "completed", 1)
+    folder = start_run(tmp_path, 1)
     before = sorted(folder.path.rglob("*"))
     with pytest.raises(UserError, match="resume=never") as caught:
-        folder.decide(make_config(tmp_path, trainer__resume="never"))
+        folder.decide(make_config(tmp_path, trainer__resume="never"), completed=False)
     assert caught.value.status == ExitStatus.CANNOT_CREATE
     assert sorted(folder.path.rglob("*")) == before
 
@@ -146,7 +141,7 @@ def test_an_explicit_checkpoint_is_used_whole_or_refused(tmp_path: Path) -> None
 
     def decide(path: Path) -> module.Decision:
         config = make_config(tmp_path / "new", trainer__resume=str(path))
-        return RunFolder(config).decide(config)
+        return RunFolder(config).decide(config, completed=False)
 
     decision = decide(checkpoint)
     assert decision.checkpoint == checkpoint
@@ -164,20 +159,20 @@ def test_the_same_command_with_an_explicit_checkpoint_continues_its_own_run(
     tmp_path: Path,
 ) -> None:
     elsewhere = save(tmp_path / "elsewhere", 4)
-    folder = start_run(tmp_path, "running", 5, 6)
+    folder = start_run(tmp_path, 5, 6)
     config = make_config(tmp_path, trainer__resume=str(elsewhere))
-    latest = folder.decide(config).checkpoint
+    latest = folder.decide(config, completed=False).checkpoint
     assert latest is not None and latest == folder.checkpoints / "step-000006"
     earlier = folder.checkpoints / "step-000005"
     config = make_config(tmp_path, trainer__resume=str(earlier))
-    assert folder.decide(config).checkpoint == latest
+    assert folder.decide(config, completed=False).checkpoint == latest
 
 
 def test_an_explicit_checkpoint_starts_again_a_run_that_has_none(tmp_path: Path) -> None:
     elsewhere = save(tmp_path / "elsewhere", 4)
-    folder = start_run(tmp_path, "running")
+    folder = start_run(tmp_path)
     config = make_config(tmp_path, trainer__resume=str(elsewhere))
-    assert folder.decide(config).checkpoint == elsewhere
+    assert folder.decide(config, completed=False).checkpoint == elsewhere
 
 
 # What may change between a stop and a restart.
@@ -230,10 +225,10 @@ def test_each_key_is_free_or_noticed_or_refused(key: str) -> None:
 
 
 def test_a_refusal_shows_every_key_with_old_and_new_value_and_what_to_type(tmp_path: Path) -> None:
-    folder = start_run(tmp_path, "running")
+    folder = start_run(tmp_path)
     config = make_config(tmp_path, seed=43, optimizer__learning_rate=1e-3, trainer__max_steps=9)
     with pytest.raises(UserError) as caught:
-        folder.decide(config)
+        folder.decide(config, completed=False)
     text = str(caught.value)
     assert caught.value.status == ExitStatus.BAD_CONFIG
     assert "seed: 42 → 43" in text
@@ -327,52 +322,3 @@ def test_a_folder_that_cannot_be_made_is_refused(tmp_path: Path, obstacle: str) 
         RunFolder(config).claim()
     assert caught.value.status == ExitStatus.CANNOT_CREATE
     assert caught.value.hint is not None and "output_root=" in caught.value.hint
-
-
-# How it stands.
-
-
-def test_status_is_always_whole_for_a_reader(tmp_path: Path) -> None:
-    folder = start_run(tmp_path, "running")
-    path, done, seen = folder.path / "status.json", threading.Event(), set()
-
-    def read() -> None:
-        while not done.is_set():
-            seen.add(len(json.loads(path.read_text())["error"] or ""))
-
-    folder.write_status(Status("failed", error=""))
-    reader = threading.Thread(target=read)
-    reader.start()
-    try:
-        for size in range(100):
-            folder.write_status(Status("failed", size, 70, "x" * 500 * size))
-    finally:
-        done.set()
-        reader.join()
-    assert len(seen) > 1
-    assert folder.read_status() == asdict(Status("failed", 99, 70, "x" * 500 * 99))
-    assert [p.name for p in folder.path.iterdir() if p.name.startswith(".")] == []
-
-
-def test_a_status_that_cannot_be_replaced_stays(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    folder = start_run(tmp_path, "running")
-
-    def fail(descriptor: int) -> None:
-        raise OSError(28, "No space left on device")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "fsync", fail)
-        with pytest.raises(OSError, match="No space"):
-            folder.write_status(Status("completed"))
-    assert folder.read_status()["state"] == "running"
-    assert sorted(p.name for p in folder.path.iterdir()) == ["config.yaml", "status.json"]
-
-
-@pytest.mark.parametrize("content", ["", "{", "null", "[1]", '"completed"'])
-def test_an_unreadable_status_counts_as_none(tmp_path: Path, content: str) -> None:
-    folder = start_run(tmp_path, "running", 1)
-    (folder.path / "status.json").write_text(content)
-    assert folder.read_status() == {}
-    assert not folder.decide(make_config(tmp_path)).complete

@@ -7,7 +7,8 @@ import random
 
 import pytest
 
-from cs336_alignment.config import SCHEDULES, OptimizerConfig
+from cs336_alignment.config import OptimizerConfig
+from cs336_alignment.config_check import SCHEDULES
 from cs336_alignment.training.schedule import learning_rate, warmup_length
 
 PEAK = 3e-4

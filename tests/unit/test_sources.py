@@ -12,7 +12,7 @@ from pathlib import Path
 import datasets
 import pytest
 
-from cs336_alignment.data.sources import SourceRead, iter_fields, read_source
+from cs336_alignment.data.sources import SourceRead, read_source
 from cs336_alignment.errors import ExitStatus, UserError
 
 GOOD = b'{"prompt": "p", "response": "r"}'
@@ -137,11 +137,6 @@ def test_fingerprint_is_that_of_the_bytes(path: Path, tmp_path: Path) -> None:
     other = tmp_path / "copy.jsonl"
     other.write_bytes(content)
     assert read(other).fingerprint == read(path).fingerprint
-
-
-def test_fields_in_order_of_appearance(path: Path) -> None:
-    path.write_text('{"b": 1, "a": 2}\n{"c": 3, "a": 4}\n')
-    assert list(iter_fields(read(path).rows)) == ["b", "a", "c"]
 
 
 def test_a_home_folder_is_found(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import signal
+import time
+from pathlib import Path
 
 import pytest
 
 from cs336_alignment.errors import ExitStatus
 from cs336_alignment.training import stop as module
-from cs336_alignment.training.stop import StopRequest
+from cs336_alignment.training.stop import StopNow, StopRequest
 
 
 @pytest.mark.parametrize(
@@ -18,10 +20,24 @@ from cs336_alignment.training.stop import StopRequest
 )
 def test_a_signal_is_remembered(number: signal.Signals, status: ExitStatus) -> None:
     with StopRequest() as stop:
+        stop.wait_for_steps()
         assert stop.status is None
         os.kill(os.getpid(), number)
         assert stop.status == status
         assert stop.status == status  # still
+
+
+@pytest.mark.parametrize(
+    ("number", "status"),
+    [(signal.SIGTERM, ExitStatus.STOPPED), (signal.SIGINT, ExitStatus.INTERRUPTED)],
+)
+def test_a_signal_before_the_first_step_stops_on_the_spot(
+    number: signal.Signals, status: ExitStatus
+) -> None:
+    with pytest.raises(StopNow) as stopped, StopRequest():
+        os.kill(os.getpid(), number)
+        time.sleep(10)
+    assert stopped.value.status == status
 
 
 def test_the_handlers_are_those_of_before_afterwards() -> None:
@@ -36,20 +52,24 @@ def test_the_handlers_are_those_of_before_afterwards() -> None:
 @pytest.mark.parametrize("first", [signal.SIGTERM, signal.SIGINT])
 @pytest.mark.parametrize("second", [signal.SIGTERM, signal.SIGINT])
 def test_a_second_signal_ends_the_process_at_once(
-    first: signal.Signals, second: signal.Signals, monkeypatch: pytest.MonkeyPatch
+    first: signal.Signals, second: signal.Signals, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
+    told = tmp_path / "told"
     now = 1000.0
     monkeypatch.setattr(module.time, "monotonic", lambda: now)
+    want = 130 if first == signal.SIGINT else 75
     child = os.fork()
     if child == 0:
         try:
-            with StopRequest():
+            with StopRequest(on_leave=lambda status: told.write_text(str(int(status)))) as stop:
+                stop.wait_for_steps()
                 os.kill(os.getpid(), first)
                 now += 60.0
                 os.kill(os.getpid(), second)
         finally:
             os._exit(99)  # the second signal did not end it
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 128 + second
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == want
+    assert told.read_text() == str(want)
 
 
 def test_the_time_limit_is_a_request_to_stop(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -70,6 +90,7 @@ def test_a_signal_before_the_time_limit_keeps_its_own_status(
     now = 0.0
     monkeypatch.setattr(module.time, "monotonic", lambda: now)
     with StopRequest(max_hours=1.0) as stop:
+        stop.wait_for_steps()
         os.kill(os.getpid(), signal.SIGINT)
         now += 3601
         assert stop.status == ExitStatus.INTERRUPTED

@@ -1,0 +1,148 @@
+"""What Hydra and OmegaConf raise, said in one readable error with the nearest key or preset."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from pathlib import Path
+
+from hydra.errors import MissingConfigException, OverrideParseException
+
+from cs336_alignment.config import ALL_KEYS
+from cs336_alignment.config_names import nearest_key
+from cs336_alignment.errors import ExitStatus, Place, UserError
+
+PACKAGE = Path(__file__).resolve().parent
+
+
+def config_folder() -> Path:
+    """Find the shipped presets: inside the installed package, or beside it in a checkout."""
+    inside = PACKAGE / "configs"
+    return inside if inside.is_dir() else PACKAGE.parent / "configs"
+
+
+def presets() -> str:
+    """List the experiments that ship."""
+    return ", ".join(sorted(path.stem for path in (config_folder() / "experiment").glob("*.yaml")))
+
+
+def no_such_key(key: str, place: Place | None = None) -> UserError:
+    """Build the error for a key that does not exist, with the nearest one that does."""
+    near = nearest_key(key)
+    return UserError(
+        "C101",
+        f"there is no key {key}",
+        ExitStatus.BAD_CONFIG,
+        place=place,
+        hint=f"did you mean {near}?" if near else "`cs336-sft train --cfg job` prints every key",
+    )
+
+
+def translate(failure: Exception) -> UserError:
+    """Turn what Hydra or OmegaConf raised into one readable error, with the nearest key or
+    preset.
+    """
+    text = _whole_text(failure)
+    if isinstance(failure, MissingConfigException):
+        return _unknown_preset(text)
+    if isinstance(failure, OverrideParseException):
+        return UserError(
+            "C107",
+            f"cannot read the override `{failure.override}`",
+            ExitStatus.BAD_CONFIG,
+            expected="section.key=value",
+            got=text.splitlines()[0],
+            hint="put quotes around values with '=', ',' or spaces: 'key=\"a,b\"'",
+        )
+    place = None
+    if match := re.search(r"In '([^']+)'", text):
+        place = Place(f"preset {match[1]}")
+    if key := _unknown_key(text):
+        return no_such_key(key, place)
+    if match := re.search(r"full_key: (\S+)", text):
+        key = match[1]
+        reason = next(
+            (
+                line
+                for line in text.splitlines()
+                if line.startswith(
+                    (
+                        "Value",
+                        "Cannot",
+                        "Unsupported",
+                        "Non optional",
+                        "field",
+                        "Incompatible",
+                        "Invalid",
+                    )
+                )
+            ),
+            text.splitlines()[0],
+        )
+        return UserError(
+            "C108",
+            f"{key} has a value of the wrong type",
+            ExitStatus.BAD_CONFIG,
+            place=place,
+            got=reason.strip(),
+            hint=f"{key}=…",
+        )
+    if "Ambiguous value" in text:
+        return UserError(
+            "C109",
+            text.splitlines()[0],
+            ExitStatus.BAD_CONFIG,
+            hint="several values want --multirun (-m); a comma in a text, quotes: 'key=\"a,b\"'",
+        )
+    return UserError("C100", " ".join(text.split()), ExitStatus.BAD_CONFIG, place=place)
+
+
+def _whole_text(failure: BaseException) -> str:
+    """Join the texts of an exception and its causes: the outer one often says nothing."""
+    texts = [str(failure)]
+    while (cause := failure.__cause__ or failure.__context__) is not None:
+        failure = cause
+        texts.append(str(failure))
+    return "\n".join(texts)
+
+
+def _unknown_preset(text: str) -> UserError:
+    match = re.search(r"Could not find '([^']+)'", text)
+    name = match[1] if match else text.splitlines()[0]
+    group, _, choice = name.rpartition("/")
+    folder = config_folder() / group
+    known = sorted(path.stem for path in folder.glob("*.yaml"))
+    if not known:
+        groups = sorted(path.name for path in config_folder().iterdir() if path.is_dir())
+        near = nearest_key(group or choice) or next(
+            iter(difflib.get_close_matches(group, groups, n=1)), None
+        )
+        return UserError(
+            "C101",
+            f"there is no key {group or choice}",
+            ExitStatus.BAD_CONFIG,
+            hint=f"did you mean {near}?" if near else f"groups: {', '.join(groups)}",
+        )
+    near = next(iter(difflib.get_close_matches(choice, known, n=1)), None)
+    return UserError(
+        "C110",
+        f"there is no preset {group}={choice}",
+        ExitStatus.BAD_CONFIG,
+        expected="one of " + ", ".join(known),
+        hint=(f"did you mean {group}={near}? " if near else "")
+        + "your own presets: --config-dir DIR, with "
+        f"DIR/{group}/{choice}.yaml",
+    )
+
+
+def _unknown_key(text: str) -> str | None:
+    """Find the key that does not exist, in full, from the several texts in which it is reported."""
+    if match := re.search(
+        r"Could not (?:override|append to config|delete from config).*?'([^']+)'", text
+    ):
+        return match[1].split("=", 1)[0].lstrip("+~")
+    if match := re.search(r"Key '([^']+)' (?:not in|is not in struct|is not)", text):
+        full = re.search(r"full_key: (\S+)", text)
+        key = full[1] if full else match[1]
+        return None if key in ALL_KEYS else key
+    return None

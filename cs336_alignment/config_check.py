@@ -1,0 +1,182 @@
+"""Values that keys may take, and options that do not combine."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from cs336_alignment.config import DEFAULT_WARMUP_RATIO, Config, flatten
+from cs336_alignment.errors import ExitStatus, UserError, UserErrors, describe
+
+LOSS_NORMALIZATIONS = ("token", "sequence", "microbatch", "constant")
+BATCHINGS = ("auto", "flat", "padded")
+PRECISIONS = ("auto", "fp32", "bf16")
+OVERLONG = ("drop", "truncate", "error")
+SCHEDULES = ("cosine", "linear", "constant", "warmup_stable_decay")
+LOGGERS = ("wandb", "none")
+REWARDS = ("r1_zero",)
+RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,150}")
+
+
+@dataclass(frozen=True)
+class _Rule:
+    key: str
+    holds: Callable[[Any], bool]
+    expected: str
+
+
+def _at_least(low: float) -> Callable[[Any], bool]:
+    return lambda value: math.isfinite(value) and value >= low
+
+
+def _above(low: float) -> Callable[[Any], bool]:
+    return lambda value: math.isfinite(value) and value > low
+
+
+def _one_of(key: str, allowed: tuple[str, ...]) -> _Rule:
+    return _Rule(key, lambda value: value in allowed, "one of " + ", ".join(allowed))
+
+
+# A value of None passes: the schema says where None is allowed at all.
+_RULES = (
+    _Rule(
+        "run_name",
+        lambda v: bool(RUN_NAME.fullmatch(v)),
+        "letters, digits, '.', '_' and '-', "
+        "beginning with a letter or digit, at most 150 characters",
+    ),
+    _Rule("output_root", lambda v: bool(v.strip()), "a folder"),
+    _Rule("seed", lambda v: 0 <= v < 2**63, "a whole number from 0 to 2**63 - 1"),
+    _Rule("model.name_or_path", lambda v: bool(v.strip()), "a hub id or a local folder"),
+    _Rule("data.train_path", lambda v: bool(v.strip()), "a file or a hub id"),
+    _Rule("data.eval_path", lambda v: bool(v.strip()), "a file, a hub id or null"),
+    _Rule("data.max_train_examples", _at_least(1), "a whole number of at least 1, or null"),
+    _Rule("data.max_eval_examples", _at_least(1), "a whole number of at least 1, or null"),
+    _Rule("data.max_length", _at_least(2), "a whole number of at least 2 tokens"),
+    _one_of("data.overlong", OVERLONG),
+    _Rule("data.prompt_template", lambda v: bool(v.strip()), "a template's name or a .prompt file"),
+    _Rule("trainer.global_batch_size", _at_least(1), "a whole number of at least 1"),
+    _Rule("trainer.microbatch_tokens", _at_least(1), "a whole number of at least 1, or null"),
+    _Rule(
+        "trainer.gradient_accumulation_steps", _at_least(1), "a whole number of at least 1, or null"
+    ),
+    _Rule("trainer.num_train_epochs", _above(0), "a number above 0"),
+    _Rule("trainer.max_steps", _at_least(1), "a whole number of at least 1, or null"),
+    _one_of("trainer.loss_normalization", LOSS_NORMALIZATIONS),
+    _Rule("trainer.normalize_constant", _above(0), "a finite number above 0"),
+    _one_of("trainer.batching", BATCHINGS),
+    _one_of("trainer.precision", PRECISIONS),
+    _Rule("trainer.logging_steps", _at_least(0), "a whole number of at least 0 (0 = never)"),
+    _Rule(
+        "trainer.eval_steps",
+        _at_least(0),
+        "a whole number of at least 0 (0 = only at start and end)",
+    ),
+    _Rule(
+        "trainer.save_steps",
+        _at_least(0),
+        "a whole number of at least 0 (0 = only on stop and end)",
+    ),
+    _Rule("trainer.save_total_limit", _at_least(1), "a whole number of at least 1"),
+    _Rule("trainer.resume", lambda v: bool(v.strip()), "auto, never or the path of a checkpoint"),
+    _Rule("trainer.max_hours", _above(0), "a number above 0, or null"),
+    _Rule("optimizer.learning_rate", _at_least(0), "a finite number of at least 0"),
+    _Rule(
+        "optimizer.betas",
+        lambda v: len(v) == 2 and all(0 <= beta < 1 for beta in v),
+        "two numbers from 0 to below 1",
+    ),
+    _Rule("optimizer.eps", _above(0), "a finite number above 0"),
+    _Rule("optimizer.weight_decay", _at_least(0), "a finite number of at least 0"),
+    _Rule("optimizer.max_grad_norm", _above(0), "a finite number above 0"),
+    _one_of("optimizer.lr_scheduler_type", SCHEDULES),
+    _Rule("optimizer.warmup_ratio", lambda v: 0 <= v <= 1, "a number from 0 to 1"),
+    _Rule("optimizer.warmup_steps", _at_least(0), "a whole number of at least 0, or null"),
+    _one_of("parallel.strategy", ("ddp",)),
+    _Rule("parallel.num_processes", _at_least(1), "a whole number of at least 1, or null"),
+    _Rule(
+        "evaluation.generation_steps",
+        _at_least(0),
+        "a whole number of at least 0 (0 = only at start and end), or null for never",
+    ),
+    _Rule("evaluation.num_prompts", _at_least(1), "a whole number of at least 1, or null for all"),
+    _Rule("evaluation.max_new_tokens", _at_least(1), "a whole number of at least 1"),
+    _Rule("evaluation.temperature", _at_least(0), "a finite number of at least 0 (0 = greedy)"),
+    _Rule("evaluation.batch_size", _at_least(1), "a whole number of at least 1"),
+    _Rule(
+        "evaluation.stop", lambda v: all(isinstance(s, str) and s for s in v), "non-empty strings"
+    ),
+    _one_of("evaluation.reward", REWARDS),
+    _one_of("logger.backend", LOGGERS),
+    _Rule("logger.project", lambda v: bool(v.strip()), "a project's name"),
+)
+
+
+def check(config: Config) -> None:
+    """Refuse values out of range and options that do not combine.
+
+    Args:
+        config: a config whose types the schema has already checked.
+
+    Raises:
+        UserErrors: every mistake at once, exit status 78.
+    """
+    values = dict(flatten(config))
+    errors = [
+        UserError(
+            "C103",
+            f"{rule.key} has a value that it cannot take",
+            ExitStatus.BAD_CONFIG,
+            expected=rule.expected,
+            got=describe(values[rule.key]),
+            hint=f"{rule.key}=…",
+        )
+        for rule in _RULES
+        if values[rule.key] is not None and not rule.holds(values[rule.key])
+    ]
+    errors += _clashes(config)
+    if errors:
+        raise UserErrors(errors)
+
+
+def _clashes(config: Config) -> Iterator[UserError]:
+    trainer, optimizer, model = config.trainer, config.optimizer, config.model
+    if trainer.microbatch_tokens is not None and trainer.gradient_accumulation_steps is not None:
+        yield clash(
+            "trainer.microbatch_tokens",
+            "trainer.gradient_accumulation_steps",
+            "both say how a step is cut into microbatches; set one of them to null",
+        )
+    if optimizer.warmup_steps is not None and optimizer.warmup_ratio != DEFAULT_WARMUP_RATIO:
+        yield warmup_clash()
+    if trainer.normalize_constant != 1.0 and trainer.loss_normalization != "constant":
+        yield clash(
+            "trainer.normalize_constant",
+            "trainer.loss_normalization",
+            "the constant is read only by trainer.loss_normalization=constant",
+        )
+    if model.trust_remote_code and not re.fullmatch(r"[0-9a-f]{40}", model.revision or ""):
+        yield clash(
+            "model.trust_remote_code",
+            "model.revision",
+            "code from the hub runs only at a pinned commit: model.revision=<40 hex digits>",
+        )
+
+
+def clash(first: str, second: str, why: str) -> UserError:
+    """Build the error for two options that do not combine, naming both."""
+    return UserError(
+        "C104", f"{first} and {second} do not combine", ExitStatus.BAD_CONFIG, hint=why
+    )
+
+
+def warmup_clash() -> UserError:
+    """Build the error for two warmups, which two modules can notice."""
+    return clash(
+        "optimizer.warmup_steps",
+        "optimizer.warmup_ratio",
+        "both say how long the warmup is; give one (optimizer.warmup_steps=null to use the ratio)",
+    )

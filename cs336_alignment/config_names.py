@@ -1,0 +1,56 @@
+"""The key that was probably meant: other frameworks' words, and spelling mistakes."""
+
+from __future__ import annotations
+
+import difflib
+
+from cs336_alignment.config import ALL_KEYS
+
+# Spellings of other frameworks whose nearest key by letters would be the wrong one.
+ALIASES = {
+    "per_device_train_batch_size": "trainer.global_batch_size",
+    "micro_batch_size": "trainer.global_batch_size",
+    "batch_size": "trainer.global_batch_size",
+    "lr": "optimizer.learning_rate",
+    "epochs": "trainer.num_train_epochs",
+    "num_epochs": "trainer.num_train_epochs",
+    "model": "model.name_or_path",
+    "model_name_or_path": "model.name_or_path",
+    "base_model": "model.name_or_path",
+    "dataset": "data.train_path",
+    "dataset_name": "data.train_path",
+    "train_file": "data.train_path",
+    "cutoff_len": "data.max_length",
+    "max_seq_length": "data.max_length",
+    "sequence_len": "data.max_length",
+    "output_dir": "output_root",
+    "resume_from_checkpoint": "trainer.resume",
+    "report_to": "logger",
+    "clip_grad_norm": "optimizer.max_grad_norm",
+    "scheduler": "optimizer.lr_scheduler_type",
+}
+
+
+def nearest_key(key: str) -> str | None:
+    """Find the key that was probably meant: another framework's word for it, or the nearest
+    spelling.
+
+    Example:
+        >>> nearest_key("trainer.learning_rat")
+        'optimizer.learning_rate'
+        >>> nearest_key("lr")
+        'optimizer.learning_rate'
+    """
+    leaf = key.rsplit(".", 1)[-1].replace("-", "_")
+    if key in ALL_KEYS:
+        return key
+    if leaf in ALIASES:
+        return ALIASES[leaf]
+    by_leaf = {full.rsplit(".", 1)[-1]: full for full in reversed(ALL_KEYS)}
+    if key not in by_leaf and (
+        matches := difflib.get_close_matches(key, ALL_KEYS, n=1, cutoff=0.85)
+    ):
+        return matches[0]
+    if matches := difflib.get_close_matches(leaf, by_leaf, n=1, cutoff=0.6):
+        return by_leaf[matches[0]]
+    return None

@@ -1,0 +1,116 @@
+"""`status.json`: how a run stands or ended, since launchers flatten exit statuses to 1."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from cs336_alignment.errors import ExitStatus, UserError
+from cs336_alignment.files import write_json
+from cs336_alignment.training.stop import StopNow
+
+
+@dataclass
+class Status:
+    """The content of `status.json`.
+
+    Attributes:
+        state: `running`, `completed`, `preempted` (resumable) or `failed`.
+        step: optimizer steps that a checkpoint holds.
+        exit_code: None while the run goes on.
+        error: as printed.
+        resume_command: what continues the run.
+        reload_check: the outcome of loading the export again; None where none was made.
+    """
+
+    state: str
+    step: int = 0
+    exit_code: int | None = None
+    error: str | None = None
+    resume_command: str | None = None
+    reload_check: str | None = None
+
+
+class StatusFile:
+    """Keeps `status.json` true from the first look into the folder to the end.
+
+    Args:
+        path: of the file.
+        resume_command: what continues this run.
+        enabled: False on all but the main process; every method then does nothing.
+    """
+
+    def __init__(self, path: Path, resume_command: str, *, enabled: bool) -> None:
+        self.command = resume_command
+        self._path = path
+        self._enabled = enabled
+        self._step = 0
+        self._began = False
+
+    def read(self) -> dict[str, Any]:
+        """Read the file; {} if there is none."""
+        try:
+            return dict(json.loads(self._path.read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError):
+            return {}
+
+    def running(self, step: int | None = None) -> None:
+        """The run goes on, with this step saved; None: the step that an earlier part left."""
+        self._began = True
+        self._step = int(self.read().get("step", 0)) if step is None else step
+        self._write("running", None, None)
+
+    def ended(self, status: ExitStatus, error: str | None = None) -> None:
+        """The run is over, or stopped, or failed."""
+        state = {
+            ExitStatus.DONE: "completed",
+            ExitStatus.STOPPED: "preempted",
+            ExitStatus.INTERRUPTED: "preempted",
+        }.get(status, "failed")
+        self._write(state, status, error)
+
+    def _write(self, state: str, status: ExitStatus | None, error: str | None) -> None:
+        if self._enabled:
+            code = None if status is None else int(status)
+            write_json(self._path, asdict(Status(state, self._step, code, error, self.command)))
+
+    @contextmanager
+    def covering(self) -> Iterator[None]:
+        """Write down whatever raises in this block, and raise it on; a system's refusal to write
+        becomes a UserError (74).
+
+        A command that fails before `running` leaves a completed run's file as it is.
+        """
+        try:
+            yield
+        except StopNow as stop:
+            self._failed(stop.status)
+            raise
+        except UserError as error:
+            self._failed(error.status, str(error))
+            raise
+        except OSError as failure:
+            refused = UserError(
+                "R209",
+                f"cannot write to {self._path.parent}: {failure.strerror or failure}",
+                ExitStatus.IO,
+                hint="make room and run the same command again",
+            )
+            self._failed(refused.status, str(refused))
+            raise refused from failure
+        except Exception as failure:
+            self._failed(ExitStatus.INTERNAL, f"{type(failure).__name__}: {failure}")
+            raise
+
+    def _failed(self, status: ExitStatus, error: str | None = None) -> None:
+        if not self._began:
+            old = self.read()
+            if old.get("state") == "completed":
+                return
+            self._step = int(old.get("step", 0))
+        with suppress(OSError):  # the disk may be what failed
+            self.ended(status, error)
