@@ -4,15 +4,17 @@ runs.
 
 from __future__ import annotations
 
+import difflib
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
-from cs336_alignment.compose import FLAGS, VALUE_FLAGS, run_with_config
 from cs336_alignment.config import Config
-from cs336_alignment.config_names import nearest_key
+from cs336_alignment.config_names import FLAGS, VALUE_FLAGS, nearest_key
 from cs336_alignment.errors import ExitStatus, UserError
 
 FILE_FLAGS = {"--config", "--config_file", "--config-file", "--yaml"}
@@ -28,6 +30,8 @@ class Verb:
 
 
 def _train(arguments: Sequence[str]) -> ExitStatus:
+    from cs336_alignment.compose import run_with_config
+
     def job(config: Config) -> ExitStatus:
         from cs336_alignment.training.run import train
 
@@ -37,6 +41,8 @@ def _train(arguments: Sequence[str]) -> ExitStatus:
 
 
 def _evaluate(arguments: Sequence[str]) -> ExitStatus:
+    from cs336_alignment.compose import run_with_config
+
     def job(config: Config) -> ExitStatus:
         from cs336_alignment.evaluation.run import evaluate
 
@@ -45,8 +51,58 @@ def _evaluate(arguments: Sequence[str]) -> ExitStatus:
     return run_with_config("evaluate", arguments, job)
 
 
+def _prepare(arguments: Sequence[str]) -> ExitStatus:
+    from cs336_alignment.compose import run_with_config
+
+    def job(config: Config) -> ExitStatus:
+        from cs336_alignment.data_commands import prepare
+
+        return prepare(config)
+
+    return run_with_config("prepare", arguments, job)
+
+
+def _inspect(arguments: Sequence[str]) -> ExitStatus:
+    from cs336_alignment.compose import run_with_config
+
+    arguments, html = take_html(arguments)
+
+    def job(config: Config) -> ExitStatus:
+        from cs336_alignment.data_commands import inspect
+
+        return inspect(config, html)
+
+    return run_with_config("inspect", arguments, job)
+
+
+def take_html(arguments: Sequence[str]) -> tuple[list[str], Path | None]:
+    """Take `--html FILE` out of a command line.
+
+    Raises:
+        UserError: the file's name is missing (2).
+    """
+    rest: list[str] = []
+    html: Path | None = None
+    words = iter(arguments)
+    for word in words:
+        if word == "--html" or word.startswith("--html="):
+            name = word.partition("=")[2] or next(words, "")
+            if not name:
+                raise UserError(
+                    "C003", "--html needs a file", ExitStatus.USAGE, hint="--html data.html"
+                )
+            html = Path(name).expanduser()
+        else:
+            rest.append(word)
+    return rest, html
+
+
 VERBS = (
     Verb("train", "fine-tune a model; the same command again continues", _train),
+    Verb(
+        "prepare", "tokenize the data into the cache, and count what becomes of the rows", _prepare
+    ),
+    Verb("inspect", "see what is trained, token by token (--html FILE: a page)", _inspect),
     Verb("evaluate", "loss, generations and rewards of a model, checkpoint or export", _evaluate),
 )
 
@@ -82,6 +138,9 @@ def refuse_foreign_flags(arguments: Sequence[str]) -> None:
             continue
         if flag in FLAGS:
             continue
+        if flag == "--html":
+            skip = not equals
+            continue
         following = arguments[index + 1] if index + 1 < len(arguments) else ""
         if not equals:
             value = following if following and not following.startswith("-") else "true"
@@ -106,8 +165,20 @@ def _foreign_flag(flag: str, value: str) -> UserError:
     return UserError("C001", f"{flag} is not a flag of this command", ExitStatus.USAGE, hint=hint)
 
 
+def _verb_hint(arguments: Sequence[str]) -> str:
+    if "=" in arguments[0]:
+        return "overrides follow the verb: cs336-sft train " + " ".join(arguments)
+    near = difflib.get_close_matches(arguments[0], [verb.name for verb in VERBS], n=1)
+    return f"did you mean {near[0]}?" if near else "`cs336-sft` alone lists the verbs"
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line and leave with its exit status."""
+    # Until a run takes over: importing torch and transformers takes seconds, too.
+    for number, status in (
+        (signal.SIGTERM, ExitStatus.STOPPED), (signal.SIGINT, ExitStatus.INTERRUPTED),
+    ):  # fmt: skip
+        signal.signal(number, lambda *_, status=status: os._exit(status))
     sys.exit(int(run(list(sys.argv[1:] if argv is None else argv))))
 
 
@@ -134,7 +205,7 @@ def run(arguments: list[str]) -> ExitStatus:
                 f"there is no verb {arguments[0]}",
                 ExitStatus.USAGE,
                 expected="one of " + ", ".join(verb.name for verb in VERBS),
-                hint="overrides follow the verb: cs336-sft train " + " ".join(arguments),
+                hint=_verb_hint(arguments),
             )
         refuse_foreign_flags(arguments[1:])
         return verb.run(arguments[1:])

@@ -25,18 +25,11 @@ from omegaconf.errors import OmegaConfBaseException
 
 from cs336_alignment.compose_errors import config_folder, no_such_key, presets, translate
 from cs336_alignment.config import ALL_KEYS, DEFAULT_WARMUP_RATIO, Config
-from cs336_alignment.config_check import check, warmup_clash
+from cs336_alignment.config_check import check, clash, warmup_clash
+from cs336_alignment.config_names import VALUE_FLAGS
 from cs336_alignment.errors import ExitStatus, UserError
 
-# Hydra's own flags: those alone, and those that take a value.
-FLAGS = frozenset({
-    "--help", "-h", "--hydra-help", "--version", "--resolve", "--multirun", "-m", "--run", "-r",
-    "--shell-completion", "-sc",
-})  # fmt: skip
-VALUE_FLAGS = frozenset({
-    "--cfg", "-c", "--package", "-p", "--config-dir", "-cd", "--config-name", "-cn",
-    "--config-path", "-cp", "--info", "-i", "--experimental-rerun",
-})  # fmt: skip
+MIXTURE = "mixture"  # stands for the path where data.sources names several
 OPTIONAL_KEYS = {"evaluate": ("data.train_path",)}
 Job = Callable[[Config], ExitStatus]
 
@@ -56,6 +49,13 @@ def run_with_config(verb: str, arguments: Sequence[str], job: Job) -> ExitStatus
     Raises:
         UserError: the config is wrong (78).
     """
+    if {"-m", "--multirun"} & set(arguments) and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError(
+            "C113",
+            "a multirun works in one process, and the launcher started several",
+            ExitStatus.BAD_CONFIG,
+            hint="launch the runs one after another, each with its own run_name=…",
+        )
     ConfigStore.instance().store(name="schema", node=Config, provider="cs336_alignment")
     single: list[Config] = []
     failed: list[Exception] = []
@@ -85,6 +85,8 @@ def run_with_config(verb: str, arguments: Sequence[str], job: Job) -> ExitStatus
             entry(task)()
         except (HydraException, OmegaConfBaseException) as failure:
             raise translate(failure) from failure
+        except ValueError as failure:  # flags that do not combine, a plain error in Hydra
+            raise UserError("C115", str(failure), ExitStatus.BAD_CONFIG) from failure
     if failed:
         raise failed[0]
     return job(single[0]) if single else status
@@ -136,30 +138,40 @@ def to_config(composed: DictConfig, verb: str, overrides: Sequence[str]) -> Conf
     """
     _refuse_added_keys(OmegaConf.to_container(composed))
     optional = OPTIONAL_KEYS.get(verb, ())
+    given = {override.split("=", 1)[0].lstrip("+~") for override in overrides}
+    has_sources = bool(composed.data.sources)
+    if "data.train_path" in given and has_sources:
+        if "data.sources" in given:
+            raise clash("data.train_path", "data.sources", "both name the training data; give one")
+        composed.data.sources = []  # typed, it replaces a preset's data
+    elif has_sources:
+        composed.data.train_path = MIXTURE
     missing = sorted(OmegaConf.missing_keys(composed))
+    if lacking := [key for key in missing if key not in optional]:
+        raise UserError(
+            "C102",
+            f"{' and '.join(lacking)} {'is' if len(lacking) == 1 else 'are'} not given",
+            ExitStatus.BAD_CONFIG,
+            hint=f"add {' '.join(f'{key}=…' for key in lacking)}, or choose a preset: "
+            f"experiment={presets()}",
+        )
     for key in missing:
-        if key not in optional:
-            raise UserError(
-                "C102",
-                f"{key} is not given",
-                ExitStatus.BAD_CONFIG,
-                hint=f"add {key}=…, or choose a preset: experiment={presets()}",
-            )
         OmegaConf.update(composed, key, "none")
     try:
         config = OmegaConf.to_object(composed)
     except OmegaConfBaseException as failure:
         raise translate(failure) from failure
     assert isinstance(config, Config)
-    given = {override.split("=", 1)[0].lstrip("+~") for override in overrides}
     if {
         "optimizer.warmup_ratio",
         "optimizer.warmup_steps",
     } <= given and config.optimizer.warmup_steps is not None:
         raise warmup_clash()
     if "optimizer.warmup_steps" in given and config.optimizer.warmup_steps is not None:
-        config.optimizer.warmup_ratio = DEFAULT_WARMUP_RATIO  # typed steps replace a preset's ratio
-    if config.run_name is None:
+        config.optimizer.warmup_ratio = DEFAULT_WARMUP_RATIO  # typed, it replaces a preset's
+    if "model.name_or_path" in given and "model.random_init" not in given:
+        config.model.random_init = False  # typed, it replaces a preset's model, weights and all
+    if config.run_name is None or (verb != "train" and "run_name" not in given):
         config.run_name = _default_run_name(config, verb)
     check(config)
     return config

@@ -13,6 +13,7 @@ from cs336_alignment.config_names import nearest_key
 from cs336_alignment.errors import ExitStatus, Place, UserError
 
 PACKAGE = Path(__file__).resolve().parent
+PATHS = {"data": "data.train_path", "model": "model.name_or_path"}  # what was meant by a path
 
 
 def config_folder() -> Path:
@@ -58,6 +59,14 @@ def translate(failure: Exception) -> UserError:
     if match := re.search(r"In '([^']+)'", text):
         place = Place(f"preset {match[1]}")
     if key := _unknown_key(text):
+        if place is not None and key in ("experiment", "preset"):
+            return UserError(
+                "C101",
+                f"the preset has the key {key}, as if it were a group of its own",
+                ExitStatus.BAD_CONFIG,
+                place=place,
+                hint="begin the file with the line `# @package _global_`",
+            )
         return no_such_key(key, place)
     if match := re.search(r"full_key: (\S+)", text):
         key = match[1]
@@ -109,6 +118,14 @@ def _whole_text(failure: BaseException) -> str:
 def _unknown_preset(text: str) -> UserError:
     match = re.search(r"Could not find '([^']+)'", text)
     name = match[1] if match else text.splitlines()[0]
+    section, _, value = name.partition("/")
+    if section in PATHS and ("." in value or "/" in value):
+        return UserError(
+            "C110",
+            f"there is no preset {section}={value}",
+            ExitStatus.BAD_CONFIG,
+            hint=f"type {PATHS[section]}={value}",
+        )
     group, _, choice = name.rpartition("/")
     folder = config_folder() / group
     known = sorted(path.stem for path in folder.glob("*.yaml"))
@@ -140,7 +157,9 @@ def _unknown_key(text: str) -> str | None:
     if match := re.search(
         r"Could not (?:override|append to config|delete from config).*?'([^']+)'", text
     ):
-        return match[1].split("=", 1)[0].lstrip("+~")
+        key = match[1].split("=", 1)[0].lstrip("+~")
+        if key not in ALL_KEYS:
+            return key
     if match := re.search(r"Key '([^']+)' (?:not in|is not in struct|is not)", text):
         full = re.search(r"full_key: (\S+)", text)
         key = full[1] if full else match[1]

@@ -24,19 +24,74 @@ class ModelConfig:
 
 
 @dataclass
+class ColumnsConfig:
+    """Which column plays a role, where it is not called as formats expect."""
+
+    messages: str | None = None
+    conversations: str | None = None
+    prompt: str | None = None
+    response: str | None = None
+    question: str | None = None
+    instruction: str | None = None
+    input: str | None = None
+    input_ids: str | None = None
+    labels: str | None = None
+    text: str | None = None
+    tools: str | None = None
+    system: str | None = None
+    weight: str | None = None
+    ground_truth: str | None = None
+
+
+@dataclass
+class SourceConfig:
+    """One source of several."""
+
+    path: str = MISSING
+    weight: float | None = None
+    format: str = "auto"
+    columns: ColumnsConfig = field(default_factory=ColumnsConfig)
+
+
+@dataclass
+class LintConfig:
+    """What is done about each thing that is found in the data: `error`, `warning` or `off`."""
+
+    no_trained_token: str = "error"
+    no_stop_token: str = "warning"
+    doubled_bos: str = "error"
+    moved_boundary: str = "warning"
+    changed_text: str = "warning"
+    trained_scaffolding: str = "error"
+    duplicate_rows: str = "warning"
+    eval_overlap: str = "warning"
+
+
+@dataclass
 class DataConfig:
     """Which rows are trained on and evaluated, and how they become tokens."""
 
     train_path: str = MISSING
     eval_path: str | None = None
+    eval_fraction: float = 0.0
+    sources: list[SourceConfig] = field(default_factory=list)
+    mixture_stop: str = "first_exhausted"
     max_train_examples: int | None = None
     max_eval_examples: int | None = None
     shuffle: bool = True
+    format: str = "auto"
+    columns: ColumnsConfig = field(default_factory=ColumnsConfig)
+    train_on: str = "response"
     max_length: int = 2048
     overlong: str = "drop"
     prompt_template: str = "r1_zero"
     add_special_tokens: bool = True
     append_eos: bool = True
+    on_bad_row: str = "error"
+    max_bad_fraction: float = 0.01
+    num_workers: int | None = None
+    cache_dir: str | None = None
+    lint: LintConfig = field(default_factory=LintConfig)
 
 
 @dataclass
@@ -97,6 +152,15 @@ class EvaluationConfig:
 
 
 @dataclass
+class InspectConfig:
+    """Which examples `cs336-sft inspect` shows."""
+
+    select: str = "first"
+    num_examples: int = 3
+    rows: list[int] = field(default_factory=list)
+
+
+@dataclass
 class LoggerConfig:
     """Where metrics go besides the console and metrics.jsonl."""
 
@@ -117,6 +181,7 @@ class Config:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     logger: LoggerConfig = field(default_factory=LoggerConfig)
+    inspect: InspectConfig = field(default_factory=InspectConfig)
     run_name: str | None = None  # null: the names of model and data, joined
     output_root: str = "outputs"
     seed: int = 42
@@ -130,6 +195,11 @@ def flatten(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
         value = getattr(config, item.name)
         if dataclasses.is_dataclass(value):
             yield from flatten(value, f"{prefix}{item.name}.")
+        elif isinstance(value, list):
+            yield (
+                f"{prefix}{item.name}",
+                [dataclasses.asdict(v) if isinstance(v, SourceConfig) else v for v in value],
+            )
         else:
             yield f"{prefix}{item.name}", value
 

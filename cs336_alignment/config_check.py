@@ -8,13 +8,21 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from cs336_alignment.config import DEFAULT_WARMUP_RATIO, Config, flatten
+from cs336_alignment.config import ALL_KEYS, DEFAULT_WARMUP_RATIO, Config, DataConfig, flatten
 from cs336_alignment.errors import ExitStatus, UserError, UserErrors, describe
 
 LOSS_NORMALIZATIONS = ("token", "sequence", "microbatch", "constant")
 BATCHINGS = ("auto", "flat", "padded")
 PRECISIONS = ("auto", "fp32", "bf16")
-OVERLONG = ("drop", "truncate", "error")
+OVERLONG = ("drop", "truncate", "split", "error")
+TRAIN_ON = ("response", "assistant", "last_turn", "all")
+MIXTURE_STOPS = ("first_exhausted", "all_exhausted")
+FORMATS = (
+    "auto", "messages", "sharegpt", "prompt_response", "question_answer", "alpaca", "tokens",
+    "text",
+)  # fmt: skip
+SELECTIONS = ("first", "longest", "random", "findings")
+LEVELS = ("error", "warning", "off")
 SCHEDULES = ("cosine", "linear", "constant", "warmup_stable_decay")
 LOGGERS = ("wandb", "none")
 REWARDS = ("r1_zero",)
@@ -57,6 +65,15 @@ _RULES = (
     _Rule("data.max_eval_examples", _at_least(1), "a whole number of at least 1, or null"),
     _Rule("data.max_length", _at_least(2), "a whole number of at least 2 tokens"),
     _one_of("data.overlong", OVERLONG),
+    _Rule("data.eval_fraction", lambda v: 0 <= v < 1, "a number from 0 to below 1"),
+    _one_of("data.mixture_stop", MIXTURE_STOPS),
+    _one_of("data.format", FORMATS),
+    _one_of("data.train_on", TRAIN_ON),
+    _one_of("data.on_bad_row", ("error", "drop")),
+    _Rule("data.max_bad_fraction", lambda v: 0 <= v <= 1, "a number from 0 to 1"),
+    _Rule("data.num_workers", _at_least(1), "a whole number of at least 1, or null for the cores"),
+    _Rule("data.cache_dir", lambda v: bool(v.strip()), "a folder, or null"),
+    *(_one_of(key, LEVELS) for key in ALL_KEYS if key.startswith("data.lint.")),
     _Rule("data.prompt_template", lambda v: bool(v.strip()), "a template's name or a .prompt file"),
     _Rule("trainer.global_batch_size", _at_least(1), "a whole number of at least 1"),
     _Rule("trainer.microbatch_tokens", _at_least(1), "a whole number of at least 1, or null"),
@@ -110,6 +127,9 @@ _RULES = (
         "evaluation.stop", lambda v: all(isinstance(s, str) and s for s in v), "non-empty strings"
     ),
     _one_of("evaluation.reward", REWARDS),
+    _one_of("inspect.select", SELECTIONS),
+    _Rule("inspect.num_examples", _at_least(1), "a whole number of at least 1"),
+    _Rule("inspect.rows", lambda v: all(row >= 1 for row in v), "numbers of examples from 1"),
     _one_of("logger.backend", LOGGERS),
     _Rule("logger.project", lambda v: bool(v.strip()), "a project's name"),
 )
@@ -158,12 +178,45 @@ def _clashes(config: Config) -> Iterator[UserError]:
             "trainer.loss_normalization",
             "the constant is read only by trainer.loss_normalization=constant",
         )
+    yield from _source_clashes(config.data)
     if model.trust_remote_code and not re.fullmatch(r"[0-9a-f]{40}", model.revision or ""):
         yield clash(
             "model.trust_remote_code",
             "model.revision",
             "code from the hub runs only at a pinned commit: model.revision=<40 hex digits>",
         )
+
+
+def _source_clashes(data: DataConfig) -> Iterator[UserError]:
+    weights = [source.weight for source in data.sources]
+    if any(w is None for w in weights) and any(w is not None for w in weights):
+        yield _bad_source("either every source has a weight or none has", str(weights))
+    if any(w is not None and not (math.isfinite(w) and w > 0) for w in weights):
+        yield _bad_source("weights are finite numbers above 0", str(weights))
+    for source in data.sources:
+        if source.format not in FORMATS:
+            yield _bad_source(f"a format of {', '.join(FORMATS)}", source.format)
+    if data.eval_fraction and data.eval_path is not None:
+        yield clash(
+            "data.eval_fraction",
+            "data.eval_path",
+            "there is evaluation data already; data.eval_path=null splits some off",
+        )
+    if data.eval_fraction and any(w is not None for w in weights):
+        yield clash(
+            "data.eval_fraction", "data.sources", "with weighted sources give data.eval_path"
+        )
+
+
+def _bad_source(expected: str, got: str) -> UserError:
+    return UserError(
+        "C112",
+        "data.sources has a value that it cannot take",
+        ExitStatus.BAD_CONFIG,
+        expected=expected,
+        got=got,
+        hint="'data.sources=[{path: a.jsonl, weight: 2}, {path: b.jsonl, weight: 1}]'",
+    )
 
 
 def clash(first: str, second: str, why: str) -> UserError:

@@ -1,4 +1,4 @@
-"""The key that was probably meant: other frameworks' words, and spelling mistakes."""
+"""The key that was probably meant: other frameworks' words, spelling mistakes, and flags."""
 
 from __future__ import annotations
 
@@ -6,6 +6,14 @@ import difflib
 
 from cs336_alignment.config import ALL_KEYS
 
+# Hydra's own flags: those alone, and those that take a value.
+FLAGS = frozenset({
+    "--help", "-h", "--hydra-help", "--version", "--resolve", "--multirun", "-m", "--run", "-r",
+    "--shell-completion", "-sc",
+})  # fmt: skip
+VALUE_FLAGS = frozenset({
+    "--cfg", "-c", "--package", "-p", "--config-dir", "-cd", "--info", "-i",
+})  # fmt: skip
 # Spellings of other frameworks whose nearest key by letters would be the wrong one.
 ALIASES = {
     "per_device_train_batch_size": "trainer.global_batch_size",

@@ -48,6 +48,26 @@ class FlatLayout:
 
 
 @dataclass(frozen=True)
+class TokenWeights:
+    """How much each response token of a microbatch counts, where not all count the same.
+
+    Attributes:
+        token: (R,) float64, the token's own weight times its example's.
+        example_total: (R,) float64, the sum of these over the token's example.
+        example: (R,) float64, the weight of the token's example.
+    """
+
+    token: Tensor
+    example_total: Tensor
+    example: Tensor
+
+    def to(self, device: torch.device) -> TokenWeights:
+        """Copy to a device."""
+        own = (self.token, self.example_total, self.example)
+        return TokenWeights(*(tensor.to(device, non_blocking=True) for tensor in own))
+
+
+@dataclass(frozen=True)
 class Microbatch:
     """One forward and backward pass on one process.
 
@@ -65,6 +85,7 @@ class Microbatch:
         response_mask: (R,) bool, all True but for the filler of an empty microbatch.
         example_response_tokens: (R,) int64, the number of response tokens of the label's example.
         num_response_tokens: trained tokens.
+        weights: of the tokens; None: all count the same.
     """
 
     input_ids: Tensor
@@ -76,6 +97,7 @@ class Microbatch:
     response_mask: Tensor
     example_response_tokens: Tensor
     num_response_tokens: int
+    weights: TokenWeights | None = None
 
     def to(self, device: torch.device) -> Microbatch:
         """Copy every tensor to a device."""
@@ -89,4 +111,6 @@ class Microbatch:
         if self.flat_layout is not None:
             borders = self.flat_layout.cu_seq_lens.to(device, non_blocking=True)
             moved["flat_layout"] = dataclasses.replace(self.flat_layout, cu_seq_lens=borders)
+        if self.weights is not None:
+            moved["weights"] = self.weights.to(device)
         return dataclasses.replace(self, **moved)

@@ -6,12 +6,15 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when transformers is imported
 os.environ.setdefault("WANDB_MODE", "disabled")
+# Prepared data of the tests go where nobody keeps anything; workers of one session share it.
+CACHE = os.environ.setdefault("HF_HOME", tempfile.mkdtemp(prefix="cs336-tests-"))
 
 import pytest
 import torch
@@ -26,7 +29,8 @@ from transformers import (
 )
 
 from cs336_alignment.config import ParallelConfig
-from cs336_alignment.data.prepare import TokenizedDataset
+from cs336_alignment.data.dataset import TokenizedDataset
+from cs336_alignment.data.tokenize import TokenRow
 from cs336_alignment.training.parallel import Processes, start_processes
 from tests.zygote import Zygote
 
@@ -59,15 +63,22 @@ def build_model(name: str, dtype: torch.dtype = torch.float64) -> PreTrainedMode
     return model.to(dtype)
 
 
-def build_dataset(num_examples: int = 11) -> TokenizedDataset:
-    """Make ragged examples, a prompt of one token and a response of one token among them."""
+def build_dataset(num_examples: int = 11, *, weighted: bool = False) -> TokenizedDataset:
+    """Make ragged examples, a prompt of one token and a response of one token among them; weighted:
+    with examples and stretches of unequal weight, some of several turns.
+    """
     generator = torch.Generator().manual_seed(1)
     rows = []
     for index in range(num_examples):
         num_prompt = 1 + index * 7 % 5
         num_response = 1 + index * 5 % 9
         ids = torch.randint(VOCABULARY, (num_prompt + num_response,), generator=generator)
-        rows.append((ids.tolist(), num_prompt))
+        if weighted:
+            each = [0.0] * num_prompt + [0.5 + place % 3 for place in range(num_response)]
+            each[-3::-4] = [0.0] * len(each[-3::-4])  # a second turn's question
+            rows.append(TokenRow.of_weights(ids.tolist(), each, 0.25 + index % 4))
+        else:
+            rows.append(TokenRow.of_response(ids.tolist(), num_prompt))
     return TokenizedDataset.of(rows)
 
 
@@ -109,7 +120,7 @@ def clean_environment() -> dict[str, str]:
     """The environment without what a launcher around the tests may have set."""
     drop = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     kept = {k: v for k, v in os.environ.items() if k not in drop and not k.startswith("ACCELERATE")}
-    return {**kept, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    return {**kept, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "HF_HOME": CACHE}
 
 
 @pytest.fixture

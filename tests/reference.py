@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from cs336_alignment.data.prepare import TokenizedDataset
+from cs336_alignment.data.dataset import TokenizedDataset
 
 
 def dense_log_probs(
@@ -34,6 +34,8 @@ def dense_loss(
 ) -> Tensor:
     """The loss of a whole step, written out without any of the framework's functions."""
     log_probs, mask = dense_log_probs(model, dataset, ids)
+    if dataset.weighted:
+        return _weighted_loss(log_probs, dataset, ids, normalization)
     if normalization == "token":
         return -log_probs[mask].mean()
     if normalization == "sequence":
@@ -42,6 +44,26 @@ def dense_loss(
         sums = [lp[m].sum() / 3.0 for lp, m in zip(log_probs, mask, strict=True)]
         return -torch.stack(sums).mean()
     raise ValueError(normalization)
+
+
+def _weighted_loss(
+    log_probs: Tensor, dataset: TokenizedDataset, ids: Sequence[int], normalization: str
+) -> Tensor:
+    total, norm = log_probs.new_zeros(()), 0.0
+    for row, i in enumerate(ids):
+        example = dataset[i]
+        assert example.weights is not None
+        token = [float(w) for w in example.weights[1:]]
+        own = example.example_weight
+        terms = [-w * lp for w, lp in zip(token, log_probs[row], strict=False)]
+        nll = torch.stack(terms).sum()
+        if normalization == "token":
+            total, norm = total + own * nll, norm + own * sum(token)
+        elif normalization == "sequence":
+            total, norm = total + own * nll / sum(token), norm + own
+        else:
+            total, norm = total + own * nll / 3.0, norm + 1.0
+    return total / norm
 
 
 def gradient(model: PreTrainedModel) -> Tensor:

@@ -13,35 +13,47 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
+from cs336_alignment.data.mixture import Mixture
 from cs336_alignment.data.tokenize import TokenizedExample
-from cs336_alignment.microbatch import FlatLayout, Microbatch
+from cs336_alignment.microbatch import FlatLayout, Microbatch, TokenWeights
+
+Lengths = Sequence[int] | NDArray[np.integer]
 
 
 @dataclass(frozen=True)
 class StepPlan:
     """The order of training: step → example ids.
 
-    An epoch has ceil(examples / global_batch_size) steps; its last step is smaller, and no example
-    is repeated or dropped.
+    An epoch has ceil(examples / global_batch_size) steps; its last step is smaller. Without a
+    mixture no example is repeated or dropped.
 
     Attributes:
         num_examples: in the data set, at least 1.
         global_batch_size: examples per optimizer step over all processes.
         seed: of the epochs' permutations.
         shuffle: False keeps the order of the data in every epoch.
+        mixture: how several sources are drawn; None: every example once an epoch.
     """
 
     num_examples: int
     global_batch_size: int
     seed: int
     shuffle: bool = True
+    mixture: Mixture | None = None
+
+    @property
+    def epoch_size(self) -> int:
+        """Examples drawn in an epoch."""
+        return self.num_examples if self.mixture is None else sum(self.mixture.draws)
 
     @property
     def steps_per_epoch(self) -> int:
-        """Optimizer steps in which every example is seen once."""
-        return math.ceil(self.num_examples / self.global_batch_size)
+        """Optimizer steps of an epoch."""
+        return math.ceil(self.epoch_size / self.global_batch_size)
 
     def total_steps(self, num_train_epochs: float, max_steps: int | None) -> int:
         """Count the steps of a run; whichever of the two limits comes first ends it."""
@@ -51,16 +63,24 @@ class StepPlan:
     def example_ids(self, step: int) -> tuple[int, ...]:
         """Give the examples of a step, counted from 0, in the order in which they are drawn."""
         epoch, position = divmod(step, self.steps_per_epoch)
-        order = _permutation(self.num_examples, self.seed, epoch) if self.shuffle else None
         start = position * self.global_batch_size
-        stop = min(start + self.global_batch_size, self.num_examples)
-        return tuple(range(start, stop)) if order is None else tuple(order[start:stop].tolist())
+        return tuple(_epoch_order(self, epoch)[start : start + self.global_batch_size].tolist())
 
 
 @lru_cache(maxsize=2)
-def _permutation(num_examples: int, seed: int, epoch: int) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(mix_seed(seed, epoch))
-    return torch.randperm(num_examples, generator=generator)
+def _epoch_order(plan: StepPlan, epoch: int) -> NDArray[np.int64]:
+    permutation = _permutation if plan.shuffle else None
+    if plan.mixture is not None:
+        return plan.mixture.order(plan.seed, epoch, permutation)
+    if permutation is None:
+        return np.arange(plan.num_examples)
+    return permutation(plan.num_examples, plan.seed, epoch)
+
+
+def _permutation(size: int, seed: int, number: int) -> NDArray[np.int64]:
+    generator = torch.Generator().manual_seed(mix_seed(seed, number))
+    order: NDArray[np.int64] = torch.randperm(size, generator=generator).numpy()
+    return order
 
 
 def mix_seed(*parts: int) -> int:
@@ -83,7 +103,7 @@ def mix_seed(*parts: int) -> int:
     return state >> 1
 
 
-def balance(example_ids: Sequence[int], lengths: Sequence[int], num_bins: int) -> list[list[int]]:
+def balance(example_ids: Sequence[int], lengths: Lengths, num_bins: int) -> list[list[int]]:
     """Divide examples into bins of nearly equal tokens (longest first, into the emptiest bin).
 
     Args:
@@ -105,7 +125,7 @@ def balance(example_ids: Sequence[int], lengths: Sequence[int], num_bins: int) -
 
 
 def cut_by_tokens(
-    example_ids: Sequence[int], lengths: Sequence[int], microbatch_tokens: int, *, flat: bool
+    example_ids: Sequence[int], lengths: Lengths, microbatch_tokens: int, *, flat: bool
 ) -> list[list[int]]:
     """Cut a process's examples into microbatches of at most `microbatch_tokens` tokens.
 
@@ -131,7 +151,7 @@ def cut_by_tokens(
 
 
 def _cut_padded(
-    example_ids: Sequence[int], lengths: Sequence[int], microbatch_tokens: int
+    example_ids: Sequence[int], lengths: Lengths, microbatch_tokens: int
 ) -> list[list[int]]:
     bins: list[list[int]] = []
     for example_id in sorted(example_ids, key=lambda i: (-lengths[i], i)):
@@ -145,7 +165,7 @@ def _cut_padded(
 
 def plan_microbatches(
     example_ids: Sequence[int],
-    lengths: Sequence[int],
+    lengths: Lengths,
     *,
     num_processes: int,
     process_index: int,
@@ -234,4 +254,19 @@ def collate(examples: Sequence[TokenizedExample], *, flat: bool) -> Microbatch:
             torch.tensor(response_tokens)
         ),
         num_response_tokens=0 if filler else sum(response_tokens),
+        weights=_weights(examples),
     )
+
+
+def _weights(examples: Sequence[TokenizedExample]) -> TokenWeights | None:
+    if all(example.weights is None for example in examples):
+        return None
+    tokens, totals, owners = [], [], []
+    for example in examples:
+        mask = example.response_mask[1:]
+        own = mask if example.weights is None else example.weights[1:]
+        token = own[mask].double() * example.example_weight
+        tokens.append(token)
+        totals.append(token.sum().expand(len(token)))
+        owners.append(torch.full_like(token, example.example_weight))
+    return TokenWeights(torch.cat(tokens), torch.cat(totals), torch.cat(owners))

@@ -1,146 +1,224 @@
-"""From the fields of a row to an example: a prompt and the response that is trained."""
+"""From the fields of a row to an example: texts, a conversation, or tokens, and what it weighs."""
 
 from __future__ import annotations
 
+import math
 import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib import resources
-from pathlib import Path
+from typing import Any
 
-from cs336_alignment.data.sources import Row
+from cs336_alignment.data.layout import Layout
+from cs336_alignment.data.row import Row
+from cs336_alignment.data.templates import PromptTemplate
 from cs336_alignment.errors import ExitStatus, Place, UserError, describe
 
 FINAL_MARK = "####"
 CLOSING_TAG = "</think>"
 CALCULATOR = re.compile(r"<<[^<>]*>>")
-PLACEHOLDER = re.compile(r"\{(question|instruction)\}")
-VERBATIM_PROMPT = "prompt"
-TEMPLATED_PROMPTS = ("question", "instruction")
-RESPONSES = ("response", "answer", "output")
+IGNORED_LABEL = -100  # transformers' mark for a token that is only read
+SHAREGPT_ROLES = {
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "assistant": "assistant",
+    "model": "assistant",
+    "system": "system",
+    "tool": "tool",
+    "observation": "tool",
+    "function_response": "tool",
+}
 
 
 @dataclass(frozen=True)
 class Example:
-    """One example as text.
+    """One example before it becomes tokens; exactly one of the three contents is there.
 
     Attributes:
-        prompt: what the model is given.
-        response: what it is trained to say, without EOS.
-        ground_truth: the final answer that a reward compares with; None if the row has none.
         place: the row it came from.
+        texts: prompt, and the response that is trained, without EOS.
+        messages: of a conversation, as the chat template takes them.
+        tokens: ids, and a weight for each, 0 where it is only read.
+        tools: of a conversation.
+        ground_truth: the final answer that a reward compares with, if there is one.
+        weight: of the whole example.
     """
 
-    prompt: str
-    response: str
-    ground_truth: str | None
     place: Place
+    texts: tuple[str, str] | None = None
+    messages: tuple[Mapping[str, Any], ...] | None = None
+    tokens: tuple[Sequence[int], Sequence[float]] | None = None
+    tools: Sequence[Any] | None = None
+    ground_truth: str | None = None
+    weight: float = 1.0
 
 
-@dataclass(frozen=True)
-class PromptTemplate:
-    """A prompt with one placeholder, `{question}` or `{instruction}`.
-
-    Attributes:
-        name: of the template, or the path of its file.
-        text: with the placeholder.
-    """
-
-    name: str
-    text: str
-
-    @property
-    def tagged(self) -> bool:
-        """Whether the prompt opens a `<think>` that the response must close."""
-        return self.text.endswith("<think>")
-
-    def fill(self, value: str) -> str:
-        """Put a question or instruction in the placeholder's place; braces in it stay as they
-        are.
-        """
-        start, end = PLACEHOLDER.search(self.text).span()  # type: ignore[union-attr]  # checked at load
-        return self.text[:start] + value + self.text[end:]
-
-
-def load_template(name: str) -> PromptTemplate:
-    """Load a template of the package (`r1_zero`, `question_only`, `alpaca`) or a user's `.prompt`
-    file.
-
-    Raises:
-        UserError: no such template (78), or not exactly one placeholder in it (65).
-    """
-    folder = resources.files("cs336_alignment.data") / "templates"
-    if name.endswith(".prompt"):
-        try:
-            text = Path(name).expanduser().read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as failure:
-            raise UserError(
-                "D110", f"cannot read the prompt template {name}: {failure}", ExitStatus.NOT_FOUND
-            ) from failure
-    elif (shipped := folder / f"{name}.prompt").is_file() and "/" not in name:
-        text = shipped.read_text(encoding="utf-8")
-    else:
-        names = sorted(
-            Path(str(item)).stem for item in folder.iterdir() if str(item).endswith(".prompt")
-        )
-        raise UserError(
-            "C105",
-            f"there is no prompt template {name}",
-            ExitStatus.BAD_CONFIG,
-            expected=", ".join(names) + ", or the path of a .prompt file",
-            hint="data.prompt_template=r1_zero",
-        )
-    if len(PLACEHOLDER.findall(text)) != 1:
-        raise UserError(
-            "D111",
-            f"the prompt template {name} needs exactly one placeholder",
-            ExitStatus.BAD_DATA,
-            expected="{question} or {instruction}, once",
-        )
-    return PromptTemplate(name, text)
-
-
-def to_example(row: Row, template: PromptTemplate) -> Example:
+def to_example(row: Row, layout: Layout, template: PromptTemplate | None) -> Example:
     """Turn a row into an example.
 
-    A `prompt` is used verbatim; a `question` or `instruction` fills the template. The response is
-    the field `response`, `answer` or `output`. An `answer` in GSM8K's form (reasoning, then `####
-    final`) loses its calculator annotations; under a template that opens `<think>` it becomes
+    A `prompt` is used verbatim; a question or instruction fills the template, or becomes the user's
+    turn if there is none. An answer in GSM8K's form (reasoning, then `#### final`) loses its
+    calculator annotations; under a template that opens `<think>` it becomes
     ` {reasoning} </think> <answer> {final} </answer>`.
 
+    Args:
+        row: as read.
+        layout: of its source.
+        template: for questions and instructions; None: the tokenizer's chat template.
+
     Raises:
-        UserError: a field is missing, ambiguous, empty or no string (65).
+        UserError: a field is missing, empty, or not what its role needs (65).
     """
-    prompt_field = _only(row, (VERBATIM_PROMPT, *TEMPLATED_PROMPTS), "D202")
-    response_field = _only(row, RESPONSES, "D202")
-    prompt = _text(row, prompt_field)
-    response = _text(row, response_field)
-    if prompt_field == "instruction" and row.fields.get("input"):
+    for role, column in layout.columns.items():
+        if column not in row.fields and role not in ("weight", "ground_truth", "tools", "input"):
+            raise _wrong(row, column, "D202", f"{column} is missing", f"columns {_columns(row)}")
+    weight = _weight(row, layout)
+    shape = {
+        "messages": _from_messages,
+        "sharegpt": _from_sharegpt,
+        "prompt_response": _from_prompt,
+        "question_answer": _from_question,
+        "alpaca": _from_question,
+        "tokens": _from_tokens,
+        "text": _from_text,
+    }[layout.format]
+    example = shape(row, layout, template)
+    truth = _ground_truth(row, layout) or example.ground_truth
+    return Example(
+        row.place, example.texts, example.messages, example.tokens, example.tools, truth, weight
+    )
+
+
+def _from_prompt(row: Row, layout: Layout, _: PromptTemplate | None) -> Example:
+    prompt, response = layout.columns["prompt"], layout.columns["response"]
+    if isinstance(row.fields[prompt], list) and isinstance(row.fields[response], list):
+        context = [{**message, "train": False} if _is_reply(message) else message
+                   for message in _messages(row, prompt)]  # fmt: skip
+        return Example(row.place, messages=(*context, *_messages(row, response)))
+    return Example(row.place, texts=(_text(row, prompt), _text(row, response)))
+
+
+def _from_question(row: Row, layout: Layout, template: PromptTemplate | None) -> Example:
+    asked = layout.columns["question" if layout.format == "question_answer" else "instruction"]
+    answered = layout.columns["response"]
+    question, response = _text(row, asked), _text(row, answered)
+    extra = row.fields.get(layout.columns.get("input", ""))
+    if extra is not None and not isinstance(extra, str):
+        raise _wrong(row, "input", "D205", "input is not a string", describe(extra), "a string")
+    tagged = template is not None and template.tagged
+    truth = None
+    if answered == "answer":
+        response, truth = _shape_answer(row, response, tagged=tagged)
+    elif tagged and CLOSING_TAG not in response:
+        assert template is not None
         raise UserError(
-            "D206",
-            "the row has an `input` beside its instruction, and the template has no place for it",
+            "D207",
+            f"the template {template.name} opens <think>, and the response does not close it",
             ExitStatus.BAD_DATA,
-            place=_at(row, "input"),
-            got=describe(row.fields["input"]),
-            hint="join the input to the instruction, or give the whole text as `prompt`",
+            place=_at(row, answered),
+            expected=f"reasoning, then {CLOSING_TAG}, then the answer",
+            got=describe(response),
+            hint="use data.prompt_template=alpaca, question_only or chat for plain responses",
         )
-    ground_truth = _ground_truth(row)
-    if prompt_field in TEMPLATED_PROMPTS:
-        prompt = template.fill(prompt)
-        if response_field == "answer":
-            response, final = _shape_answer(row, response, tagged=template.tagged)
-            ground_truth = final if ground_truth is None else ground_truth
-        elif template.tagged and CLOSING_TAG not in response:
+    if template is None:
+        text = f"{question}\n\n{extra}" if extra and extra.strip() else question
+        turns = ({"role": "user", "content": text}, {"role": "assistant", "content": response})
+        return Example(row.place, messages=turns, ground_truth=truth)
+    if extra and extra.strip():
+        if not template.takes_input:
             raise UserError(
-                "D207",
-                f"the prompt template {template.name} opens <think>, and the response does not "
-                "close it",
+                "D206",
+                "the row has an `input`, and the prompt template has no place for it",
                 ExitStatus.BAD_DATA,
-                place=_at(row, response_field),
-                expected=f"reasoning, then {CLOSING_TAG}, then the answer",
-                got=describe(response),
-                hint="use data.prompt_template=alpaca or question_only for plain responses",
+                place=_at(row, layout.columns["input"]),
+                got=describe(extra),
+                hint="use data.prompt_template=alpaca, or a .prompt file with {input}",
             )
-    return Example(prompt, response, ground_truth, row.place)
+        return Example(
+            row.place, texts=(template.fill(question, extra), response), ground_truth=truth
+        )
+    return Example(row.place, texts=(template.fill(question), response), ground_truth=truth)
+
+
+def _from_messages(row: Row, layout: Layout, _: PromptTemplate | None) -> Example:
+    messages = _messages(row, layout.columns["messages"])
+    return Example(row.place, messages=messages, tools=_tools(row, layout))
+
+
+def _from_sharegpt(row: Row, layout: Layout, _: PromptTemplate | None) -> Example:
+    column = layout.columns["conversations"]
+    messages: list[Mapping[str, Any]] = []
+    system = row.fields.get(layout.columns.get("system", ""))
+    if system:
+        messages.append({"role": "system", "content": system})
+    for index, turn in enumerate(_messages(row, column)):
+        if "from" not in turn:
+            messages.append(turn)  # the column's name is ShareGPT's, its turns are messages
+            continue
+        role = SHAREGPT_ROLES.get(str(turn["from"]))
+        if role is None or not isinstance(turn.get("value"), str):
+            raise _wrong(
+                row, column, "D211", f"turn {index + 1} is no turn of a conversation",
+                describe(turn), f"from: {', '.join(SHAREGPT_ROLES)}; value: text",
+            )  # fmt: skip
+        kept = {key: turn[key] for key in ("train", "weight") if key in turn}
+        messages.append({"role": role, "content": turn["value"], **kept})
+    return Example(row.place, messages=tuple(messages), tools=_tools(row, layout))
+
+
+def _from_text(row: Row, layout: Layout, _: PromptTemplate | None) -> Example:
+    return Example(row.place, texts=("", _text(row, layout.columns["text"])))
+
+
+def _from_tokens(row: Row, layout: Layout, _: PromptTemplate | None) -> Example:
+    column = layout.columns["labels"]
+    ids, labels = row.fields[layout.columns["input_ids"]], row.fields[column]
+    if not (_are_integers(ids) and min(ids, default=-1) >= 0):
+        raise _wrong(row, "input_ids", "D212", "input_ids are no token ids", describe(ids),
+                     "a list of numbers from 0, not empty")  # fmt: skip
+    if not (isinstance(labels, list) and len(labels) == len(ids)):
+        raise _wrong(row, column, "D212", f"{column} does not go with input_ids", describe(labels),
+                     f"a list of {len(ids)}")  # fmt: skip
+    if column == "response_mask":
+        if any(value not in (0, 1) for value in labels):
+            raise _wrong(row, column, "D212", "response_mask is no mask", describe(labels),
+                         "0 or 1 for every token of input_ids")  # fmt: skip
+        return Example(row.place, tokens=(ids, [float(value) for value in labels]))
+    for token, label in zip(ids, labels, strict=True):
+        if label not in (token, IGNORED_LABEL):
+            raise _wrong(row, column, "D212", "labels are not those of input_ids", describe(label),
+                         f"{token}, the token itself, or {IGNORED_LABEL} where it is only read "
+                         "(not shifted)")  # fmt: skip
+    return Example(row.place, tokens=(ids, [float(label != IGNORED_LABEL) for label in labels]))
+
+
+def _messages(row: Row, column: str) -> tuple[Mapping[str, Any], ...]:
+    value = row.fields[column]
+    if not isinstance(value, list) or not value or not all(isinstance(m, dict) for m in value):
+        raise _wrong(row, column, "D211", f"{column} is no conversation", describe(value),
+                     "a list of messages, not empty")  # fmt: skip
+    return tuple(value)
+
+
+def _is_reply(message: Mapping[str, Any]) -> bool:
+    return message.get("role") == "assistant"
+
+
+def _tools(row: Row, layout: Layout) -> Sequence[Any] | None:
+    tools = row.fields.get(layout.columns.get("tools", ""))
+    if tools in (None, [], ""):
+        return None
+    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+        raise _wrong(row, layout.columns["tools"], "D213", "tools are no list of JSON schemas",
+                     describe(tools), "a list of objects")  # fmt: skip
+    return tools
+
+
+def _are_integers(value: Any) -> bool:
+    return isinstance(value, list) and all(
+        isinstance(i, int) and not isinstance(i, bool) for i in value
+    )
 
 
 def _shape_answer(row: Row, answer: str, *, tagged: bool) -> tuple[str, str | None]:
@@ -159,66 +237,60 @@ def _shape_answer(row: Row, answer: str, *, tagged: bool) -> tuple[str, str | No
             hint="use data.prompt_template=question_only, or rows with `prompt` and `response`",
         )
     if tagged:
-        return f" {reasoning} </think> <answer> {final} </answer>", final
+        return f" {reasoning} {CLOSING_TAG} <answer> {final} </answer>", final
     return f"{reasoning}\n{FINAL_MARK} {final}", final
 
 
-def _only(row: Row, names: tuple[str, ...], code: str) -> str:
-    present = [name for name in names if name in row.fields]
-    if len(present) == 1:
-        return present[0]
-    columns = ", ".join(row.fields) or "none"
-    problem = "fields that exclude each other" if present else "a field is missing"
-    raise UserError(
-        code,
-        problem,
-        ExitStatus.BAD_DATA,
-        place=row.place,
-        expected="one of " + ", ".join(names),
-        got=f"columns {columns}",
-        hint="rows are prompt/response, question/answer or instruction/output",
-    )
-
-
-def _text(row: Row, name: str) -> str:
-    value = row.fields[name]
+def _text(row: Row, column: str) -> str:
+    value = row.fields[column]
     if not isinstance(value, str):
-        raise UserError(
-            "D205",
-            f"{name} is not a string",
-            ExitStatus.BAD_DATA,
-            place=_at(row, name),
-            expected="non-empty string",
-            got=describe(value),
+        raise _wrong(
+            row, column, "D205", f"{column} is not a string", describe(value), "non-empty string"
         )
     if not value.strip():
         raise UserError(
             "D203",
-            f"{name} is empty",
+            f"{column} is empty",
             ExitStatus.BAD_DATA,
-            place=_at(row, name),
+            place=_at(row, column),
             expected="non-empty string",
             got=describe(value),
-            hint="fix or remove the row",
-        )
-    if any(0xD800 <= ord(c) <= 0xDFFF for c in value):
-        raise UserError(
-            "D207",
-            f"{name} holds half of a surrogate pair, which is no character",
-            ExitStatus.BAD_DATA,
-            place=_at(row, name),
-            expected="Unicode text",
+            hint="fix the row, or set data.on_bad_row=drop (drops are counted)",
         )
     return value
 
 
-def _ground_truth(row: Row) -> str | None:
+def _ground_truth(row: Row, layout: Layout) -> str | None:
     """Give the row's own final answer, if it has one; here a number may stand as a number."""
-    value = row.fields.get("ground_truth")
+    column = layout.columns.get("ground_truth", "")
+    value = row.fields.get(column)
     if value is None:
         return None
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    return str(value) if is_number else _text(row, "ground_truth")
+    return str(value) if is_number else _text(row, column)
+
+
+def _weight(row: Row, layout: Layout) -> float:
+    column = layout.columns.get("weight", "")
+    value = row.fields.get(column)
+    if value is None:
+        return 1.0
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
+        raise _wrong(row, column, "D214", f"{column} is no weight", describe(value),
+                     "a finite number of at least 0")  # fmt: skip
+    return float(value)
+
+
+def _columns(row: Row) -> str:
+    return ", ".join(row.fields) or "none"
+
+
+def _wrong(
+    row: Row, column: str, code: str, message: str, got: str, expected: str | None = None
+) -> UserError:
+    return UserError(
+        code, message, ExitStatus.BAD_DATA, place=_at(row, column), expected=expected, got=got
+    )
 
 
 def _at(row: Row, name: str) -> Place:

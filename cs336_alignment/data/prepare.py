@@ -1,107 +1,69 @@
-"""The data step: rows → examples → tokens, with every row accounted for in a ledger."""
+"""The data step: sources → rows → tokens in a cache on disk, with every row accounted for."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+import json
+import multiprocessing
+import os
+import sys
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any
 
-import torch
-from torch import Tensor
+import numpy as np
+from huggingface_hub.constants import HF_HOME
 from transformers import PreTrainedTokenizerBase
 
-from cs336_alignment.config import DataConfig
-from cs336_alignment.data.formats import Example, PromptTemplate, load_template, to_example
-from cs336_alignment.data.sources import SourceRead, read_source
-from cs336_alignment.data.tokenize import TokenizedExample, tokenize_plain, tokenize_prompts
-from cs336_alignment.errors import ExitStatus, Place, UserError, UserErrors
+from cs336_alignment.config import DataConfig, SourceConfig
+from cs336_alignment.cores import count_cores
+from cs336_alignment.data.encode import Encoded, Encoder
+from cs336_alignment.data.layout import Layout, detect
+from cs336_alignment.data.ledger import LedgerEntry
+from cs336_alignment.data.lint import Findings, count_duplicates
+from cs336_alignment.data.sources import Row, Source, open_source
+from cs336_alignment.data.store import NOTE, Store, StoreWriter, locked
+from cs336_alignment.data.templates import PromptTemplate, load_template
+from cs336_alignment.data.tokenize import tokenizer_fingerprint
+from cs336_alignment.errors import MAX_SHOWN, ExitStatus, UserError, UserErrors
 
-TOKENIZE_BATCH = 2_000
-Progress = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
-
-
-@dataclass
-class LedgerEntry:
-    """What became of one source's rows; tokens are those of the kept examples."""
-
-    source: str
-    rows_read: int = 0
-    rows_beyond_limit: int = 0
-    kept: int = 0
-    truncated: int = 0
-    dropped: dict[str, int] = field(default_factory=dict)
-    tokens: int = 0
-    response_tokens: int = 0
-    longest: int = 0
-    ends_with_eos: int = 0
+BATCH_ROWS = 1_000
+BATCH_CHARACTERS = 2**22  # so that a batch of huge rows is no larger in memory than one of small
+ROWS_BEFORE_POOL = 8 * BATCH_ROWS  # below, starting processes costs more than they save
+ROWS_TO_DETECT = 100
+Progress = Callable[[str, int | None], AbstractContextManager[Callable[[int], None]]]
 
 
 @dataclass(frozen=True)
-class TokenizedDataset:
-    """Examples as tokens in three flat tensors.
+class PreparedSource:
+    """One source, tokenized.
 
     Attributes:
-        input_ids: (all tokens,) int32.
-        response_mask: (all tokens,) bool.
-        lengths: tokens of each example.
-        response_lengths: trained tokens of each example, at least 1.
-        starts: where each example begins.
-    """
-
-    input_ids: Tensor
-    response_mask: Tensor
-    lengths: tuple[int, ...]
-    response_lengths: tuple[int, ...]
-    starts: tuple[int, ...]
-
-    def __len__(self) -> int:
-        return len(self.lengths)
-
-    def __getitem__(self, example_id: int) -> TokenizedExample:
-        span = slice(self.starts[example_id], self.starts[example_id] + self.lengths[example_id])
-        return TokenizedExample(self.input_ids[span].long(), self.response_mask[span], example_id)
-
-    @staticmethod
-    def of(rows: Sequence[tuple[list[int], int]]) -> TokenizedDataset:
-        """Build a data set from rows of (token ids, number of prompt tokens)."""
-        lengths = tuple(len(ids) for ids, _ in rows)
-        starts, total = [], 0
-        for length in lengths:
-            starts.append(total)
-            total += length
-        ids = torch.tensor([i for row, _ in rows for i in row], dtype=torch.int32)
-        mask = torch.ones(total, dtype=torch.bool)
-        for start, (_, num_prompt) in zip(starts, rows, strict=True):
-            mask[start : start + num_prompt] = False
-        # The first token of a row is predicted by nothing, whatever it is.
-        responses = tuple(len(row) - max(num_prompt, 1) for row, num_prompt in rows)
-        return TokenizedDataset(ids, mask, lengths, responses, tuple(starts))
-
-
-@dataclass(frozen=True)
-class PreparedData:
-    """The outcome of the data step for one split.
-
-    Attributes:
-        dataset: the tokens.
-        examples: the texts, in the order of the data set.
+        store: the examples.
         ledger: what became of the rows.
-        template: what shaped the prompts of rows that have no prompt of their own.
-        fingerprint: sha256 over the tokens and masks that are trained.
+        findings: of the linter.
+        template: what shaped the prompts of rows that have no prompt of their own; None: the
+            tokenizer's chat template.
+        fingerprint: sha256 over tokens, trained stretches and weights.
         revision: the hub's revision, if one was named.
     """
 
-    dataset: TokenizedDataset
-    examples: tuple[Example, ...]
+    store: Store
     ledger: LedgerEntry
-    template: PromptTemplate
+    findings: Findings
+    template: PromptTemplate | None
     fingerprint: str
     revision: str | None
 
 
-def prepare(
-    path: str,
+def prepare_source(
+    source: SourceConfig,
     config: DataConfig,
     tokenizer: PreTrainedTokenizerBase,
     *,
@@ -109,11 +71,15 @@ def prepare(
     split: str,
     max_examples: int | None,
     progress: Progress = lambda *_: nullcontext(lambda _: None),
-) -> PreparedData:
-    """Read, shape, tokenize and filter one split.
+) -> PreparedSource:
+    """Tokenize one source, or open what an earlier command tokenized.
+
+    The cache is addressed by the content of data, tokenizer and template, by every option that
+    matters and by this package's own code, so it cannot serve what would come out otherwise now.
+    Several processes may call this at once: one works, the others wait for it.
 
     Args:
-        path: of the source, see `read_source`.
+        source: its path, format and columns.
         config: the data section.
         tokenizer: of the model.
         seed: of built-in data.
@@ -122,7 +88,7 @@ def prepare(
         progress: shows a bar.
 
     Raises:
-        UserErrors: bad rows, all of them, in one error (65).
+        UserErrors: bad rows: the first 20, and how many (65).
         UserError: nothing to read (66) or nothing left (65); a template that does not exist (78).
     """
     template = load_template(config.prompt_template)
@@ -133,107 +99,249 @@ def prepare(
             ExitStatus.BAD_CONFIG,
             hint="choose a tokenizer with one, or set data.append_eos=false",
         )
-    read = read_source(path, seed=seed, default_split=split)
-    ledger = LedgerEntry(path, rows_read=len(read.rows) + len(read.errors))
-    examples = _to_examples(read, template, max_examples, ledger)
-    with progress("tokenizing", len(examples)) as advance:
-        rows = _tokenize(examples, config, tokenizer, advance)
-    kept_examples, kept_rows = [], []
+    opened = open_source(source.path, seed=seed, default_split=split)
+    options = _options(source, config, template, max_examples)
+    key = _key(opened, tokenizer, options)
+    folder = cache_folder(config) / key
+    with locked(folder):
+        if not (folder / NOTE).is_file():
+            _prepare(opened, source, config, tokenizer, template, folder, max_examples, progress)
+    store = Store(folder)
+    note = store.note
+    return PreparedSource(
+        store, LedgerEntry(**note["ledger"]), Findings(**note["findings"]), template,
+        note["fingerprint"], opened.revision,
+    )  # fmt: skip
+
+
+def cache_folder(config: DataConfig) -> Path:
+    """Give the folder of prepared data: the config's, or one in the Hugging Face cache."""
+    return Path(config.cache_dir or Path(HF_HOME) / "cs336-sft" / "prepared").expanduser()
+
+
+def _options(
+    source: SourceConfig, config: DataConfig, template: PromptTemplate | None, limit: int | None
+) -> dict[str, Any]:
+    """Everything of the config that changes what comes out of the data step."""
+    return {
+        "format": source.format,
+        "columns": asdict(source.columns),
+        "train_on": config.train_on,
+        "max_length": config.max_length,
+        "overlong": config.overlong,
+        "template": None if template is None else asdict(template),
+        "add_special_tokens": config.add_special_tokens,
+        "append_eos": config.append_eos,
+        "on_bad_row": config.on_bad_row,
+        "max_bad_fraction": config.max_bad_fraction,
+        "limit": limit,
+    }
+
+
+def _key(source: Source, tokenizer: PreTrainedTokenizerBase, options: dict[str, Any]) -> str:
+    parts = [
+        source.path, source.fingerprint, tokenizer_fingerprint(tokenizer),
+        json.dumps(options, sort_keys=True), _code_version(),
+    ]  # fmt: skip
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32]
+
+
+def _code_version() -> str:
+    digest = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(path.read_bytes())
+    for package in ("tokenizers", "transformers"):  # the chat template is rendered by the latter
+        digest.update(metadata.version(package).encode())
+    return digest.hexdigest()
+
+
+def _prepare(
+    opened: Source,
+    source: SourceConfig,
+    config: DataConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    template: PromptTemplate | None,
+    folder: Path,
+    limit: int | None,
+    progress: Progress,
+) -> None:
+    """Read, tokenize and write a source."""
+    layout, rows = _detect(islice(opened.rows(), limit), source, opened.path)
+    ledger, findings = LedgerEntry(opened.path, str(layout)), Findings()
     errors: list[UserError] = []
-    for example, (ids, num_prompt) in zip(examples, rows, strict=True):
-        try:
-            fitted = _fit(ids, num_prompt, config, example.place, ledger)
-        except UserError as error:
-            errors.append(error)
+    digest = hashlib.sha256()
+    encoder = Encoder(config, tokenizer, layout, template)
+    writer = _open_writer(folder)
+    try:
+        with progress(f"tokenizing {Path(opened.path).name}", None) as advance:
+            for done in encode_all(encoder, _batches(rows), config.num_workers):
+                ledger.merge(done.ledger)
+                findings.merge(done.findings)
+                errors += done.errors[: MAX_SHOWN - len(errors)]
+                if not (errors and config.on_bad_row == "error"):  # it will come to nothing
+                    writer.write(done)
+                    _update(digest, done)
+                advance(done.ledger.rows_read)
+        _refuse_bad_rows(ledger, errors, config)
+        if not ledger.kept:
+            raise _nothing_left(ledger, config)
+        store = writer.close()
+        ledger.measure(store.lengths)
+        repeated = count_duplicates(store.row_hashes)
+        for number in repeated[:MAX_SHOWN].tolist():
+            findings.add("duplicate_rows", store.place(number))
+        if len(repeated):
+            findings.counts["duplicate_rows"] = len(repeated)
+        writer.finish({
+            "fingerprint": digest.hexdigest(),
+            "ledger": asdict(ledger),
+            "findings": asdict(findings),
+        })  # fmt: skip
+    except BaseException:
+        writer.abandon()
+        raise
+
+
+def _detect(
+    rows: Iterable[Row | UserError], source: SourceConfig, path: str
+) -> tuple[Layout, Iterator[Row | UserError]]:
+    """Find the layout of the first row that has one; the rows come back whole."""
+    rows = iter(rows)
+    head = list(islice(rows, ROWS_TO_DETECT))
+    columns = {role: name for role, name in asdict(source.columns).items() if name is not None}
+    first: UserError | None = None
+    for row in head:
+        if isinstance(row, UserError):
             continue
-        if fitted is not None:
-            kept_examples.append(example)
-            kept_rows.append((fitted, num_prompt))
-    if errors:
-        raise UserErrors(errors)
-    if not kept_rows:
-        raise UserError(
-            "D301",
-            f"no example of {path} is left",
-            ExitStatus.BAD_DATA,
-            got=f"{ledger.rows_read} rows read, dropped: {ledger.dropped or 'none'}",
-            hint="raise data.max_length or give more rows",
+        try:
+            layout = detect(list(row.fields), row.place, wanted=source.format, columns=columns)
+        except UserError as error:
+            first = first or error
+        else:
+            return layout, chain(head, rows)
+    if first is None and any(isinstance(row, UserError) for row in head):
+        layout = Layout("text", {}, "no row could be read", ())  # the errors are what is told
+        return layout, chain(head, rows)
+    raise first or UserError("D301", f"there is no row in {path}", ExitStatus.BAD_DATA)
+
+
+def _batches(rows: Iterable[Row | UserError]) -> Iterator[list[Row | UserError]]:
+    batch: list[Row | UserError] = []
+    characters = 0
+    for row in rows:
+        batch.append(row)
+        if isinstance(row, Row):
+            characters += sum(len(v) for v in row.fields.values() if isinstance(v, str))
+        if len(batch) == BATCH_ROWS or characters > BATCH_CHARACTERS:
+            yield batch
+            batch, characters = [], 0
+    if batch:
+        yield batch
+
+
+def encode_all(
+    encoder: Encoder, batches: Iterable[list[Row | UserError]], num_workers: int | None
+) -> Iterator[Encoded]:
+    """Encode batches in order: the first ones here, the rest of a large source in processes.
+
+    Args:
+        encoder: for the source.
+        batches: of rows.
+        num_workers: processes; None: one for each core.
+    """
+    batches, rows, workers = iter(batches), 0, num_workers or count_cores()
+    for batch in batches:
+        rows += len(batch)
+        yield encoder.encode(batch)
+        if rows >= ROWS_BEFORE_POOL and workers > 1:
+            break
+    yield from _encode_in_processes(encoder, batches, workers)
+
+
+def _encode_in_processes(
+    encoder: Encoder, batches: Iterator[list[Row | UserError]], workers: int
+) -> Iterator[Encoded]:
+    first = next(batches, None)
+    if first is None:
+        return
+    # fork shares the tokenizer; where it is not safe (macOS), processes start anew and get a copy.
+    method = "fork" if sys.platform == "linux" else "spawn"
+    pool = ProcessPoolExecutor(
+        workers, multiprocessing.get_context(method), _begin_worker, (encoder,)
+    )
+    waiting: deque[Future[Encoded]] = deque()
+    with pool:
+        for batch in chain((first,), batches):
+            waiting.append(pool.submit(_work, batch))
+            if len(waiting) > 2 * workers:  # no more: memory must not grow with the source
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+
+
+_encoder: Encoder | None = None
+
+
+def _begin_worker(encoder: Encoder) -> None:
+    global _encoder
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # each process has its core
+    _encoder = encoder
+
+
+def _work(batch: list[Row | UserError]) -> Encoded:
+    assert _encoder is not None
+    return _encoder.encode(batch)
+
+
+def _update(digest: Any, done: Encoded) -> None:
+    for row in done.rows:
+        digest.update(len(row.input_ids).to_bytes(8, "little"))
+        digest.update(row.input_ids.tobytes())
+        digest.update(row.spans.tobytes())
+        digest.update(row.span_weights.tobytes())
+        digest.update(np.float32(row.example_weight).tobytes())
+
+
+def _refuse_bad_rows(ledger: LedgerEntry, errors: Sequence[UserError], config: DataConfig) -> None:
+    if not errors:
+        return
+    share = ledger.bad_rows / ledger.rows_read
+    if config.on_bad_row == "drop" and share <= config.max_bad_fraction:
+        ledger.drop("bad_row", ledger.bad_rows)
+        return
+    if config.on_bad_row == "drop":
+        raise UserErrors(
+            [
+                *errors[:3],
+                UserError(
+                    "D303",
+                    f"{ledger.bad_rows:,} of {ledger.rows_read:,} rows are bad",
+                    ExitStatus.BAD_DATA,
+                    expected=f"at most {config.max_bad_fraction:.1%} (data.max_bad_fraction)",
+                    got=f"{share:.1%}",
+                ),
+            ]
         )
-    dataset = TokenizedDataset.of(kept_rows)
-    ledger.kept = len(dataset)
-    ledger.tokens = sum(dataset.lengths)
-    ledger.response_tokens = sum(dataset.response_lengths)
-    ledger.longest = max(dataset.lengths)
-    ledger.ends_with_eos = sum(ids[-1] == tokenizer.eos_token_id for ids, _ in kept_rows)
-    digest = hashlib.sha256(dataset.input_ids.numpy().tobytes())
-    digest.update(dataset.response_mask.numpy().tobytes())
-    digest.update(repr(dataset.lengths).encode())
-    return PreparedData(
-        dataset, tuple(kept_examples), ledger, template, digest.hexdigest(), read.revision
+    raise UserErrors(errors, ledger.bad_rows)
+
+
+def _nothing_left(ledger: LedgerEntry, config: DataConfig) -> UserError:
+    return UserError(
+        "D301",
+        f"no example of {ledger.source} is left",
+        ExitStatus.BAD_DATA,
+        got=f"{ledger.rows_read} rows read, dropped: {ledger.dropped or 'none'}",
+        hint=f"data.max_length is {config.max_length}; look at the rows with `cs336-sft inspect`",
     )
 
 
-def _to_examples(
-    read: SourceRead, template: PromptTemplate, max_examples: int | None, ledger: LedgerEntry
-) -> list[Example]:
-    if max_examples is not None:
-        ledger.rows_beyond_limit = max(0, len(read.rows) - max_examples)
-        read.rows = read.rows[:max_examples]
-    examples, errors = [], list(read.errors)
-    for row in read.rows:
-        try:
-            examples.append(to_example(row, template))
-        except UserError as error:
-            errors.append(error)
-    if errors:
-        errors.sort(key=lambda error: error.place.line or 0 if error.place else 0)
-        raise UserErrors(errors)
-    return examples
-
-
-def _tokenize(
-    examples: Sequence[Example],
-    config: DataConfig,
-    tokenizer: PreTrainedTokenizerBase,
-    advance: Callable[[int], None],
-) -> list[tuple[list[int], int]]:
-    rows: list[tuple[list[int], int]] = []
-    for start in range(0, len(examples), TOKENIZE_BATCH):
-        batch = examples[start : start + TOKENIZE_BATCH]
-        prompts = tokenize_prompts([e.prompt for e in batch], tokenizer, config.add_special_tokens)
-        responses = tokenize_plain([e.response for e in batch], tokenizer)
-        for prompt, response in zip(prompts, responses, strict=True):
-            # A response whose text already ends with EOS gets no second one.
-            ends = config.append_eos and response[-1:] != [tokenizer.eos_token_id]
-            rows.append((prompt + response + [tokenizer.eos_token_id] * ends, len(prompt)))
-        advance(len(batch))
-    return rows
-
-
-def _fit(
-    ids: list[int], num_prompt: int, config: DataConfig, place: Place, ledger: LedgerEntry
-) -> list[int] | None:
-    """Apply `data.overlong` to one example; None: it is dropped, and counted."""
-    if len(ids) <= config.max_length:
-        if len(ids) > max(num_prompt, 1):
-            return ids
-        ledger.dropped["no_response_token"] = ledger.dropped.get("no_response_token", 0) + 1
-        return None
-    if config.overlong == "error":
+def _open_writer(folder: Path) -> StoreWriter:
+    try:
+        return StoreWriter(folder)
+    except OSError as failure:
         raise UserError(
-            "D302",
-            "the example is longer than data.max_length",
-            ExitStatus.BAD_DATA,
-            place=place,
-            expected=f"at most {config.max_length} tokens",
-            got=f"{len(ids)} tokens, {num_prompt} of them prompt",
-            hint="raise data.max_length, or set data.overlong=drop or truncate (both are counted)",
-        )
-    if config.overlong == "truncate" and num_prompt < config.max_length:
-        # The end of the response is cut; no EOS is put there, or the model would learn to stop
-        # mid-sentence.
-        ledger.truncated += 1
-        return ids[: config.max_length]
-    reason = "overlong" if config.overlong == "drop" else "prompt_fills_max_length"
-    ledger.dropped[reason] = ledger.dropped.get(reason, 0) + 1
-    return None
+            "D310",
+            f"cannot write prepared data to {folder.parent}: {failure.strerror or failure}",
+            ExitStatus.CANNOT_CREATE,
+            hint="choose another folder: data.cache_dir=…",
+        ) from failure

@@ -5,27 +5,86 @@ B batch, L tokens of one example.
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
+class TokenRow:
+    """One example as tokens, as the data step makes and keeps it.
+
+    Attributes:
+        input_ids: (L,) int32.
+        spans: (spans, 2) int32, the trained stretches as (start, end), in order, none empty, none
+            before token 1: nothing predicts the first token.
+        span_weights: (spans,) float32 above 0.
+        example_weight: of the whole example.
+    """
+
+    input_ids: NDArray[np.int32]
+    spans: NDArray[np.int32]
+    span_weights: NDArray[np.float32]
+    example_weight: float = 1.0
+
+    @staticmethod
+    def of_response(ids: Sequence[int], num_prompt: int, example_weight: float = 1.0) -> TokenRow:
+        """Make a row that trains everything after its prompt."""
+        start = max(num_prompt, 1)
+        spans = np.array([(start, len(ids))] if start < len(ids) else [], dtype=np.int32)
+        weights = np.ones(len(spans), dtype=np.float32)
+        return TokenRow(
+            np.asarray(ids, dtype=np.int32), spans.reshape(-1, 2), weights, example_weight
+        )
+
+    @staticmethod
+    def of_weights(
+        ids: Sequence[int] | NDArray[np.int32],
+        weights: Sequence[float] | NDArray[np.float32],
+        example_weight: float = 1.0,
+    ) -> TokenRow:
+        """Make a row from a weight for every token, 0 where it is only read."""
+        each = np.array(weights, dtype=np.float32)
+        each[:1] = 0
+        borders = np.flatnonzero(np.diff(each, prepend=np.float32(0), append=np.float32(0)))
+        starts, ends = borders[:-1], borders[1:]
+        trained = each[starts] > 0
+        spans = np.stack([starts[trained], ends[trained]], axis=1).astype(np.int32)
+        return TokenRow(np.asarray(ids, dtype=np.int32), spans, each[spans[:, 0]], example_weight)
+
+    @property
+    def weights(self) -> NDArray[np.float32]:
+        """(L,) the weight of every token, 0 where it is only read."""
+        each = np.zeros(len(self.input_ids), dtype=np.float32)
+        for (start, end), weight in zip(self.spans, self.span_weights, strict=True):
+            each[start:end] = weight
+        return each
+
+
+@dataclass(frozen=True)
 class TokenizedExample:
-    """One example as tokens.
+    """One example as the trainer takes it.
 
     Attributes:
         input_ids: (L,) int64, prompt then response.
         response_mask: (L,) bool, True on the tokens that are trained.
         example_id: its place in the data set.
+        weights: (L,) float32, the weight of every token; None: 1 on each trained one.
+        example_weight: of the whole example.
     """
 
     input_ids: Tensor
     response_mask: Tensor
     example_id: int
+    weights: Tensor | None = None
+    example_weight: float = 1.0
 
 
 def special_prefix(tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -40,6 +99,19 @@ def special_prefix(tokenizer: PreTrainedTokenizerBase) -> list[int]:
         if with_special[start : start + len(plain)] == plain:
             return list(with_special[:start])
     return []
+
+
+def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Hash everything that decides what a tokenizer and its chat template make of a text."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        model = json.dumps(tokenizer.get_vocab(), sort_keys=True)
+    else:
+        model = backend.to_str()
+    special = {name: str(value) for name, value in tokenizer.special_tokens_map.items()}
+    parts = [type(tokenizer).__name__, model, json.dumps(special, sort_keys=True),
+             json.dumps(tokenizer.chat_template, sort_keys=True)]  # fmt: skip
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
 
 def tokenize_prompts(
@@ -61,6 +133,11 @@ def tokenize_plain(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> 
     """Tokenize texts in one batch, with nothing added and nothing cut."""
     if not texts:
         return []
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None:  # the Rust tokenizer itself: no offsets, no masks, a third faster
+        backend.no_truncation()
+        backend.no_padding()
+        return [e.ids for e in backend.encode_batch_fast(list(texts), add_special_tokens=False)]
     # verbose=False: transformers would warn of rows over the model's length, which the caller
     # handles.
     encoded = tokenizer(

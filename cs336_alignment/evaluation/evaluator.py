@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from cs336_alignment.config import EvaluationConfig
-from cs336_alignment.data.formats import Example
-from cs336_alignment.data.prepare import Progress, TokenizedDataset
-from cs336_alignment.evaluation.log_generations import log_generations, summarize
+from cs336_alignment.data.dataset import TokenizedDataset
+from cs336_alignment.data.prepare import Progress
+from cs336_alignment.data.templates import PromptTemplate
+from cs336_alignment.errors import ExitStatus
+from cs336_alignment.evaluation.log_generations import generate_rows, summarize
 from cs336_alignment.evaluation.loss import evaluate_loss
 from cs336_alignment.evaluation.rewards import REWARDS
+from cs336_alignment.model.loading import check_fits
 from cs336_alignment.model.policy import Policy
 from cs336_alignment.training.parallel import Processes
+from cs336_alignment.training.stop import StopNow
+
+
+class _Stopped(Exception):
+    """Ends this process's generation between two batches."""
 
 
 @dataclass(frozen=True)
@@ -37,15 +46,15 @@ class Evaluator:
     Args:
         policy: not wrapped.
         tokenizer: of the model.
-        dataset: the evaluation examples as tokens.
-        examples: the same as texts; those with a ground truth are generated for.
+        dataset: the evaluation examples.
+        ground_truths: of each, or None; those with one are generated for.
         config: the evaluation section.
         processes: who shares the work.
         microbatch_tokens: token budget of a forward pass.
         flat: flat rows, or padded ones.
         seed: of sampling.
-        add_special_tokens: as in training.
         progress: shows a bar.
+        asked: gives the status of a request to stop, None while there is none.
     """
 
     def __init__(
@@ -53,15 +62,15 @@ class Evaluator:
         policy: Policy,
         tokenizer: PreTrainedTokenizerBase,
         dataset: TokenizedDataset,
-        examples: Sequence[Example],
+        ground_truths: Sequence[str | None],
         *,
         config: EvaluationConfig,
         processes: Processes,
         microbatch_tokens: int,
         flat: bool,
         seed: int,
-        add_special_tokens: bool,
         progress: Progress,
+        asked: Callable[[], ExitStatus | None] = lambda: None,
     ) -> None:
         self.policy = policy
         self.tokenizer = tokenizer
@@ -71,13 +80,43 @@ class Evaluator:
         self.microbatch_tokens = microbatch_tokens
         self.flat = flat
         self.seed = seed
-        self.add_special_tokens = add_special_tokens
         self.progress = progress
-        gradable = [example for example in examples if example.ground_truth is not None]
-        self.prompts = gradable[: config.num_prompts]
+        self.asked = asked
+        gradable = [(i, truth) for i, truth in enumerate(ground_truths) if truth is not None]
+        self.prompts = [
+            (dataset.prompt_ids(i), truth) for i, truth in gradable[: config.num_prompts]
+        ]
+
+    def check(self, model: PreTrainedModel, template: PromptTemplate | None) -> list[str]:
+        """Look before the first generation at what would make it useless.
+
+        Args:
+            model: that generates.
+            template: of the prompts.
+
+        Returns:
+            A line for each warning.
+
+        Raises:
+            UserError: prompt and response do not fit into the model's positions (78).
+        """
+        if not self.prompts:
+            return ["no evaluation row has a ground truth, so nothing is generated"]
+        longest = max(len(ids) for ids, _ in self.prompts)
+        check_fits(model, 0, 0, longest + self.config.max_new_tokens)
+        if self.config.reward == "r1_zero" and template is not None and not template.tagged:
+            return [
+                f"the reward looks for </think> <answer> … </answer>, and the prompt template "
+                f"{template.name} does not ask for it"
+            ]
+        return []
 
     def run(self, *, generate: bool) -> EvaluationResult:
-        """Evaluate the loss and, if asked, generate; every process gets the same result."""
+        """Evaluate the loss and, if wanted, generate; every process gets the same result.
+
+        Raises:
+            StopNow: some process was asked to stop; raised on all of them.
+        """
         with self.progress("evaluation loss", len(self.dataset)) as advance:
             metrics = evaluate_loss(
                 self.policy,
@@ -86,7 +125,9 @@ class Evaluator:
                 microbatch_tokens=self.microbatch_tokens,
                 flat=self.flat,
                 advance=advance,
+                stopped=lambda: self.asked() is not None,
             )
+        self._leave_if_asked()
         if not generate or not self.prompts:
             return EvaluationResult(metrics, [])
         rows = self.generate()
@@ -102,28 +143,41 @@ class Evaluator:
                 metrics[f"eval/{names.get(name, name)}"] = value
         return EvaluationResult(metrics, rows)
 
+    def _leave_if_asked(self) -> None:
+        """Leave together: a process that left alone would keep the others waiting for its share."""
+        requests = [status for status in self.processes.gather(self.asked()) if status is not None]
+        if requests:
+            raise StopNow(max(requests))  # INTERRUPTED is the larger number
+
     def generate(self) -> list[dict[str, Any]]:
         """Generate for the prompts, each process for its share; returns all rows in order,
         everywhere.
         """
         count, index = self.processes.count, self.processes.index
         mine = self.prompts[index::count]
-        with self.progress("generation", len(self.prompts)) as advance:
-            result = log_generations(
+
+        def note(n: int) -> None:
+            if self.asked() is not None:
+                raise _Stopped
+            advance(n * count)
+
+        mine_done: list[dict[str, Any]] = []
+        with self.progress("generation", len(self.prompts)) as advance, suppress(_Stopped):
+            mine_done = generate_rows(
                 self.policy.model,
                 self.tokenizer,
-                [example.prompt for example in mine],
-                [example.ground_truth or "" for example in mine],
+                [ids for ids, _ in mine],
+                [truth for _, truth in mine],
                 REWARDS[self.config.reward],
                 max_new_tokens=self.config.max_new_tokens,
                 temperature=self.config.temperature,
                 batch_size=self.config.batch_size,
                 stop=self.config.stop,
                 seed=self.seed + index,
-                advance=lambda n: advance(n * count),
-                add_special_tokens=self.add_special_tokens,
+                advance=note,
             )
-        shares = self.processes.gather(result["rows"])
+        self._leave_if_asked()
+        shares = self.processes.gather(mine_done)
         rows: list[dict[str, Any]] = [{} for _ in self.prompts]
         for process, share in enumerate(shares):
             rows[process::count] = share

@@ -71,8 +71,6 @@ def log_generations(
     batch_size: int = 8,
     stop: Sequence[str] = ("</answer>",),
     seed: int = 0,
-    advance: Callable[[int], None] = lambda _: None,
-    add_special_tokens: bool = True,
 ) -> dict[str, Any]:
     """Generate a response to each prompt and record it with its rewards, entropy and length.
 
@@ -91,8 +89,6 @@ def log_generations(
         batch_size: prompts generated at once.
         stop: strings that end a response.
         seed: of sampling; the global random state is left alone.
-        advance: called with the number of prompts done, for a progress bar.
-        add_special_tokens: whether prompts get the tokenizer's special prefix, as in training.
 
     Returns:
         `rows`: a dict for each prompt: `prompt`, `response`, `ground_truth`, `reward`,
@@ -102,12 +98,54 @@ def log_generations(
         where there is no such response).
 
     Raises:
-        ValueError: different numbers of prompts and ground truths.
+        ValueError: different numbers of prompts and ground truths, or a string for `stop`.
     """
+    if isinstance(stop, str):  # its letters would each end a response
+        raise ValueError(f"stop must be a sequence of strings, got the string {stop!r}")
     if len(prompts) != len(ground_truths):
         raise ValueError(f"got {len(prompts)} prompts and {len(ground_truths)} ground truths")
-    token_rows = tokenize_prompts(prompts, tokenizer, add_special_tokens)
-    order = sorted(range(len(prompts)), key=lambda i: (-len(token_rows[i]), i))
+    rows = generate_rows(
+        model, tokenizer, tokenize_prompts(prompts, tokenizer), ground_truths, reward_fn,
+        max_new_tokens=max_new_tokens, temperature=temperature, batch_size=batch_size, stop=stop,
+        seed=seed,
+    )  # fmt: skip
+    rows = [{**row, "prompt": prompt} for row, prompt in zip(rows, prompts, strict=True)]
+    return {"rows": rows, "summary": summarize(rows)}
+
+
+def generate_rows(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[list[int]],
+    ground_truths: Sequence[str],
+    reward_fn: RewardFunction,
+    *,
+    max_new_tokens: int,
+    temperature: float,
+    batch_size: int,
+    stop: Sequence[str],
+    seed: int,
+    advance: Callable[[int], None] = lambda _: None,
+) -> list[dict[str, Any]]:
+    """Do the work of `log_generations` for prompts that are tokens already.
+
+    Args:
+        model: a causal language model; its mode is restored afterwards.
+        tokenizer: of the model.
+        prompts: N prompts as token ids.
+        ground_truths: N final answers.
+        reward_fn: as there, like all that follows.
+        max_new_tokens: per prompt.
+        temperature: 0 is greedy.
+        batch_size: prompts generated at once.
+        stop: strings that end a response.
+        seed: of sampling.
+        advance: called with the number of prompts done; what it raises ends the generation.
+
+    Returns:
+        The rows, in the order of the prompts; their `prompt` is decoded.
+    """
+    order = sorted(range(len(prompts)), key=lambda i: (-len(prompts[i]), i))
     rows: list[dict[str, Any]] = [{} for _ in prompts]
     training = model.training
     model.eval()
@@ -116,27 +154,21 @@ def log_generations(
             torch.manual_seed(seed)
             for start in range(0, len(order), batch_size):
                 chosen = order[start : start + batch_size]
-                generated = _generate(
-                    model,
-                    tokenizer,
-                    [token_rows[i] for i in chosen],
-                    max_new_tokens,
-                    temperature,
-                    stop,
-                )
+                batch = [prompts[i] for i in chosen]
+                generated = _generate(model, tokenizer, batch, max_new_tokens, temperature, stop)
                 for index, result in zip(chosen, generated, strict=True):
-                    rewards = reward_fn(result["response"], ground_truths[index])
+                    truth = ground_truths[index]
                     rows[index] = {
-                        "prompt": prompts[index],
+                        "prompt": _decode(tokenizer, prompts[index]),
                         "response": result["response"],
-                        "ground_truth": ground_truths[index],
-                        **rewards,
+                        "ground_truth": truth,
+                        **reward_fn(result["response"], truth),
                         **{key: result[key] for key in ("token_entropy", "length", "stopped")},
                     }
                 advance(len(chosen))
     finally:
         model.train(training)
-    return {"rows": rows, "summary": summarize(rows)}
+    return rows
 
 
 def _generate(

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 
 from cs336_alignment.data.batching import collate, plan_microbatches
-from cs336_alignment.data.prepare import TokenizedDataset
+from cs336_alignment.data.dataset import TokenizedDataset
 from cs336_alignment.model.policy import Policy
 from cs336_alignment.training.loss import masked_normalize
 from cs336_alignment.training.parallel import Processes
@@ -21,6 +21,7 @@ def evaluate_loss(
     microbatch_tokens: int,
     flat: bool,
     advance: Callable[[int], None] = lambda _: None,
+    stopped: Callable[[], bool] = lambda: False,
 ) -> dict[str, float]:
     """Compute the mean negative log-prob of the response tokens of a data set.
 
@@ -34,6 +35,8 @@ def evaluate_loss(
         microbatch_tokens: token budget of a forward pass.
         flat: flat rows, or padded ones.
         advance: called with the number of examples done, for a progress bar.
+        stopped: asked before each forward pass; once True the rest is left out, and the result is
+            for nobody.
 
     Returns:
         `eval/loss` in nats a token and `eval/token_entropy` in nats.
@@ -53,6 +56,8 @@ def evaluate_loss(
     policy.eval()
     with torch.no_grad():
         for ids in microbatches:
+            if stopped():
+                break
             batch = collate([dataset[i] for i in ids], flat=flat).to(device)
             log_probs, entropy = policy(batch, with_entropy=True)
             assert entropy is not None
@@ -60,5 +65,5 @@ def evaluate_loss(
             sums[1] += masked_normalize(entropy.double(), batch.response_mask)
             advance(len(ids) * processes.count)
     policy.train(training)
-    nll, entropy_sum = (processes.sum(sums) / sum(dataset.response_lengths)).tolist()
+    nll, entropy_sum = (processes.sum(sums) / int(dataset.response_lengths.sum())).tolist()
     return {"eval/loss": nll, "eval/token_entropy": entropy_sum}

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from cs336_alignment.config import DEFAULT_MICROBATCH_TOKENS, Config
-from cs336_alignment.data.prepare import prepare
+from cs336_alignment.data.splits import prepare_evaluation
 from cs336_alignment.errors import ExitStatus, UserError
 from cs336_alignment.evaluation.evaluator import Evaluator
 from cs336_alignment.files import write_json
@@ -108,36 +108,31 @@ def _build(config: Config, precision: str, processes: Processes, console: Consol
     options = config.model
     source = resolve_model(options.name_or_path, options.revision, options.trust_remote_code)
     tokenizer = load_tokenizer(source)
-    assert config.data.eval_path is not None
-    console.note(f"reading {config.data.eval_path}")
-    data = prepare(
-        config.data.eval_path,
-        config.data,
-        tokenizer,
-        seed=config.seed,
-        split="test",
-        max_examples=config.data.max_eval_examples,
-        progress=console.progress,
+    data, warnings = prepare_evaluation(
+        config.data, tokenizer, seed=config.seed, progress=console.progress, note=console.note
     )
+    for line in warnings:
+        console.warn(line)
     console.note(f"loading {options.name_or_path}")
+    if options.random_init:
+        console.warn(f"its weights are drawn from seed {config.seed} (model.random_init=true)")
     model = load_model(source, random_init=options.random_init, seed=config.seed)
-    longest = max(data.dataset.lengths)
-    check_fits(model, int(data.dataset.input_ids.max()), longest)
+    longest = int(data.dataset.lengths.max())
+    check_fits(model, data.largest_token_id, longest)
     policy = Policy(model, choose_precision(precision, processes.device)).to(processes.device)
     batching = choose_batching(policy, config.trainer.batching, longest)
     evaluator = Evaluator(
         policy,
         tokenizer,
         data.dataset,
-        data.examples,
+        data.ground_truths,
         config=config.evaluation,
         processes=processes,
         microbatch_tokens=config.trainer.microbatch_tokens or DEFAULT_MICROBATCH_TOKENS,
         flat=batching.flat,
         seed=config.seed,
-        add_special_tokens=config.data.add_special_tokens,
         progress=console.progress,
     )
-    if not evaluator.prompts:
-        console.warn("no row has a ground truth, so nothing is generated")
+    for line in evaluator.check(model, data.template):
+        console.warn(line)
     return evaluator

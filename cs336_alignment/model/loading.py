@@ -52,8 +52,18 @@ def resolve_model(name_or_path: str, revision: str | None, trust_remote_code: bo
     """Resolve what the user gave: a folder, a hub id, or `builtin:arithmetic`.
 
     Raises:
-        UserError: it looks like a path and there is no such folder (66).
+        UserError: it looks like a path and there is no such folder (66); a revision of something
+            that is not on the hub (78).
     """
+    if revision is not None and (
+        name_or_path.startswith(BUILTIN) or Path(name_or_path).expanduser().is_dir()
+    ):
+        raise UserError(
+            "C114",
+            f"model.revision={revision} names a commit on the hub, and {name_or_path} is local",
+            ExitStatus.BAD_CONFIG,
+            hint="model.revision=null",
+        )
     if name_or_path.startswith(BUILTIN):
         folder = (
             Path(str(resources.files("cs336_alignment")))
@@ -198,13 +208,16 @@ def embedding_rows(model: PreTrainedModel) -> int:
     return weight.shape[0]
 
 
-def check_fits(model: PreTrainedModel, highest_token_id: int, longest: int) -> None:
+def check_fits(
+    model: PreTrainedModel, highest_token_id: int, longest: int, generated: int | None = None
+) -> None:
     """Refuse data that the model cannot take, before the first step.
 
     Args:
         model: the model.
         highest_token_id: over all examples.
         longest: tokens of the longest example.
+        generated: tokens of the longest prompt that is generated for and of its response.
 
     Raises:
         UserError: a token id beyond the embedding, or an example beyond the model's positions (78).
@@ -229,4 +242,13 @@ def check_fits(model: PreTrainedModel, highest_token_id: int, longest: int) -> N
             expected=f"at most {positions + 1} tokens",
             got=f"{longest} tokens",
             hint=f"data.max_length={positions + 1}",
+        )
+    if positions is not None and generated is not None and generated > positions:
+        raise UserError(
+            "M108",
+            "prompt and generated response have more tokens than the model has positions",
+            ExitStatus.BAD_CONFIG,
+            expected=f"at most {positions} tokens",
+            got=f"{generated} tokens",
+            hint="lower evaluation.max_new_tokens, or leave out evaluation.generation_steps",
         )

@@ -4,10 +4,11 @@ process.
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from rich.console import Console as RichConsole
 from rich.progress import (
@@ -24,6 +25,15 @@ PIPED_PROGRESS_SECONDS = 10.0
 ETA_STEPS = 50  # the mean of so many last steps foretells the rest
 
 
+class _Out(RichConsole):
+    """A console that nobody need read: a closed pipe or terminal silences it, and that is all."""
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
+        # Python flushes standard output once more at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 class Console:
     """Prints notes, tables and progress.
 
@@ -34,7 +44,7 @@ class Console:
 
     def __init__(self, enabled: bool = True, rich_console: RichConsole | None = None) -> None:
         self.enabled = enabled
-        self._out = rich_console or RichConsole(highlight=False, soft_wrap=True)
+        self._out = rich_console or _Out(highlight=False, soft_wrap=True)
         self._live: Progress | None = None
         self._task: int | None = None
         self._total = 0
@@ -52,7 +62,8 @@ class Console:
         if self._out.is_terminal:
             self._out.print(Text(f"warning: {text}", style="yellow"))
         else:
-            print(f"warning: {text}", file=sys.stderr, flush=True)
+            with suppress(OSError):  # a closed pipe
+                print(f"warning: {text}", file=sys.stderr, flush=True)
 
     def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         """Print a table; all columns but the first are right-aligned."""
@@ -97,10 +108,11 @@ class Console:
         )
 
     @contextmanager
-    def progress(self, description: str, total: int) -> Iterator[Callable[[int], None]]:
+    def progress(self, description: str, total: int | None) -> Iterator[Callable[[int], None]]:
         """Show a bar for something besides the steps; yields a function that advances it.
 
-        Piped, a line appears every ten seconds, and none for what is done sooner.
+        Piped, a line appears every ten seconds, and none for what is done sooner. `total` is None
+        where nobody knows it beforehand.
         """
         if self.enabled and self._out.is_terminal:
             own = self._live is None
@@ -117,10 +129,10 @@ class Console:
 
         def advance(n: int = 1) -> None:
             nonlocal done, last
-            done = min(total, done + n)
+            done = done + n if total is None else min(total, done + n)
             if self.enabled and time.monotonic() - last > PIPED_PROGRESS_SECONDS:
                 last = time.monotonic()
-                self.note(f"{description}: {done}/{total}")
+                self.note(f"{description}: {done:,}" + (f"/{total:,}" if total else ""))
 
         yield advance
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from cs336_alignment.files import replacing
 from cs336_alignment.tracking.console import Console
-from cs336_alignment.tracking.metrics import MetricsFile
+from cs336_alignment.tracking.metrics import MetricsFile, read_metrics
 from cs336_alignment.tracking.plots import plot_loss
 from cs336_alignment.tracking.wandb_logger import Logger
 
@@ -74,6 +74,11 @@ class RunTracker:
             self.generations = rows
             write_generations(self.folder / "generations" / f"step-{step:06d}.jsonl", rows)
             self.logger.log_table("eval/generations", step, rows)
+
+    def has_evaluated(self, step: int) -> bool:
+        """Tell whether the metrics hold an evaluation of this step."""
+        rows = [] if self.metrics is None else read_metrics(self.metrics.path)
+        return any(row["step"] == step and "eval/loss" in row for row in rows)
 
     def finish(self, exit_code: int, title: str) -> None:
         """Draw the pictures and close everything."""

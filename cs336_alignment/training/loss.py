@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from cs336_alignment.microbatch import Microbatch
+
 
 def masked_normalize(
     tensor: Tensor,
@@ -132,44 +134,39 @@ class StepCounts:
 
     Attributes:
         num_examples: examples of the step over all processes.
-        num_response_tokens: response tokens of the step over all processes.
+        example_weight: the sum of their weights; the same number if all weigh 1.
+        token_weight: the sum of the weights of their response tokens, each times its example's; the
+            number of response tokens if all weigh 1.
         num_microbatches: microbatches of the step on this process.
         num_processes: processes whose gradients are averaged.
     """
 
     num_examples: int
-    num_response_tokens: int
+    example_weight: float
+    token_weight: float
     num_microbatches: int
     num_processes: int
 
 
 def loss_weights(
-    loss_normalization: str,
-    response_mask: Tensor,
-    example_response_tokens: Tensor,
-    microbatch_response_tokens: int,
-    counts: StepCounts,
-    normalize_constant: float = 1.0,
+    loss_normalization: str, batch: Microbatch, counts: StepCounts, normalize_constant: float = 1.0
 ) -> tuple[Tensor, float]:
     """Give the mask and the constant with which `masked_normalize` is one microbatch's share of the
     loss.
 
     Summed over a process's microbatches and *averaged* over processes (as DDP does), the shares are
-    the loss of the step. With `token`, `sequence` and `constant` a token's weight does not depend
-    on the cut:
+    the loss of the step. With w the weight of a token (1 unless the data say otherwise) and W that
+    of its example, a token counts as below; but for `microbatch` that does not depend on the cut:
 
-    - `token`: 1 / N, with N the response tokens of the step;
-    - `sequence`: 1 / (tokens of its example · examples of the step);
-    - `constant`: 1 / (normalize_constant · examples of the step), CS336's sum over a constant;
-    - `microbatch`: 1 / (tokens of its microbatch · microbatches of the step), the plain recipe, a
-      mean of means, which does depend on the cut.
+    - `token`: w·W / Σ w·W over the step, with weights of 1 the mean over its response tokens;
+    - `sequence`: W · (w / Σ w over the example) / Σ W over the step;
+    - `constant`: w·W / (normalize_constant · examples of the step), CS336's sum over a constant;
+    - `microbatch`: w·W / (Σ w·W over its microbatch · microbatches of the step), the plain recipe,
+      a mean of means, which does depend on the cut.
 
     Args:
         loss_normalization: one of the four names.
-        response_mask: (R,) bool, False on the filler of an empty microbatch.
-        example_response_tokens: (R,) integer, the response tokens of the example each token belongs
-            to.
-        microbatch_response_tokens: response tokens of this microbatch, read by `microbatch` alone.
+        batch: the microbatch; its masks, counts and weights are read.
         counts: of the optimizer step.
         normalize_constant: `constant`'s number.
 
@@ -179,19 +176,23 @@ def loss_weights(
     Raises:
         ValueError: an unknown name.
     """
-    per_process = (
-        1.0 / counts.num_processes
-    )  # DDP averages over processes; this turns it into a sum
-    if loss_normalization == "token":
-        return response_mask, counts.num_response_tokens * per_process
+    mask, weights = batch.response_mask, batch.weights
+    per_process = 1.0 / counts.num_processes  # DDP averages over processes; this makes it a sum
     if loss_normalization == "sequence":
         # In float64, so that a float64 model gets unrounded weights; `microbatch_loss` casts them.
-        weights = response_mask.double() / example_response_tokens.clamp(min=1)
-        return weights, counts.num_examples * per_process
+        if weights is None:
+            shares = mask.double() / batch.example_response_tokens.clamp(min=1)
+        else:
+            shares = mask * weights.example * weights.token / weights.example_total
+        return shares, counts.example_weight * per_process
+    token_weights = mask if weights is None else mask * weights.token
+    if loss_normalization == "token":
+        return token_weights, counts.token_weight * per_process
     if loss_normalization == "constant":
-        return response_mask, normalize_constant * counts.num_examples * per_process
+        return token_weights, normalize_constant * counts.num_examples * per_process
     if loss_normalization == "microbatch":
-        return response_mask, float(max(microbatch_response_tokens, 1) * counts.num_microbatches)
+        total = float(batch.num_response_tokens if weights is None else token_weights.sum())
+        return token_weights, (total or 1.0) * counts.num_microbatches
     raise ValueError(f"unknown loss_normalization {loss_normalization!r}")
 
 

@@ -17,7 +17,8 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from cs336_alignment.config import Config
-from cs336_alignment.data.prepare import PreparedData
+from cs336_alignment.data.splits import PreparedData
+from cs336_alignment.data.tokenize import tokenizer_fingerprint
 from cs336_alignment.errors import ExitStatus, UserError
 
 PACKAGES = (
@@ -43,6 +44,7 @@ def build_manifest(
     train: PreparedData,
     held_out: PreparedData | None,
     num_processes: int,
+    precision: str,
     step: int,
 ) -> dict[str, Any]:
     """Describe a run; what an earlier part of the same run noted (its wandb id) is kept.
@@ -57,6 +59,7 @@ def build_manifest(
         train: the training data.
         held_out: the evaluation data, if any.
         num_processes: that train.
+        precision: of the computation, as resolved.
         step: where this part begins.
 
     Raises:
@@ -64,7 +67,7 @@ def build_manifest(
             of the earlier part were others (78).
     """
     questions = _evaluation_hash(config, held_out)
-    since = step + 1 if step else 0
+    since = step + 1 if step and old else 0
     same_questions = old.get("evaluation_sha256") == questions
     manifest: dict[str, Any] = {
         "versions": versions(),
@@ -73,13 +76,14 @@ def build_manifest(
         "eval_data_sha256": None if held_out is None else held_out.fingerprint,
         "evaluation_sha256": questions,
         "evaluation_since_step": old.get("evaluation_since_step", 0) if same_questions else since,
-        "tokenizer_sha256": _tokenizer_hash(tokenizer),
-        "template_sha256": hashlib.sha256(train.template.text.encode()).hexdigest(),
+        "tokenizer_sha256": tokenizer_fingerprint(tokenizer),
+        "template_sha256": _template_hash(train),
         "model_revision": getattr(model.config, "_commit_hash", None) or config.model.revision,
-        "data_revision": train.revision,
+        "data_revision": train.sources[0].revision,
         "num_processes": num_processes,
         "threads_per_process": torch.get_num_threads(),
         "parallel": config.parallel.strategy,
+        "precision": precision,
         "wandb_run_id": old.get("wandb_run_id") or uuid.uuid4().hex[:12],
         **count_parameters(model),
     }
@@ -87,6 +91,7 @@ def build_manifest(
         ("data_sha256", "training data"),
         ("tokenizer_sha256", "tokenizer"),
         ("template_sha256", "prompt template"),
+        ("precision", "precision"),
     ]
     if config.trainer.loss_normalization == "microbatch":  # a mean over the processes' means
         watched.append(("num_processes", "number of processes"))
@@ -136,6 +141,12 @@ def count_parameters(module: nn.Module) -> dict[str, int]:
     return {"parameters": total, "trainable_parameters": trained, "local_parameters": total}
 
 
+def _template_hash(train: PreparedData) -> str:
+    template = train.template
+    text = "chat" if template is None else f"{template.text}\0{template.text_with_input or ''}"
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
 def _evaluation_hash(config: Config, held_out: PreparedData | None) -> str:
     """Hash what an evaluation's numbers depend on besides the model."""
     evaluation = config.evaluation
@@ -144,11 +155,3 @@ def _evaluation_hash(config: Config, held_out: PreparedData | None) -> str:
         evaluation.temperature, evaluation.stop, evaluation.reward,
     ]  # fmt: skip
     return hashlib.sha256(json.dumps(text).encode()).hexdigest()
-
-
-def _tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    text = (
-        json.dumps(tokenizer.get_vocab(), sort_keys=True) if backend is None else backend.to_str()
-    )
-    return hashlib.sha256(text.encode()).hexdigest()

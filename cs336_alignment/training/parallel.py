@@ -17,6 +17,7 @@ from accelerate.utils import (
 from torch import Tensor, nn
 
 from cs336_alignment.config import ParallelConfig
+from cs336_alignment.cores import count_cores
 from cs336_alignment.errors import ExitStatus, UserError
 
 GROUP_TIMEOUT = timedelta(minutes=30)
@@ -132,9 +133,7 @@ def set_threads(local_processes: int) -> int:
     read.
     """
     if local_processes > 1 or "OMP_NUM_THREADS" not in os.environ:
-        allowed = getattr(os, "sched_getaffinity", None)  # Linux only
-        cores = len(allowed(0)) if allowed else os.cpu_count() or 1
-        torch.set_num_threads(max(1, cores // local_processes))
+        torch.set_num_threads(max(1, count_cores() // local_processes))
     return torch.get_num_threads()
 
 

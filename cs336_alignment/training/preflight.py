@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from cs336_alignment.config import DEFAULT_MICROBATCH_TOKENS, TrainerConfig
-from cs336_alignment.data.batching import StepPlan, collate, plan_microbatches
+from cs336_alignment.data.batching import Lengths, StepPlan, collate, plan_microbatches
 from cs336_alignment.data.tokenize import TokenizedExample
 from cs336_alignment.errors import ExitStatus, UserError
 from cs336_alignment.model.attention import FLAT_ATTENTION, why_not_flat
@@ -163,7 +163,7 @@ def choose_cut(config: TrainerConfig, *, flat: bool) -> Cut:
 
 
 def describe_batches(
-    plan: StepPlan, cut: Cut, lengths: Sequence[int], num_processes: int, total_steps: int
+    plan: StepPlan, cut: Cut, lengths: Lengths, num_processes: int, total_steps: int
 ) -> list[str]:
     """Write the batch arithmetic as equations, from the first step's real microbatches."""
     first = plan.example_ids(0)
@@ -187,11 +187,11 @@ def describe_batches(
         if cut.microbatch_tokens is not None
         else f"(trainer.gradient_accumulation_steps={cut.gradient_accumulation_steps})"
     )
-    last = plan.num_examples - (plan.steps_per_epoch - 1) * plan.global_batch_size
+    last = plan.epoch_size - (plan.steps_per_epoch - 1) * plan.global_batch_size
     lines = [
         f"{plan.global_batch_size} examples a step = {num_processes} "
         f"process{'es' if num_processes > 1 else ''} × {spread} microbatches {limit} (step 1)",
-        f"{plan.num_examples:,} examples / {plan.global_batch_size} a step = "
+        f"{plan.epoch_size:,} examples / {plan.global_batch_size} a step = "
         f"{plan.steps_per_epoch:,} steps an epoch (the last of {last}); {total_steps:,} in all = "
         f"{total_steps / plan.steps_per_epoch:.4g} epochs",
     ]

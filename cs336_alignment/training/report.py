@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import shutil
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,8 @@ import torch
 
 from cs336_alignment.config import Config
 from cs336_alignment.data.batching import StepPlan
-from cs336_alignment.data.prepare import PreparedData
+from cs336_alignment.data.ledger import LedgerEntry
+from cs336_alignment.data.splits import PreparedData
 from cs336_alignment.errors import ExitStatus
 from cs336_alignment.model.policy import Policy
 from cs336_alignment.tracking.console import Console
@@ -57,10 +60,17 @@ def describe_run(
         ("model", f"{config.model.name_or_path}, {count:,} parameters, all trained{drawn}"),
         ("precision", f"weights {dtype}, compute {compute}, optimizer state {dtype}"),
         ("processes", f"{num_processes} on {parameter.device.type}, {threads} thread(s) each"),
-        ("data", ledger_line(train)),
+        *(("data", ledger_line(ledger)) for ledger in train.ledgers),
     ]
-    if held_out is not None:
-        lines.append(("held out", ledger_line(held_out)))
+    if train.mixture is not None:
+        draws = " + ".join(f"{n:,}" for n in train.mixture.draws)
+        lines.append(("mixture", f"{draws} examples an epoch ({train.mixture.stop})"))
+    if held_out is not None and held_out.sources != train.sources:
+        lines += [("held out", ledger_line(ledger)) for ledger in held_out.ledgers]
+    elif held_out is not None:
+        lines.append(
+            ("held out", f"{len(held_out.dataset):,} of them, {len(train.dataset):,} are trained")
+        )
     arithmetic = describe_batches(plan, cut, train.dataset.lengths, num_processes, total_steps)
     lines += [("" if index else "batches", text) for index, text in enumerate(arithmetic)]
     lines.append(("rows", batching.reason))
@@ -92,18 +102,17 @@ def _loss_line(normalization: str, constant: float) -> str:
     }[normalization] + f" ({normalization})"
 
 
-def ledger_line(part: PreparedData) -> str:
+def ledger_line(ledger: LedgerEntry) -> str:
     """Say in one line what became of a source's rows."""
-    ledger = part.ledger
     pieces = [
-        f"{ledger.kept:,} of {ledger.rows_read:,} rows of {ledger.source}: "
+        f"{ledger.kept:,} examples of {ledger.rows_read:,} rows of {ledger.source}: "
         f"{ledger.tokens:,} tokens, {ledger.response_tokens:,} trained; longest {ledger.longest:,}"
     ]
-    if ledger.rows_beyond_limit:
-        pieces.append(f"{ledger.rows_beyond_limit:,} rows beyond the limit of examples")
     pieces += [f"{count:,} dropped ({reason})" for reason, count in ledger.dropped.items()]
     if ledger.truncated:
         pieces.append(f"{ledger.truncated:,} truncated")
+    if ledger.split:
+        pieces.append(f"{ledger.split:,} split into {ledger.pieces:,}")
     return "; ".join(pieces)
 
 
@@ -132,13 +141,20 @@ def resume_command(arguments: Sequence[str]) -> str:
     Args:
         arguments: as typed after the verb.
     """
-    words = shlex.join(arguments)
-    count = launched_processes()
-    if count == 1:
-        return f"cs336-sft train {words}"
+    # `never` refuses a folder that holds a run, and what the launcher said is not in the words.
+    kept = [word for word in arguments if word != "trainer.resume=never"]
+    launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if launched != "no" and not any(word.startswith("trainer.precision=") for word in kept):
+        kept.append(f"trainer.precision={launched}")
+    words, count = shlex.join(kept), launched_processes()
     local = os.environ.get("LOCAL_WORLD_SIZE", str(count))
-    launcher = f"torchrun --standalone --nproc_per_node {local}"
-    return f"{launcher} -m cs336_alignment.cli train {words}"
+    python = shlex.quote(sys.executable)
+    if count > 1:
+        launcher = f"{python} -m torch.distributed.run --standalone --nproc_per_node {local}"
+        return f"{launcher} -m cs336_alignment.cli train {words}"
+    on_path = shutil.which("cs336-sft")
+    here = on_path is not None and Path(on_path).parent == Path(sys.executable).parent
+    return f"{'cs336-sft' if here else f'{python} -m cs336_alignment.cli'} train {words}"
 
 
 def write_card(config: Config, state: TrainState, folder: Path, template: str) -> str:
@@ -190,7 +206,8 @@ def say_goodbye(
     if not console.enabled:
         return
     if outcome != ExitStatus.DONE:
-        console.note(f"stopped on request after step {step}; checkpoint written")
+        saved = "checkpoint written" if step else "there was nothing to save"
+        console.note(f"stopped on request after step {step}; {saved}")
         console.note(f"to continue: {command}")
         return
     if generations:

@@ -11,10 +11,11 @@ from transformers import PreTrainedTokenizerBase
 
 from cs336_alignment.config import DEFAULT_MICROBATCH_TOKENS, Config
 from cs336_alignment.data.batching import StepPlan
-from cs336_alignment.data.prepare import PreparedData, prepare
+from cs336_alignment.data.splits import RunData, ledger_json, prepare_run
 from cs336_alignment.errors import ExitStatus, UserError
 from cs336_alignment.evaluation.evaluator import Evaluator
 from cs336_alignment.model.loading import (
+    ModelSource,
     check_fits,
     enable_checkpointing,
     load_model,
@@ -82,18 +83,19 @@ def train(config: Config, arguments: Sequence[str]) -> ExitStatus:
     stop = StopRequest(config.trainer.max_hours, on_leave=status.ended, tell=is_main)
     try:
         with stop, status.covering():
-            decision = Decision()
-            if is_main:
-                completed = status.read().get("state") == "completed"
-                decision = folder.decide(config, completed=completed)
+            completed = status.read().get("state") == "completed"
+            decision = folder.decide(config, completed=completed)
             if is_main and not decision.complete:
                 status.running()
+            # Before the processes wait for each other: one tokenizes, and that can take long.
+            inputs = None if decision.complete else _load_inputs(config, console)
             processes = Processes(start_processes(config.parallel))
             try:
                 decision = processes.agree(decision)
-                run = _Run(config, folder, console, processes, decision, status, stop)
                 if decision.complete:
-                    return run.nothing_to_do()
+                    return _nothing_to_do(folder, console)
+                inputs = inputs or _load_inputs(config, console)
+                run = _Run(config, folder, console, processes, decision, status, stop, inputs)
                 outcome = run.to_the_end(precision)
             finally:
                 console.stop()
@@ -103,6 +105,33 @@ def train(config: Config, arguments: Sequence[str]) -> ExitStatus:
         console.note("stopped on request before the first step: there was nothing to save")
         return request.status
     return outcome
+
+
+@dataclass(frozen=True)
+class _Inputs:
+    source: ModelSource
+    tokenizer: PreTrainedTokenizerBase
+    data: RunData
+
+
+def _load_inputs(config: Config, console: Console) -> _Inputs:
+    model = config.model
+    source = resolve_model(model.name_or_path, model.revision, model.trust_remote_code)
+    tokenizer = load_tokenizer(source)
+    data = prepare_run(
+        config.data, tokenizer, seed=config.seed, progress=console.progress, note=console.note
+    )
+    for line in data.warnings:
+        console.warn(line)
+    return _Inputs(source, tokenizer, data)
+
+
+def _nothing_to_do(folder: RunFolder, console: Console) -> ExitStatus:
+    console.note(
+        f"{folder.path} is complete: nothing to do. Its model is in {folder.path / EXPORT}; a "
+        "larger trainer.num_train_epochs or trainer.max_steps would continue it."
+    )
+    return ExitStatus.DONE
 
 
 @dataclass
@@ -116,30 +145,19 @@ class _Run:
     decision: Decision
     status: StatusFile
     stop: StopRequest
-
-    def nothing_to_do(self) -> ExitStatus:
-        """Say that the folder holds a finished run."""
-        self.console.note(
-            f"{self.folder.path} is complete: nothing to do. Its model is in "
-            f"{self.folder.path / EXPORT}; a larger trainer.num_train_epochs or "
-            "trainer.max_steps would continue it."
-        )
-        return ExitStatus.DONE
+    inputs: _Inputs
 
     def to_the_end(self, precision: str) -> ExitStatus:
-        """Load what the run needs, fail early where something is wrong, then train."""
-        config, model_config = self.config, self.config.model
+        """Load the model, fail early where something is wrong, then train."""
+        config, data, held_out = self.config, self.inputs.data.train, self.inputs.data.held_out
         set_threads(self.processes.local_count)
-        source = resolve_model(
-            model_config.name_or_path, model_config.revision, model_config.trust_remote_code
+        self.console.note(f"loading {config.model.name_or_path}")
+        model = load_model(
+            self.inputs.source, random_init=config.model.random_init, seed=config.seed
         )
-        tokenizer = load_tokenizer(source)
-        data, held_out = self._prepare(tokenizer)
-        self.console.note(f"loading {model_config.name_or_path}")
-        model = load_model(source, random_init=model_config.random_init, seed=config.seed)
-        parts = [part.dataset for part in (data, held_out) if part is not None]
-        longest = max(max(part.lengths) for part in parts)
-        check_fits(model, max(int(part.input_ids.max()) for part in parts), longest)
+        parts = [part for part in (data, held_out) if part is not None]
+        longest = max(int(part.dataset.lengths.max()) for part in parts)
+        check_fits(model, max(part.largest_token_id for part in parts), longest)
         if config.trainer.gradient_checkpointing:
             enable_checkpointing(model)
         device = self.processes.device
@@ -147,62 +165,46 @@ class _Run:
         batching = choose_batching(policy, config.trainer.batching, longest)
         cut = choose_cut(config.trainer, flat=batching.flat)
         plan = StepPlan(
-            len(data.dataset), config.trainer.global_batch_size, config.seed, config.data.shuffle
-        )
+            len(data.dataset), config.trainer.global_batch_size, config.seed, config.data.shuffle,
+            data.mixture,
+        )  # fmt: skip
         total_steps = plan.total_steps(config.trainer.num_train_epochs, config.trainer.max_steps)
         for line in describe_run(
             config, policy, data, held_out, batching, plan, cut,
             num_processes=self.processes.count, total_steps=total_steps,
         ):  # fmt: skip
             self.console.note(line)
-        return self._fit(policy, tokenizer, data, held_out, plan, cut, total_steps)
-
-    def _prepare(
-        self, tokenizer: PreTrainedTokenizerBase
-    ) -> tuple[PreparedData, PreparedData | None]:
-        config = self.config.data
-
-        def read(path: str, split: str, limit: int | None) -> PreparedData:
-            self.console.note(f"reading {path}")
-            return prepare(
-                path, config, tokenizer, seed=self.config.seed, split=split, max_examples=limit,
-                progress=self.console.progress,
-            )  # fmt: skip
-
-        data = read(config.train_path, "train", config.max_train_examples)
-        if config.eval_path is None:
-            return data, None
-        return data, read(config.eval_path, "test", config.max_eval_examples)
+        return self._fit(policy, plan, cut, total_steps)
 
     def _fit(
         self,
         policy: Policy,
-        tokenizer: PreTrainedTokenizerBase,
-        data: PreparedData,
-        held_out: PreparedData | None,
         plan: StepPlan,
         cut: Cut,
         total_steps: int,
     ) -> ExitStatus:
-        config = self.config
+        config, tokenizer = self.config, self.inputs.tokenizer
+        data, held_out = self.inputs.data.train, self.inputs.data.held_out
         optimizer = build_optimizer(policy.model, config.optimizer)
         state = self._resume(policy, optimizer, total_steps)
         manifest = build_manifest(
             config, old=self.folder.read_manifest(), model=policy.model, tokenizer=tokenizer,
-            train=data, held_out=held_out, num_processes=self.processes.count, step=state.step,
+            train=data, held_out=held_out, num_processes=self.processes.count,
+            precision=str(policy.autocast_dtype or policy.model.dtype).removeprefix("torch."),
+            step=state.step,
         )  # fmt: skip
         if manifest["evaluation_since_step"] == state.step + 1:
             self.console.warn(
                 "the evaluation data or options changed: results before this step do not compare"
             )
         self.processes.wait()  # nobody reads the folder any more: the main process may write
-        tracker = self._open_tracker(manifest, data, held_out, state)
+        tracker = self._open_tracker(manifest, state)
         trainer = Trainer(
             policy, self.processes.wrap(policy), optimizer, data.dataset, plan=plan, cut=cut,
             total_steps=total_steps, state=state, trainer=config.trainer,
             optimizer_config=config.optimizer, seed=config.seed, processes=self.processes,
             tracker=tracker, stop=self.stop,
-            evaluate=self._evaluation(policy, tokenizer, held_out, cut, total_steps, tracker),
+            evaluate=self._evaluation(policy, cut, state.step, total_steps, tracker),
             saving=SaveOptions(
                 self.folder.checkpoints, {"manifest": manifest},
                 lambda path: save_sidecars(path, policy.model, tokenizer),
@@ -213,7 +215,7 @@ class _Run:
         try:
             outcome = trainer.fit()
             if outcome == ExitStatus.DONE:
-                self._export(policy, tokenizer, state, data.template.text)
+                self._export(policy, state)
         finally:
             tracker.finish(outcome, config.run_name or "")
         say_goodbye(
@@ -245,32 +247,44 @@ class _Run:
     def _evaluation(
         self,
         policy: Policy,
-        tokenizer: PreTrainedTokenizerBase,
-        held_out: PreparedData | None,
         cut: Cut,
+        first_step: int,
         total_steps: int,
         tracker: RunTracker,
     ) -> Callable[[int], None]:
         """Make the function that the loop calls at every step and that knows when it is due."""
+        held_out, tokenizer = self.inputs.data.held_out, self.inputs.tokenizer
         if held_out is None:
+            if (
+                self.config.trainer.eval_steps
+                or self.config.evaluation.generation_steps is not None
+            ):
+                self.console.warn(
+                    "there is no evaluation data (data.eval_path, data.eval_fraction)"
+                )
             return lambda _: None
         evaluator = Evaluator(
-            policy, tokenizer, held_out.dataset, held_out.examples,
+            policy, tokenizer, held_out.dataset, held_out.ground_truths,
             config=self.config.evaluation, processes=self.processes,
             microbatch_tokens=cut.microbatch_tokens or DEFAULT_MICROBATCH_TOKENS, flat=cut.flat,
-            seed=self.config.seed, add_special_tokens=self.config.data.add_special_tokens,
-            progress=self.console.progress,
+            seed=self.config.seed, progress=self.console.progress,
+            asked=lambda: self.stop.status,
         )  # fmt: skip
         eval_steps = self.config.trainer.eval_steps
         generation_steps = self.config.evaluation.generation_steps
-        if generation_steps is not None and not evaluator.prompts:
-            self.console.warn("no evaluation row has a ground truth, so nothing is generated")
+        if generation_steps is not None:
+            for line in evaluator.check(policy.model, held_out.template):
+                self.console.warn(line)
+        # A stop came before or in the evaluation of the last step, or the run begins here.
+        pending = self.processes.agree(not tracker.has_evaluated(first_step))
 
         def due(every: int | None, step: int) -> bool:
             return every is not None and (step in (0, total_steps) or is_due(every, step))
 
         def evaluate(step: int) -> None:
             generate = due(generation_steps, step)
+            if step == first_step and not pending:
+                return
             if generate or due(eval_steps, step):
                 result = evaluator.run(generate=generate)
                 tracker.evaluation(step, result.metrics, result.rows)
@@ -280,8 +294,6 @@ class _Run:
     def _open_tracker(
         self,
         manifest: dict[str, Any],
-        data: PreparedData,
-        held_out: PreparedData | None,
         state: TrainState,
     ) -> RunTracker:
         config, folder = self.config, self.folder
@@ -290,10 +302,7 @@ class _Run:
         remove_leftovers(folder.checkpoints)
         folder.write_config(config)
         folder.write_json(MANIFEST, manifest)
-        ledgers = {"train": data, "eval": held_out}
-        folder.write_json(
-            LEDGER, {name: asdict(part.ledger) for name, part in ledgers.items() if part}
-        )
+        folder.write_json(LEDGER, ledger_json(self.inputs.data))
         self.status.running(state.step)
         metrics = MetricsFile(folder.path / METRICS)
         metrics.truncate_after(state.step if self.decision.checkpoint is not None else -1)
@@ -307,14 +316,10 @@ class _Run:
             )  # fmt: skip
         return RunTracker(self.console, metrics, logger, folder.path, self.status.running)
 
-    def _export(
-        self,
-        policy: Policy,
-        tokenizer: PreTrainedTokenizerBase,
-        state: TrainState,
-        template: str,
-    ) -> None:
+    def _export(self, policy: Policy, state: TrainState) -> None:
         if self.processes.is_main:
-            card = write_card(self.config, state, self.folder.path, template)
-            export_model(self.folder.path / EXPORT, policy.model, tokenizer, card)
+            template = self.inputs.data.train.template
+            text = "the tokenizer's chat template" if template is None else template.text
+            card = write_card(self.config, state, self.folder.path, text)
+            export_model(self.folder.path / EXPORT, policy.model, self.inputs.tokenizer, card)
         self.processes.wait()

@@ -39,10 +39,12 @@ FREE = frozenset(
         "trainer.max_hours",
         "data.eval_path",
         "data.max_eval_examples",
+        "data.num_workers",
+        "data.cache_dir",
         "parallel.num_processes",
     }
 )
-FREE_SECTIONS = ("evaluation.", "logger.")
+FREE_SECTIONS = ("evaluation.", "logger.", "inspect.", "data.lint.")
 # These are told: the same examples in the same steps, with sums in another order, or a longer run.
 NOTICED = frozenset(
     {
@@ -152,13 +154,16 @@ class RunFolder:
                 ExitStatus.CANNOT_CREATE,
                 hint="choose another run_name=…, or leave trainer.resume=auto to continue it",
             )
-        notices, lengthened = compare(old, config, Place(self.path / CONFIG))
-        if completed and not lengthened:
-            return Decision(complete=True)
+        if named is not None and not named.is_dir():
+            raise _no_checkpoint(named)
         checkpoint, skipped = find_latest(self.checkpoints)
-        if checkpoint is None and not skipped and named is not None:
-            return self._from_named(named)  # stopped before it had a checkpoint of its own
-        if checkpoint is None and skipped:
+        if checkpoint is None and not skipped:
+            # Nothing was trained that another config could spoil.
+            return Decision() if named is None else self._from_named(named)
+        notices, lengthened = compare(old, config, Place(self.path / CONFIG))
+        if completed and not lengthened and (self.path / EXPORT).is_dir():
+            return Decision(complete=True)
+        if checkpoint is None:
             raise UserError(
                 "R201",
                 f"no checkpoint in {self.checkpoints} is whole",
@@ -166,17 +171,25 @@ class RunFolder:
                 got="; ".join(skipped),
                 hint="restore one from a copy, or start anew with another run_name=…",
             )
+        if named is not None and named.resolve() != checkpoint.resolve():
+            self._refuse_going_back(named, checkpoint, config)
+            notices.append(f"trainer.resume={named} was where this run began; it is further now")
         notices += [f"passed over a damaged checkpoint: {line}" for line in skipped]
         return Decision(checkpoint=checkpoint, notices=tuple(notices))
 
+    def _refuse_going_back(self, named: Path, latest: Path, config: Config) -> None:
+        if named.resolve().parent == self.checkpoints.resolve():
+            raise UserError(
+                "C304",
+                f"{named} is not the latest checkpoint of its own run",
+                ExitStatus.BAD_CONFIG,
+                expected=str(latest),
+                hint=f"to train from it into another folder: run_name={config.run_name}-2",
+            )
+
     def _from_named(self, checkpoint: Path) -> Decision:
         if not checkpoint.is_dir():
-            raise UserError(
-                "R202",
-                f"there is no checkpoint {checkpoint}",
-                ExitStatus.NOT_FOUND,
-                hint="trainer.resume=outputs/NAME/checkpoints/step-000100",
-            )
+            raise _no_checkpoint(checkpoint)
         if (reason := verify(checkpoint)) is not None:
             raise UserError(
                 "R203", f"the checkpoint {checkpoint} is damaged: {reason}", ExitStatus.IO
@@ -217,6 +230,15 @@ class RunFolder:
             return dict(json.loads(path.read_text(encoding="utf-8")))
         except (OSError, ValueError, TypeError) as failure:
             raise _unreadable(path, failure) from failure
+
+
+def _no_checkpoint(checkpoint: Path) -> UserError:
+    return UserError(
+        "R202",
+        f"there is no checkpoint {checkpoint}",
+        ExitStatus.NOT_FOUND,
+        hint="trainer.resume=outputs/NAME/checkpoints/step-000100",
+    )
 
 
 def _unreadable(path: Path, failure: Exception) -> UserError:

@@ -13,6 +13,9 @@ from cs336_alignment.errors import ExitStatus, UserError
 from cs336_alignment.files import write_json
 from cs336_alignment.training.stop import StopNow
 
+# Errors that say: this command does not go with the run that the folder holds.
+REFUSALS = frozenset({"C301", "C302", "C303", "C304", "R103"})
+
 
 @dataclass
 class Status:
@@ -50,6 +53,7 @@ class StatusFile:
         self._enabled = enabled
         self._step = 0
         self._began = False
+        self._before: dict[str, Any] = {}
 
     def read(self) -> dict[str, Any]:
         """Read the file; {} if there is none."""
@@ -83,15 +87,20 @@ class StatusFile:
         """Write down whatever raises in this block, and raise it on; a system's refusal to write
         becomes a UserError (74).
 
-        A command that fails before `running` leaves a completed run's file as it is.
+        A command that is refused because the folder holds a run that it cannot continue leaves that
+        run's file as it was.
         """
+        self._before = self.read()
         try:
             yield
         except StopNow as stop:
             self._failed(stop.status)
             raise
         except UserError as error:
-            self._failed(error.status, str(error))
+            if error.code in REFUSALS and self._before and self._enabled:
+                write_json(self._path, self._before)
+            else:
+                self._failed(error.status, str(error))
             raise
         except OSError as failure:
             refused = UserError(
@@ -102,15 +111,12 @@ class StatusFile:
             )
             self._failed(refused.status, str(refused))
             raise refused from failure
-        except Exception as failure:
+        except BaseException as failure:
             self._failed(ExitStatus.INTERNAL, f"{type(failure).__name__}: {failure}")
             raise
 
     def _failed(self, status: ExitStatus, error: str | None = None) -> None:
         if not self._began:
-            old = self.read()
-            if old.get("state") == "completed":
-                return
-            self._step = int(old.get("step", 0))
+            self._step = int(self._before.get("step", 0))
         with suppress(OSError):  # the disk may be what failed
             self.ended(status, error)

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from cs336_alignment.config import TrainerConfig
 from cs336_alignment.data.batching import collate, mix_seed, plan_microbatches
-from cs336_alignment.data.prepare import TokenizedDataset
+from cs336_alignment.data.dataset import TokenizedDataset
 from cs336_alignment.training.loss import (
     StepCounts,
     loss_weights,
@@ -89,27 +90,24 @@ def accumulate_gradients(
         gradient_accumulation_steps=cut.gradient_accumulation_steps,
         flat=cut.flat,
     )
+    ids = list(example_ids)
     counts = StepCounts(
         num_examples=len(example_ids),
-        num_response_tokens=sum(dataset.response_lengths[i] for i in example_ids),
+        example_weight=float(dataset.example_weights[ids].sum(dtype=np.float64)),
+        token_weight=float(dataset.token_weights[ids].sum()),
         num_microbatches=len(microbatches),
         num_processes=processes.count,
     )
     nll = torch.zeros((), dtype=torch.float64, device=processes.device)
     entropy_sum, not_finite = torch.zeros_like(nll), []
-    for index, ids in enumerate(microbatches):
-        batch = collate([dataset[i] for i in ids], flat=cut.flat).to(processes.device)
+    for index, members in enumerate(microbatches):
+        batch = collate([dataset[i] for i in members], flat=cut.flat).to(processes.device)
         # Dropout is a function of where the run stands, so a resumed run draws the same.
         torch.manual_seed(mix_seed(seed, step, index, processes.index))
         with processes.no_sync(policy, active=index < len(microbatches) - 1):
             log_probs, entropy = policy(batch, with_entropy)
             mask, constant = loss_weights(
-                trainer.loss_normalization,
-                batch.response_mask,
-                batch.example_response_tokens,
-                batch.num_response_tokens,
-                counts,
-                trainer.normalize_constant,
+                trainer.loss_normalization, batch, counts, trainer.normalize_constant
             )
             loss = microbatch_loss(log_probs, mask, constant)
             # Not accelerator.backward, which would divide by an accumulation of its own.

@@ -1,4 +1,4 @@
-"""Stopping on request: SIGTERM, SIGINT, or a time limit."""
+"""Stopping on request: SIGTERM, SIGINT, a closed terminal, or a time limit."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from types import FrameType
 from cs336_alignment.errors import ExitStatus
 
 REPEAT_SECONDS = 2.0
-TOLD = b"\nstopping: this step is finished and saved first; once more to leave at once\n"
+TOLD = b"\nstopping: what is trained is saved first; once more to leave at once\n"
 
 
 class StopNow(BaseException):
-    """Raised where a request comes while there is nothing to save: no step has been taken yet.
+    """Raised where a request comes while nothing need be saved, or in an evaluation.
 
     Attributes:
         status: the exit status to leave with.
@@ -56,7 +56,9 @@ class StopRequest:
         self._before: dict[int, object] = {}
 
     def __enter__(self) -> StopRequest:
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            if number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN:
+                continue  # `nohup` means it
             self._before[number] = signal.signal(number, self._on_signal)
         return self
 

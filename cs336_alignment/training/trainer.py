@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from cs336_alignment.config import OptimizerConfig, TrainerConfig
 from cs336_alignment.data.batching import StepPlan
-from cs336_alignment.data.prepare import TokenizedDataset
+from cs336_alignment.data.dataset import TokenizedDataset
 from cs336_alignment.errors import ExitStatus, UserError
 from cs336_alignment.model.policy import Policy
 from cs336_alignment.training.checkpoint import TrainState, save_checkpoint
@@ -22,7 +22,7 @@ from cs336_alignment.training.optimizer import set_learning_rate
 from cs336_alignment.training.parallel import Processes
 from cs336_alignment.training.schedule import learning_rate
 from cs336_alignment.training.step import Cut, StepResult, accumulate_gradients
-from cs336_alignment.training.stop import StopRequest
+from cs336_alignment.training.stop import StopNow, StopRequest
 
 
 class Tracker(Protocol):
@@ -71,8 +71,8 @@ class Trainer:
         seed: of the run.
         processes: who shares the work.
         tracker: takes metrics.
-        evaluate: called with 0 at the start and with every step done; it knows itself when it is
-            due.
+        evaluate: called with the state's step at the start and with every step done; it knows
+            itself when it is due, and raises StopNow, on all processes, if one is asked to stop.
         saving: where checkpoints go.
         stop: a request to stop.
     """
@@ -122,18 +122,26 @@ class Trainer:
                 checkpoint that cannot be written (74).
         """
         self.wrapped.train()
-        if self.state.step == 0:
-            self.evaluate(0)
         self.stop.wait_for_steps()
-        status: ExitStatus | None = None
-        while self.state.step < self.total_steps and status is None:
-            metrics, status = self.train_step()
-            step, last = self.state.step, self.state.step == self.total_steps
-            self.tracker.step(step, metrics, log=is_due(self.config.logging_steps, step))
-            self.evaluate(step)
-            if last or status is not None or is_due(self.config.save_steps, step):
+        saved = self.state.step
+        try:
+            self.evaluate(self.state.step)
+            while self.state.step < self.total_steps:
+                metrics, asked = self.train_step()
+                step, last = self.state.step, self.state.step == self.total_steps
+                self.tracker.step(step, metrics, log=is_due(self.config.logging_steps, step))
+                # Before the evaluation, which can take long: what is trained is safe.
+                if last or asked is not None or is_due(self.config.save_steps, step):
+                    self.save()
+                    saved = step
+                if asked is not None and not last:
+                    return asked
+                self.evaluate(step)
+        except StopNow as request:
+            if saved != self.state.step:
                 self.save()
-        return ExitStatus.DONE if self.state.step == self.total_steps else status or ExitStatus.DONE
+            return request.status
+        return ExitStatus.DONE
 
     def train_step(self) -> tuple[dict[str, float], ExitStatus | None]:
         """Take one optimizer step; returns its metrics and a request to stop that any process
@@ -163,8 +171,9 @@ class Trainer:
         if bad:
             self._refuse(result, grad_norm)
         self.optimizer.step()
-        num_response_tokens = sum(self.dataset.response_lengths[i] for i in example_ids)
-        num_tokens = sum(self.dataset.lengths[i] for i in example_ids)
+        ids = list(example_ids)
+        num_response_tokens = int(self.dataset.response_lengths[ids].sum())
+        num_tokens = int(self.dataset.lengths[ids].sum())
         self.state.step += 1
         self.state.tokens_seen += num_tokens
         self.state.response_tokens_seen += num_response_tokens

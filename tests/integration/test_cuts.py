@@ -26,11 +26,12 @@ BOUNDS = {torch.float64: 1e-12, torch.float32: 1e-5}
 
 
 def step_gradient(
-    policy: Policy, ids: list[int], cut: Cut, normalization: str, processes: Processes
-) -> Tensor:
+    policy: Policy, ids: list[int], cut: Cut, normalization: str, processes: Processes,
+    *, weighted: bool = False,
+) -> Tensor:  # fmt: skip
     policy.zero_grad(set_to_none=True)
     accumulate_gradients(
-        policy, build_dataset(), ids, cut=cut, processes=processes, seed=0, step=0,
+        policy, build_dataset(weighted=weighted), ids, cut=cut, processes=processes, seed=0, step=0,
         trainer=TrainerConfig(loss_normalization=normalization, normalize_constant=3.0),
     )  # fmt: skip
     return gradient(policy.model)
@@ -50,6 +51,23 @@ def test_every_cut_gives_the_dense_gradient(
         for cut in CUTS:
             error = relative_error(step_gradient(policy, ids, cut, normalization, processes), want)
             assert error <= BOUNDS[dtype], (ids, cut, error)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("normalization", ["token", "sequence", "constant"])
+def test_weights_of_tokens_and_examples_enter_every_cut(
+    normalization: str, dtype: torch.dtype, processes: Processes
+) -> None:
+    policy = Policy(build_model("llama", dtype))
+    for ids in STEPS.values():
+        reference = build_model("llama", dtype)
+        dense_loss(reference, build_dataset(weighted=True), ids, normalization).backward()
+        want = gradient(reference)
+        plain = step_gradient(policy, ids, CUTS[0], normalization, processes)
+        assert relative_error(plain, want) > 1e-3  # or the weights would prove nothing
+        for cut in CUTS:
+            got = step_gradient(policy, ids, cut, normalization, processes, weighted=True)
+            assert relative_error(got, want) <= BOUNDS[dtype], (ids, cut)
 
 
 def test_gradient_checkpointing_changes_nothing(processes: Processes) -> None:

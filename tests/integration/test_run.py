@@ -112,7 +112,7 @@ def test_what_a_run_leaves_and_the_same_command_again(sft: Sft, rows: Path, tmp_
     status = read(run / "status.json")
     assert (status["state"], status["step"], status["exit_code"]) == ("completed", 3, 0)
     ledger = json.loads((run / "data_ledger.json").read_text())["train"]
-    assert ledger["rows_read"] == ledger["kept"] == ledger["ends_with_eos"] == 40
+    assert ledger["rows_read"] == ledger["kept"] == ledger["ends_with_stop"] == 40
     manifest = read(run / "manifest.json")
     assert manifest["parameters"] == manifest["local_parameters"]
     umask = os.umask(0)
@@ -163,7 +163,7 @@ def test_export_gives_the_same_log_probs_in_plain_transformers(
     model = AutoModelForCausalLM.from_pretrained(run / "model").double()
     tokenizer = AutoTokenizer.from_pretrained(run / "model")
     assert model.generation_config.eos_token_id == tokenizer.eos_token_id
-    from cs336_alignment.data.formats import load_template
+    from cs336_alignment.data.templates import load_template
 
     template = load_template("r1_zero").text
     nll, count = 0.0, 0

@@ -17,7 +17,7 @@ PACKAGE = ROOT / "cs336_alignment"
 FILES = sorted(PACKAGE.rglob("*.py"))
 # Lower layers first; a module imports from its own package and from lower layers alone.
 LAYERS = [
-    {"errors", "files", "microbatch"}, {"config"}, {"config_check", "config_names"},
+    {"cores", "errors", "files", "microbatch"}, {"config"}, {"config_check", "config_names"},
     {"compose_errors", "compose", "data", "model", "training.loss"},
     {"training.parallel", "training.optimizer", "training.schedule", "training.checkpoint",
      "training.step", "training.stop", "training.preflight", "training.safetensors_file",
@@ -25,7 +25,7 @@ LAYERS = [
     {"tracking"}, {"evaluation"},
     {"training.run_folder", "training.export", "training.manifest", "training.report",
      "training.trainer", "training.run"},
-    {"cli", "sft"},
+    {"data_commands"}, {"cli", "sft"},
 ]  # fmt: skip
 OWNERS = {
     "hydra": {"compose", "compose_errors"}, "omegaconf": {"compose"}, "datasets": {"data.sources"},
@@ -141,12 +141,28 @@ def test_no_code_from_config_and_no_unsafe_loading() -> None:
             assert word not in text, (path, word)
 
 
+def count_code(path: Path) -> int:
+    """Count the lines that hold code: no blank ones, no comments, no docstrings."""
+    text = path.read_text()
+    lines = {
+        number for number, line in enumerate(text.splitlines(), start=1)
+        if line.strip() and not line.strip().startswith("#")
+    }  # fmt: skip
+    for node in ast.walk(ast.parse(text)):
+        if (
+            isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+            and isinstance(node.value.value, str)
+        ):  # fmt: skip
+            lines -= set(range(node.lineno, (node.end_lineno or node.lineno) + 1))
+    return len(lines)
+
+
 def test_size() -> None:
     def lines(*packages: str) -> int:
         return sum(
-            len(path.read_text().splitlines()) for path in FILES
+            count_code(path) for path in FILES
             if name_of(path).split(".")[0] in packages
         )  # fmt: skip
 
-    assert lines("config", "data", "model", "training") <= 5000
+    assert lines("config", "data", "model", "training") <= 6000
     assert lines("evaluation", "tracking", "cli") <= 3000

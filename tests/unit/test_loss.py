@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 
+from cs336_alignment.data.batching import collate
+from cs336_alignment.data.tokenize import TokenizedExample
 from cs336_alignment.sft import masked_normalize, sft_microbatch_train_step
 from cs336_alignment.training.loss import StepCounts, loss_weights, microbatch_loss
 
@@ -107,6 +110,11 @@ def test_microbatch_train_step_gradients() -> None:
         sft_microbatch_train_step(log_probs, mask, 0)
 
 
+def example(num_prompt: int, num_response: int) -> TokenizedExample:
+    ids = torch.arange(num_prompt + num_response)
+    return TokenizedExample(ids, ids >= num_prompt, 0)
+
+
 @pytest.mark.parametrize(
     ("normalization", "want"),
     [
@@ -118,28 +126,44 @@ def test_microbatch_train_step_gradients() -> None:
 )
 def test_weights_of_each_normalization(normalization: str, want: list[float]) -> None:
     """Two examples of 2 and 3 tokens in a step of 6 examples, 20 tokens, 7 microbatches, 1 process."""
-    counts = StepCounts(6, 20, 7, 1)
+    counts = StepCounts(6, 6.0, 20.0, 7, 1)
     log_probs = torch.zeros(5, dtype=torch.float64, requires_grad=True)
-    mask, constant = loss_weights(
-        normalization,
-        torch.ones(5, dtype=torch.bool),
-        torch.tensor([2, 2, 3, 3, 3]),
-        5,
-        counts,
-        4.0,
-    )
+    batch = collate([example(1, 2), example(1, 3)], flat=True)
+    mask, constant = loss_weights(normalization, batch, counts, 4.0)
+    microbatch_loss(log_probs, mask, constant).backward()
+    assert log_probs.grad is not None
+    torch.testing.assert_close(-log_probs.grad, torch.tensor(want, dtype=torch.float64))
+
+
+@pytest.mark.parametrize(
+    ("normalization", "want"),
+    [
+        ("token", [2 * 1 / 40, 2 * 3 / 40, 5 * 4 / 40]),
+        ("sequence", [2 * 1 / 4 / 9, 2 * 3 / 4 / 9, 5 / 9]),
+        ("constant", [2 * 1 / (4 * 6), 2 * 3 / (4 * 6), 5 * 4 / (4 * 6)]),
+        ("microbatch", [2 * 1 / (28 * 7), 2 * 3 / (28 * 7), 5 * 4 / (28 * 7)]),
+    ],
+)
+def test_weighted_tokens_and_examples(normalization: str, want: list[float]) -> None:
+    """Tokens of weight 1, 3 in an example of weight 2, one of 4 in an example of 5; of a step whose
+    weights sum to 40 (tokens) and 9 (examples), with 6 examples and 7 microbatches."""
+    counts = StepCounts(6, 9.0, 40.0, 7, 1)
+    first = replace(example(2, 3), weights=torch.tensor([0.0, 0, 1, 0, 3]), example_weight=2.0)
+    first = replace(first, response_mask=first.weights > 0)
+    second = replace(example(1, 1), weights=torch.tensor([0.0, 4]), example_weight=5.0)
+    log_probs = torch.zeros(3, dtype=torch.float64, requires_grad=True)
+    mask, constant = loss_weights(normalization, collate([first, second], flat=True), counts, 4.0)
     microbatch_loss(log_probs, mask, constant).backward()
     assert log_probs.grad is not None
     torch.testing.assert_close(-log_probs.grad, torch.tensor(want, dtype=torch.float64))
 
 
 def test_filler_has_weight_zero() -> None:
+    filler = collate([], flat=True)
     for normalization in ("token", "sequence", "constant", "microbatch"):
         log_probs = torch.tensor([-3.0], requires_grad=True)
-        mask, constant = loss_weights(
-            normalization, torch.tensor([False]), torch.tensor([1]), 0, StepCounts(3, 9, 1, 2)
-        )
+        mask, constant = loss_weights(normalization, filler, StepCounts(3, 3.0, 9.0, 1, 2))
         microbatch_loss(log_probs, mask, constant).backward()
         assert log_probs.grad is not None and log_probs.grad.item() == 0.0
     with pytest.raises(ValueError, match="unknown"):
-        loss_weights("mean", torch.tensor([True]), torch.tensor([1]), 1, StepCounts(1, 1, 1, 1))
+        loss_weights("mean", filler, StepCounts(1, 1.0, 1.0, 1, 1))

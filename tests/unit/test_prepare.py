@@ -5,16 +5,17 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from transformers import PreTrainedTokenizerFast
 
-from cs336_alignment.config import DataConfig
+from cs336_alignment.config import DataConfig, LintConfig, SourceConfig
 from cs336_alignment.data import prepare as module
-from cs336_alignment.data.prepare import PreparedData, TokenizedDataset, prepare
+from cs336_alignment.data.ledger import LedgerEntry
+from cs336_alignment.data.splits import PreparedData, RunData, ledger_json, prepare_run
 from cs336_alignment.errors import ExitStatus, UserError, UserErrors
 
 TokenizerOf = Callable[..., PreTrainedTokenizerFast]
@@ -26,31 +27,49 @@ def pair(num_prompt: int, num_response: int) -> dict[str, str]:
     return {"prompt": "1 " * num_prompt, "response": "2 " * num_response}
 
 
+class Prepared:
+    """Prepared training data, with its only source at hand."""
+
+    def __init__(self, everything: RunData) -> None:
+        self.everything = everything
+        self.data: PreparedData = everything.train
+        self.dataset = self.data.dataset
+        self.ledger: LedgerEntry = self.data.ledgers[0]
+        self.findings = self.data.sources[0].findings.counts
+        self.fingerprint = self.data.fingerprint
+        self.lengths = tuple(self.dataset.lengths.tolist())
+        self.response_lengths = tuple(self.dataset.response_lengths.tolist())
+
+
 @pytest.fixture
-def run(tmp_path: Path, tokenizer_of: TokenizerOf) -> Callable[..., PreparedData]:
-    """Prepare rows, or the raw content of a file."""
+def run(tmp_path: Path, tokenizer_of: TokenizerOf) -> Callable[..., Prepared]:
+    """Prepare rows, or the raw content of a file, with no linter in the way."""
+    off = LintConfig(**dict.fromkeys(vars(LintConfig()), "off"))
 
     def prepared(
         rows: list[dict[str, Any]] | bytes,
         tokenizer: PreTrainedTokenizerFast | None = None,
-        max_examples: int | None = None,
+        *,
+        lint: LintConfig = off,
+        progress: Any = None,
         **config: Any,
-    ) -> PreparedData:
+    ) -> Prepared:
         path = tmp_path / "rows.jsonl"
         raw = rows if isinstance(rows, bytes) else "\n".join(map(json.dumps, rows)).encode()
         path.write_bytes(raw)
-        return prepare(
-            str(path), DataConfig(str(path), **config), tokenizer or tokenizer_of(template="<s> $A"),
-            seed=0, split="train", max_examples=max_examples,
-        )  # fmt: skip
+        data = DataConfig(str(path), lint=lint, cache_dir=str(tmp_path / "cache"), **config)
+        shown = {} if progress is None else {"progress": progress}
+        return Prepared(
+            prepare_run(data, tokenizer or tokenizer_of(template="<s> $A"), seed=0, **shown)
+        )
 
     return prepared
 
 
-Run = Callable[..., PreparedData]
+Run = Callable[..., Prepared]
 
 
-def tokens(data: PreparedData) -> list[tuple[list[int], list[int]]]:
+def tokens(data: Prepared) -> list[tuple[list[int], list[int]]]:
     """The ids of each example, and its trained ids."""
     found = [data.dataset[i] for i in range(len(data.dataset))]
     return [(e.input_ids.tolist(), e.input_ids[e.response_mask].tolist()) for e in found]
@@ -62,8 +81,7 @@ def test_prompt_with_its_prefix_then_response_with_eos(run: Run) -> None:
         ([BOS, 5, 14, 6, 15, 7, EOS], [7, EOS]),
         ([BOS, 16, 17, 18, EOS], [17, 18, EOS]),
     ]
-    assert data.dataset.lengths == (7, 5) and data.dataset.response_lengths == (2, 3)
-    assert [e.prompt for e in data.examples] == ["1 + 2 =", "a"]
+    assert data.lengths == (7, 5) and data.response_lengths == (2, 3)
     assert data.dataset[1].example_id == 1
 
 
@@ -85,7 +103,7 @@ def test_eos_is_not_doubled(run: Run) -> None:
 def test_without_eos_and_prefix(run: Run) -> None:
     data = run([pair(1, 1)], append_eos=False, add_special_tokens=False)
     assert tokens(data) == [([5, 6], [6])]
-    assert data.ledger.ends_with_eos == 0
+    assert data.ledger.ends_with_stop == 0
 
 
 def test_a_tokenizer_without_eos_is_refused_unless_none_is_wanted(
@@ -102,8 +120,7 @@ def test_the_template_shapes_questions(run: Run) -> None:
     row = {"question": "1 + 2 =", "answer": "a <<1+2=3>>b\n#### 3"}
     data = run([row], prompt_template="question_only")
     assert tokens(data)[0][0][:5] == [BOS, 5, 14, 6, 15]
-    assert run([row]).examples[0].response == " a b </think> <answer> 3 </answer>"
-    assert data.examples[0].ground_truth == "3"
+    assert data.data.ground_truths == ["3"]
 
 
 LONG = [pair(2, 2), pair(2, 5), pair(9, 1), pair(3, 3)]  # 6, 9, 12 and 8 tokens with <s> and </s>
@@ -111,24 +128,24 @@ LONG = [pair(2, 2), pair(2, 5), pair(9, 1), pair(3, 3)]  # 6, 9, 12 and 8 tokens
 
 def test_overlong_examples_are_dropped_and_counted(run: Run) -> None:
     data = run(LONG, max_length=8)
-    assert data.dataset.lengths == (6, 8), "8 of 8 tokens is not too long"
-    assert data.examples[1].place.line == 4
+    assert data.lengths == (6, 8), "8 of 8 tokens is not too long"
+    assert data.data.places[1].endswith("rows.jsonl:4")
     assert data.ledger.dropped == {"overlong": 2} and data.ledger.truncated == 0
-    assert data.ledger.ends_with_eos == 2
+    assert data.ledger.ends_with_stop == 2
 
 
 def test_overlong_examples_are_truncated_without_eos(run: Run) -> None:
     data = run(LONG, max_length=8, overlong="truncate")
     assert tokens(data)[1] == ([BOS, 5, 5, 6, 6, 6, 6, 6], [6] * 5), "no EOS where the text goes on"
-    assert data.dataset.lengths == (6, 8, 8)
-    assert data.ledger.truncated == 1 and data.ledger.ends_with_eos == 2
+    assert data.lengths == (6, 8, 8)
+    assert data.ledger.truncated == 1 and data.ledger.ends_with_stop == 2
     assert data.ledger.dropped == {"prompt_fills_max_length": 1}
 
 
 def test_a_prompt_that_fills_max_length(run: Run) -> None:
     rows = [pair(n, 3) for n in (5, 6, 7, 8, 9)]  # prompts of 6 to 10 tokens
     data = run(rows, max_length=8, overlong="truncate")
-    assert data.dataset.lengths == (8, 8) and data.dataset.response_lengths == (2, 1)
+    assert data.lengths == (8, 8) and data.response_lengths == (2, 1)
     assert data.ledger.dropped == {"prompt_fills_max_length": 3}
 
 
@@ -140,7 +157,7 @@ def test_overlong_examples_are_all_named(run: Run) -> None:
         ("D302", 2),
         ("D302", 3),
     ]
-    assert "got: 12 tokens, 10 of them prompt" in str(caught.value)
+    assert "got: 12 tokens, 10 of them before" in str(caught.value)
     assert len(run(LONG, max_length=12, overlong="error").dataset) == 4
 
 
@@ -154,16 +171,14 @@ def test_nothing_left_is_65(overlong: str, run: Run) -> None:
 
 @pytest.mark.parametrize("content", [b"", b"\n\n", b"\xef\xbb\xbf"])
 def test_an_empty_file_is_65(content: bytes, run: Run) -> None:
-    with pytest.raises(UserError, match="is left") as caught:
+    with pytest.raises(UserError, match="no row in") as caught:
         run(content)
-    assert caught.value.status == 65 and "0 rows read" in (caught.value.got or "")
+    assert caught.value.status == 65
 
 
 def test_a_missing_file_is_66(tokenizer_of: TokenizerOf) -> None:
     with pytest.raises(UserError, match="no file") as caught:
-        prepare(
-            "nowhere.jsonl", DataConfig(), tokenizer_of(), seed=0, split="train", max_examples=None
-        )
+        prepare_run(DataConfig("nowhere.jsonl"), tokenizer_of(), seed=0)
     assert caught.value.status == 66
 
 
@@ -179,7 +194,7 @@ def test_a_response_without_tokens_is_dropped_and_counted(
     )
     rows = [{"prompt": "1", "response": "e"}, pair(1, 1)]
     data = run(rows, tokenizer, append_eos=False)
-    assert data.ledger.dropped == {"no_response_token": 1} and data.ledger.kept == 1
+    assert data.ledger.dropped == {"no_trained_token": 1} and data.ledger.kept == 1
     assert tokens(run(rows, tokenizer))[0] == ([5, EOS], [EOS])
     # an EOS that ends the prompt is not the response's
     data = run([{"prompt": "1 </s>", "response": "e"}], tokenizer)
@@ -204,7 +219,7 @@ BAD = b"""{"prompt": "p", "response": "r"}
 {"prompt": "p", "respon"""
 WHERE = [
     '2, field "prompt"', '4, field "response"', "5", '6, field "prompt"', '7, field "response"',
-    '8, field "response"', "9", "10", "11", "12", '13, field "prompt"', "15", "16",
+    '8, field "response"', '9, field "response"', '10, field "prompt"', "11", "12", '13, field "prompt"', "15", "16",
 ]  # fmt: skip
 
 
@@ -223,15 +238,9 @@ def test_every_bad_row_is_named_in_the_order_of_the_file(
 
 def test_twenty_bad_rows_are_shown_and_all_are_counted(run: Run) -> None:
     with pytest.raises(UserErrors) as caught:
-        run([pair(1, 0)] * 15 + [pair(0, 1)] * 15)
+        run([pair(1, 1)] + [pair(1, 0)] * 15 + [pair(0, 1)] * 15)
     text = str(caught.value)
     assert text.count("error[") == 20 and text.endswith("... and 10 more; 30 errors in all")
-    assert len(caught.value.errors) == 30
-
-
-def test_text_is_unchanged_on_its_way(run: Run) -> None:
-    rows = [{"prompt": "2024-01-31", "response": "007"}, {"prompt": "12", "response": "1e5"}]
-    assert [{"prompt": e.prompt, "response": e.response} for e in run(rows).examples] == rows
 
 
 @pytest.mark.parametrize("overlong", ["drop", "truncate"])
@@ -244,27 +253,27 @@ def test_the_ledger_adds_up(
     run: Run,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(module, "TOKENIZE_BATCH", 7)
+    monkeypatch.setattr(module, "BATCH_ROWS", 7)
     rows = [pair(1 + 5 * i % 13, 1 + 7 * i % 11) for i in range(40)]
     data = run(
-        rows, max_examples=max_examples, max_length=12, overlong=overlong, append_eos=append_eos
-    )
+        rows, max_train_examples=max_examples, max_length=12, overlong=overlong,
+        append_eos=append_eos,
+    )  # fmt: skip
     ledger, dataset = data.ledger, data.dataset
-    assert ledger.rows_read == 40 and ledger.source.endswith("rows.jsonl")
-    assert ledger.rows_beyond_limit == 40 - min(max_examples or 40, 40)
-    assert ledger.rows_read == ledger.rows_beyond_limit + ledger.kept + sum(ledger.dropped.values())
-    assert ledger.kept == len(dataset) == len(data.examples) == len(dataset.response_lengths)
-    assert (
-        ledger.tokens
-        == len(dataset.input_ids)
-        == len(dataset.response_mask)
-        == sum(dataset.lengths)
-    )
-    assert (
-        ledger.response_tokens == int(dataset.response_mask.sum()) == sum(dataset.response_lengths)
+    assert ledger.rows_read == min(max_examples or 40, 40)
+    assert ledger.source.endswith("rows.jsonl")
+    assert ledger.rows_read == ledger.kept + sum(ledger.dropped.values())
+    assert ledger.kept == len(dataset) == len(data.data.places)
+    assert ledger.tokens == sum(len(dataset[i].input_ids) for i in range(len(dataset)))
+    assert ledger.response_tokens == sum(
+        int(dataset[i].response_mask.sum()) for i in range(len(dataset))
     )
     assert ledger.longest == max(dataset.lengths) <= 12
-    assert ledger.ends_with_eos == (ledger.kept - ledger.truncated if append_eos else 0)
+    assert ledger.largest_token_id == max(
+        int(dataset[i].input_ids.max()) for i in range(len(dataset))
+    )
+    assert sum(ledger.lengths["histogram"]["counts"]) == ledger.kept
+    assert ledger.ends_with_stop == (ledger.kept - ledger.truncated if append_eos else 0)
     # against a count that knows nothing of the code
     asked = rows[:max_examples]
     prompts = [1 + len(row["prompt"].split()) for row in asked]
@@ -276,24 +285,17 @@ def test_the_ledger_adds_up(
     assert ledger.kept == len(sizes) - len(over) + ledger.truncated
 
 
-def test_progress_reaches_the_end(
-    tmp_path: Path, tokenizer_of: TokenizerOf, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(module, "TOKENIZE_BATCH", 4)
-    seen: list[tuple[str, int]] = []
+def test_progress_reaches_the_end(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "BATCH_ROWS", 4)
+    seen: list[tuple[str, int | None]] = []
 
     @contextmanager
-    def progress(name: str, total: int) -> Iterator[Callable[[int], None]]:
+    def progress(name: str, total: int | None) -> Iterator[Callable[[int], None]]:
         seen.append((name, total))
         yield lambda count: seen.append(("", count))
 
-    path = tmp_path / "rows.jsonl"
-    path.write_text("\n".join(json.dumps(pair(1, 1)) for _ in range(10)))
-    prepare(
-        str(path), DataConfig(), tokenizer_of(), seed=0, split="train", max_examples=None,
-        progress=progress,
-    )  # fmt: skip
-    assert seen == [("tokenizing", 10), ("", 4), ("", 4), ("", 2)]
+    run([pair(1, 1)] * 10, progress=progress)
+    assert seen == [("tokenizing rows.jsonl", None), ("", 4), ("", 4), ("", 2)]
 
 
 def test_fingerprint_is_that_of_what_is_trained(run: Run) -> None:
@@ -311,7 +313,162 @@ def test_fingerprint_is_that_of_what_is_trained(run: Run) -> None:
     assert len({base, *(data.fingerprint for data in others)}) == 5
 
 
-def test_a_row_without_prompt_tokens_trains_what_can_be_predicted() -> None:
-    dataset = TokenizedDataset.of([([5, 6, 7], 0), ([5, 6], 1)])
-    assert dataset.response_lengths == (2, 1)
-    assert torch.equal(dataset[1].input_ids, torch.tensor([5, 6])) and len(dataset) == 2
+@pytest.mark.parametrize("max_length", [3, 4, 7, 8, 100])
+def test_split_trains_every_token_once(max_length: int, run: Run) -> None:
+    rows = [pair(2, 9), pair(6, 3), pair(1, 1), pair(12, 2)]
+    whole = tokens(run(rows, max_length=1000))
+    data = run(rows, max_length=max_length, overlong="split")
+    found = tokens(data)
+    assert max(len(ids) for ids, _ in found) <= max_length
+    assert [t for _, trained in found for t in trained] == [
+        t for _, trained in whole for t in trained
+    ]
+    places = data.data.places
+    for number, (ids, trained) in enumerate(whole, start=1):
+        pieces = [found[i] for i, place in enumerate(places) if place.endswith(f":{number}")]
+        joined = [t for _, piece in pieces for t in piece]
+        assert joined == trained
+        for previous, piece in pairwise(pieces):
+            assert previous[0][-1] == piece[0][0]  # which predicts the piece's first trained token
+        assert len(pieces) == 1 or len(ids) > max_length
+    over = sum(len(ids) > max_length for ids, _ in whole)
+    assert data.ledger.split == over and data.ledger.rows_read == 4
+
+
+def test_bad_rows_are_dropped_and_counted_up_to_a_share(run: Run) -> None:
+    rows = [pair(1, 1)] * 98 + [pair(1, 0)] * 2
+    data = run(rows, on_bad_row="drop", max_bad_fraction=0.02)
+    assert data.ledger.bad_rows == 2 and data.ledger.dropped == {"bad_row": 2}
+    assert data.ledger.kept == 98
+    with pytest.raises(UserErrors, match=r"2 of 100 rows are bad") as caught:
+        run(rows, on_bad_row="drop")
+    assert caught.value.status == 65 and "2.0%" in str(caught.value)
+
+
+def test_the_linter_refuses_warns_or_is_silent(run: Run) -> None:
+    rows = [
+        {"prompt": "<s> 3 ", "response": "2"},
+        pair(1, 1),
+        pair(1, 1),
+        {"prompt": "1 ", "response": "2 <s> 3"},
+    ]
+    with pytest.raises(UserErrors) as caught:
+        run(rows, lint=LintConfig())
+    text = str(caught.value)
+    assert "L106" in text and "rows.jsonl:4" in text and "data.lint.trained_scaffolding" in text
+    assert caught.value.status == 65
+    data = run(rows, lint=LintConfig(trained_scaffolding="warning"))
+    (duplicates, scaffolding) = sorted(
+        data.everything.warnings, key=lambda line: line[:4], reverse=True
+    )
+    assert duplicates.startswith("L107 1 of 4 rows") and "rows.jsonl:3" in duplicates
+    assert scaffolding.startswith("L106 1 of 4 rows")
+    assert run(rows).everything.warnings == ()
+
+
+@pytest.mark.parametrize(
+    ("row", "options", "check"),
+    [
+        ({"input_ids": [BOS, BOS, 5, 6, EOS], "response_mask": [0, 0, 0, 1, 1]}, {}, "doubled_bos"),
+        (pair(1, 1), {"append_eos": False}, "no_stop_token"),
+        (pair(2, 9), {"max_length": 8, "overlong": "truncate"}, "no_stop_token"),
+        ({"input_ids": [5, 6], "response_mask": [1, 0]}, {}, "no_trained_token"),
+    ],
+)
+def test_each_thing_is_found(
+    row: dict[str, Any], options: dict[str, Any], check: str, run: Run
+) -> None:
+    good = pair(1, 1) if "prompt" in row else {"input_ids": [5, 6, EOS], "response_mask": [0, 1, 1]}
+    if check != "no_stop_token" or "max_length" in options:
+        assert run([good], **options).findings == {}
+    assert run([row, good], **options).findings.get(check, 0) >= 1
+
+
+def test_evaluation_prompts_that_are_trained_on_are_found(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "eval.jsonl").write_text(
+        "\n".join(json.dumps({"prompt": p, "response": "9"}) for p in ("1 2 ", "3 4 ", "5 6 "))
+    )
+    rows = [{"prompt": "3 4 ", "response": "1"}, {"prompt": "7 7 ", "response": "1"}]
+    data = run(rows, eval_path=str(tmp_path / "eval.jsonl"), lint=LintConfig())
+    (line,) = data.everything.warnings
+    assert line.startswith("L108 1 of 3 rows") and "eval.jsonl:2" in line
+
+
+def test_a_fraction_is_split_off_the_same_way_every_time(run: Run) -> None:
+    rows = [pair(1 + i % 7, 1 + i % 5) for i in range(50)]
+    first, second = run(rows, eval_fraction=0.2), run(rows, eval_fraction=0.2)
+    for data in (first, second):
+        held_out = data.everything.held_out
+        assert held_out is not None
+        assert (len(data.dataset), len(held_out.dataset)) == (40, 10)
+        assert sorted(data.data.places + held_out.places) == sorted(run(rows).data.places)
+    assert first.data.places == second.data.places
+    ledger = ledger_json(first.everything)
+    assert ledger["train"]["examples"] == 40 and ledger["eval"]["examples"] == 10
+    assert ledger["train"]["rows_read"] == 50
+
+
+def test_several_sources_are_joined(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "more.jsonl").write_text(json.dumps({"q": "3 4", "a": "5"}))
+    sources = [
+        SourceConfig(str(tmp_path / "rows.jsonl"), 1.0),
+        SourceConfig(str(tmp_path / "more.jsonl"), 3.0),
+    ]
+    sources[1].columns.prompt, sources[1].columns.response = "q", "a"
+    data = run([pair(1, 1), pair(2, 2)], sources=sources, mixture_stop="all_exhausted")
+    assert tokens(data) == [([BOS, 5, 6, EOS], [6, EOS]), ([BOS, 5, 5, 6, 6, EOS], [6, 6, EOS]),
+                            ([BOS, 7, 8, 9, EOS], [9, EOS])]  # fmt: skip
+    assert data.data.mixture is not None and data.data.mixture.draws == (2, 6)
+
+
+def test_the_cache_serves_what_is_the_same_and_nothing_else(
+    run: Run, tokenizer_of: TokenizerOf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[str] = []
+    original = module._prepare
+
+    def counted(*arguments: Any) -> None:
+        calls.append("")
+        original(*arguments)
+
+    monkeypatch.setattr(module, "_prepare", counted)
+
+    def work(*arguments: Any, **options: Any) -> int:
+        before = len(calls)
+        run(*arguments, **options)
+        return len(calls) - before
+
+    rows = [pair(2, 2), pair(1, 1)]
+    assert [work(rows), work(rows), work(rows, lint=LintConfig())] == [1, 0, 0]
+    assert work(rows, shuffle=False, eval_fraction=0.5) == 0
+    assert work([*rows, pair(3, 3)]) == 1
+    for changed in ({"max_length": 9}, {"append_eos": False}, {"train_on": "all"},
+                    {"prompt_template": "alpaca"}, {"overlong": "split"},
+                    {"max_train_examples": 1}):  # fmt: skip
+        assert [work(rows, **changed), work(rows, **changed)] == [1, 0], changed
+    other = tokenizer_of(template="<s> $A")
+    other.add_tokens(["zz"])
+    assert work(rows, other) == 1
+    chat = tokenizer_of(template="<s> $A")
+    chat.chat_template = "{{ messages }}"
+    assert work(rows, chat) == 1
+    monkeypatch.setattr(module, "_code_version", lambda: "another")
+    assert work(rows) == 1
+
+
+def test_a_failed_preparation_leaves_nothing(run: Run, tmp_path: Path) -> None:
+    with pytest.raises(UserErrors):
+        run([pair(1, 1), pair(1, 0)])
+    assert [p for p in (tmp_path / "cache").iterdir() if p.suffix != ".lock"] == []
+
+
+def test_processes_give_what_one_process_gives(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [pair(1 + i % 7, 1 + i % 5) for i in range(90)]
+    alone = run(rows, num_workers=1)
+    monkeypatch.setattr(module, "BATCH_ROWS", 8)
+    monkeypatch.setattr(module, "ROWS_BEFORE_POOL", 10)
+    monkeypatch.setattr(module, "_code_version", lambda: "another")
+    together = run(rows, num_workers=2)
+    assert tokens(together) == tokens(alone) and together.data.places == alone.data.places
+    assert together.fingerprint == alone.fingerprint
+    assert together.ledger == alone.ledger and together.findings == alone.findings

@@ -79,13 +79,17 @@ def test_the_same_command_continues_at_the_newest_checkpoint(tmp_path: Path) -> 
 
 def test_a_run_killed_before_its_first_checkpoint_starts_again(tmp_path: Path) -> None:
     folder = start_run(tmp_path)
-    decision = folder.decide(make_config(tmp_path), completed=False)
-    assert not decision.complete
-    assert decision.checkpoint is None
+    for config in (make_config(tmp_path), make_config(tmp_path, optimizer__learning_rate=1e-3)):
+        decision = folder.decide(config, completed=False)
+        assert not decision.complete
+        assert decision.checkpoint is None
 
 
 def test_a_complete_run_has_nothing_to_do_unless_it_is_made_longer(tmp_path: Path) -> None:
     folder = start_run(tmp_path, 3)
+    # Without its model a run is not complete: it is exported again.
+    assert not folder.decide(make_config(tmp_path), completed=True).complete
+    (folder.path / "model").mkdir()
     assert folder.decide(make_config(tmp_path), completed=True).complete
     longer = folder.decide(make_config(tmp_path, trainer__num_train_epochs=5.0), completed=True)
     assert not longer.complete
@@ -165,7 +169,12 @@ def test_the_same_command_with_an_explicit_checkpoint_continues_its_own_run(
     assert latest is not None and latest == folder.checkpoints / "step-000006"
     earlier = folder.checkpoints / "step-000005"
     config = make_config(tmp_path, trainer__resume=str(earlier))
-    assert folder.decide(config, completed=False).checkpoint == latest
+    with pytest.raises(UserError, match="not the latest") as caught:
+        folder.decide(config, completed=False)
+    assert caught.value.status == ExitStatus.BAD_CONFIG and "run_name=run-2" in str(caught.value)
+    config = make_config(tmp_path, trainer__resume=str(tmp_path / "nowhere"))
+    with pytest.raises(UserError, match="no checkpoint"):
+        folder.decide(config, completed=False)
 
 
 def test_an_explicit_checkpoint_starts_again_a_run_that_has_none(tmp_path: Path) -> None:
@@ -180,7 +189,7 @@ def test_an_explicit_checkpoint_starts_again_a_run_that_has_none(tmp_path: Path)
 FREE = {
     "run_name", "output_root", "trainer.logging_steps", "trainer.eval_steps", "trainer.save_steps",
     "trainer.save_total_limit", "trainer.resume", "trainer.max_hours", "data.eval_path",
-    "data.max_eval_examples", "parallel.num_processes",
+    "data.max_eval_examples", "data.num_workers", "data.cache_dir", "parallel.num_processes",
 }  # fmt: skip
 NOTICED = {
     "trainer.max_steps", "trainer.num_train_epochs", "trainer.microbatch_tokens",
@@ -195,7 +204,7 @@ def changed(value: Any) -> Any:
     if isinstance(value, int | float):
         return value + 1
     if isinstance(value, list):
-        return [*value, value[0]]
+        return [*value, *(value[:1] or [5])]
     return f"{value}-other" if value else 7
 
 
@@ -203,8 +212,10 @@ def compare_one(key: str, normalization: str = "token") -> tuple[Any, Any, list[
     """Compare two configs that differ in one key."""
     config = make_config(Path("root"), trainer__loss_normalization=normalization)
     old = dict(flatten(copy.deepcopy(config)))
-    section, _, name = key.rpartition(".")
-    owner = getattr(config, section) if section else config
+    *sections, name = key.split(".")
+    owner: Any = config
+    for section in sections:
+        owner = getattr(owner, section)
     before, after = getattr(owner, name), changed(getattr(owner, name))
     setattr(owner, name, after)
     return before, after, *compare(old, config, Place("config.yaml"))
@@ -212,7 +223,7 @@ def compare_one(key: str, normalization: str = "token") -> tuple[Any, Any, list[
 
 @pytest.mark.parametrize("key", ALL_KEYS)
 def test_each_key_is_free_or_noticed_or_refused(key: str) -> None:
-    if key in FREE or key.startswith(("evaluation.", "logger.")):
+    if key in FREE or key.startswith(("evaluation.", "logger.", "inspect.", "data.lint.")):
         assert compare_one(key)[2:] == ([], False)
     elif key in NOTICED:
         before, after, notices, lengthened = compare_one(key)
@@ -225,7 +236,7 @@ def test_each_key_is_free_or_noticed_or_refused(key: str) -> None:
 
 
 def test_a_refusal_shows_every_key_with_old_and_new_value_and_what_to_type(tmp_path: Path) -> None:
-    folder = start_run(tmp_path)
+    folder = start_run(tmp_path, 1)
     config = make_config(tmp_path, seed=43, optimizer__learning_rate=1e-3, trainer__max_steps=9)
     with pytest.raises(UserError) as caught:
         folder.decide(config, completed=False)

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-import hashlib
+import csv
+import gzip
+import io
 import json
 import os
 import subprocess
 import sys
+import tracemalloc
 from pathlib import Path
 
 import datasets
+import pyarrow as pa
 import pytest
 
-from cs336_alignment.data.sources import SourceRead, read_source
+from cs336_alignment.data.sources import Row, open_source
 from cs336_alignment.errors import ExitStatus, UserError
 
 GOOD = b'{"prompt": "p", "response": "r"}'
@@ -31,11 +35,23 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "data"
 
 
-def read(path: Path | str, split: str = "train") -> SourceRead:
-    return read_source(str(path), seed=0, default_split=split)
+class Result:
+    """A source, read to its end."""
+
+    def __init__(self, path: str, split: str) -> None:
+        source = open_source(path, seed=0, default_split=split)
+        found = list(source.rows())
+        assert found == list(source.rows()) or any(isinstance(f, UserError) for f in found)
+        self.rows = [row for row in found if isinstance(row, Row)]
+        self.errors = [error for error in found if isinstance(error, UserError)]
+        self.fingerprint, self.revision = source.fingerprint, source.revision
 
 
-def lines_of(result: SourceRead) -> list[int | None]:
+def read(path: Path | str, split: str = "train") -> Result:
+    return Result(str(path), split)
+
+
+def lines_of(result: Result) -> list[int | None]:
     return [row.place.line for row in result.rows]
 
 
@@ -133,10 +149,19 @@ def test_every_broken_line_is_collected(path: Path) -> None:
 def test_fingerprint_is_that_of_the_bytes(path: Path, tmp_path: Path) -> None:
     content = BOM + GOOD + b"\r\n\r\n" + GOOD
     path.write_bytes(content)
-    assert read(path).fingerprint == hashlib.sha256(content).hexdigest()
     other = tmp_path / "copy.jsonl"
     other.write_bytes(content)
     assert read(other).fingerprint == read(path).fingerprint
+    other.write_bytes(content + b"\n")
+    assert read(other).fingerprint != read(path).fingerprint
+    whole = [tmp_path / "two" / name for name in ("a.jsonl", "b.jsonl")]
+    whole[0].parent.mkdir()
+    seen = set()
+    for first, second in ((GOOD, GOOD + b"\n"), (GOOD + b"\n", GOOD)):
+        whole[0].write_bytes(first)
+        whole[1].write_bytes(second)
+        seen.add(read(whole[0].parent).fingerprint)
+    assert len(seen) == 2
 
 
 def test_a_home_folder_is_found(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -190,30 +215,175 @@ def test_builtin_rows() -> None:
 ROWS = [{"prompt": f"p{i}", "response": f"00{i}"} for i in range(3)]
 
 
-@pytest.mark.parametrize("kind", ["jsonl", "parquet", "save_to_disk", "splits saved to disk"])
-def test_a_folder_goes_through_datasets(folder: Path, kind: str) -> None:
+@pytest.mark.parametrize("kind", ["save_to_disk", "splits saved to disk"])
+def test_a_folder_saved_by_datasets(folder: Path, kind: str) -> None:
     data = datasets.Dataset.from_list(ROWS)
-    if kind == "jsonl":
-        (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
-    elif kind == "parquet":
-        data.to_parquet(folder / "train.parquet")
-    elif kind == "save_to_disk":
+    if kind == "save_to_disk":
         data.save_to_disk(folder)
     else:
         datasets.DatasetDict(train=data).save_to_disk(folder)
+        with pytest.raises(UserError, match="cannot load") as caught:
+            read(folder, split="test")
+        assert (caught.value.code, caught.value.status) == ("D105", 66)
     result = read(folder)
     assert [row.fields for row in result.rows] == ROWS
     assert [str(row.place) for row in result.rows] == [f"{folder}:{i}" for i in (1, 2, 3)]
     assert result.errors == [] and result.fingerprint == read(folder).fingerprint != ""
 
 
-@pytest.mark.parametrize("kind", ["empty", "no such split"])
-def test_a_folder_without_the_rows_is_66(folder: Path, kind: str) -> None:
-    if kind != "empty":
-        (folder / "train.jsonl").write_bytes(GOOD)
-    with pytest.raises(UserError, match="cannot load") as caught:
-        read(folder, split="test")
-    assert (caught.value.code, caught.value.status) == ("D105", 66)
+TEXTS = [
+    "2024-01-31",
+    "007",
+    "1e5",
+    "true",
+    "NaN",
+    "null",
+    " a, b ",
+    'say "hi"',
+    "two\nlines",
+    "ü 😀",
+]
+TABLE = [{"prompt": text, "response": text[::-1]} for text in TEXTS]
+
+
+def write_table(path: Path) -> list[int]:
+    """Write the table in the format that the name says; gives the line of each row."""
+    stem = path.with_suffix("") if path.suffix in (".gz", ".zst") else path
+    lines = list(range(1, len(TABLE) + 1))
+    if stem.suffix == ".parquet":
+        datasets.Dataset.from_list(TABLE).to_parquet(path)
+        return lines
+    if stem.suffix in (".csv", ".tsv"):
+        text = io.StringIO(newline="")
+        writer = csv.DictWriter(
+            text, ["prompt", "response"], delimiter="," if stem.suffix == ".csv" else "\t"
+        )
+        writer.writeheader()
+        lines = []
+        for row in TABLE:
+            lines.append(text.getvalue().count("\n") + 1)
+            writer.writerow(row)
+        content = "\ufeff" + text.getvalue()
+    elif stem.suffix == ".json":
+        content = "[\n" + ",\n".join(json.dumps(row, indent=1) for row in TABLE) + "\n]"
+        lines = [2 + 4 * i for i in range(len(TABLE))]
+    else:
+        content = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in TABLE)
+    raw = content.encode()
+    if path.suffix == ".gz":
+        raw = gzip.compress(raw)
+    elif path.suffix == ".zst":
+        with pa.CompressedOutputStream(pa.OSFile(str(path), "wb"), "zstd") as stream:
+            stream.write(raw)
+        return lines
+    path.write_bytes(raw)
+    return lines
+
+
+@pytest.mark.parametrize("compression", ["", ".gz", ".zst"])
+@pytest.mark.parametrize("kind", ["jsonl", "ndjson", "json", "csv", "tsv", "parquet"])
+def test_every_container_gives_the_same_text(kind: str, compression: str, tmp_path: Path) -> None:
+    if kind == "parquet" and compression:
+        pytest.skip("Parquet has compression of its own")
+    path = tmp_path / f"rows.{kind}{compression}"
+    lines = write_table(path)
+    result = read(path)
+    assert result.errors == [] and [row.fields for row in result.rows] == TABLE
+    assert lines_of(result) == lines
+
+
+def test_globs_and_folders_read_files_in_order(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    for number in (2, 10, 1):
+        (tmp_path / f"data/part-{number:02}.jsonl").write_text(json.dumps({"n": number}))
+    (tmp_path / "data/more.csv").write_text("n\n7\n")
+    (tmp_path / "data/notes.md").write_text("nothing")
+    assert [r.fields["n"] for r in read(tmp_path / "data/*.jsonl").rows] == [1, 2, 10]
+    assert [r.fields["n"] for r in read(tmp_path / "data").rows] == ["7", 1, 2, 10]
+    with pytest.raises(UserError, match="nothing matches") as caught:
+        read(tmp_path / "data/*.parquet")
+    assert caught.value.status == 66
+
+
+def test_a_folder_with_splits_gives_the_one_that_is_asked_for(tmp_path: Path) -> None:
+    for name in ("train-00000-of-00002", "train-00001-of-00002", "test-00000-of-00001"):
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps({"name": name}))
+    assert [r.fields["name"][:8] for r in read(tmp_path).rows] == ["train-00"] * 2
+    assert [r.fields["name"][:8] for r in read(tmp_path, split="test").rows] == ["test-000"]
+    (tmp_path / "test-00000-of-00001.jsonl").unlink()
+    with pytest.raises(UserError, match="no files of the split test") as caught:
+        read(tmp_path, split="test")
+    assert caught.value.status == 66
+
+
+BROKEN_FILES = {
+    "rows.json": [
+        ("{", "D107"), ('{"a": {"b": 1}}', "D107"), ("3", "D107"),
+        ('{"prompt": "a"}\n{"prompt": "b"}\n', "D107"),
+        ('[{"a": 1}, {"a": }]', "D201"), ('[{"a": 1} {"a": 2}]', "D201"), ('[{"a": 1}', "D201"),
+        ('[{"a": 1}, 3]', "D201"), ('[{"a": 1, "a": 2}]', "D201"), ('[{"a": "\\ud800"}]', "D201"),
+    ],
+    "rows.csv": [
+        ("a,a\n1,2\n", "D201"), ("a,\n1,2\n", "D201"), ("a,b\n1\n", "D201"),
+        ("a,b\n1,2,3\n", "D201"), ('a,b\n1,"2\n', "D201"), ("a,b\n1,\udcff\n", "D201"),
+    ],
+    "rows.parquet": [("PAR1 no", "D108")],
+    "rows.jsonl.gz": [("no gzip", "D106")],
+    "rows.jsonl.zst": [("no zstd", "D106")],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "code"),
+    [(name, content, code) for name, cases in BROKEN_FILES.items() for content, code in cases],
+)
+def test_what_cannot_be_read_is_one_error(
+    name: str, content: str, code: str, tmp_path: Path
+) -> None:
+    path = tmp_path / name
+    path.write_bytes(content.encode("utf-8", "surrogateescape"))
+    try:
+        errors = read(path).errors
+    except UserError as error:
+        errors = [error]
+    assert [error.code for error in errors] == [code]
+    assert errors[0].status == 65 and errors[0].place is not None and name in str(errors[0].place)
+
+
+def test_a_stream_that_breaks_off_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl.gz"
+    path.write_bytes(gzip.compress((GOOD + b"\n") * 9999)[:-20])
+    with pytest.raises(UserError, match="breaks off") as caught:
+        read(path)
+    assert (caught.value.code, caught.value.status) == ("D106", 65)
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "csv", "jsonl.gz"])
+def test_rows_are_streamed(kind: str, tmp_path: Path) -> None:
+    path = tmp_path / f"rows.{kind}"
+    text = "x" * 9000
+    line = f'{{"prompt": "a", "response": "{text}"}}\n' if "json" in kind else f"a,{text}\n"
+    raw = ("" if "json" in kind else "prompt,response\n").encode() + line.encode() * 3000
+    path.write_bytes(gzip.compress(raw, 1) if kind.endswith("gz") else raw)
+    rows = open_source(str(path), seed=0, default_split="train").rows()
+    tracemalloc.start()
+    count = sum(1 for _ in rows)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert count == 3000 and peak < 3e6  # of 27 MB
+
+
+def test_a_row_of_twenty_megabytes(path: Path) -> None:
+    path.write_bytes(
+        json.dumps({"prompt": "a", "response": "word " * 4_000_000}).encode() + b"\n" + GOOD
+    )
+    tracemalloc.start()
+    rows = iter(open_source(str(path), seed=0, default_split="train").rows())
+    first, second = next(rows), next(rows)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert isinstance(first, Row) and isinstance(second, Row)
+    assert len(first.fields["response"]) == 20_000_000 and peak < 1e8
 
 
 def test_a_hub_id_offline_is_one_clear_error(tmp_path: Path) -> None:
@@ -221,11 +391,11 @@ def test_a_hub_id_offline_is_one_clear_error(tmp_path: Path) -> None:
     names = ["someone/nothing", "someone/nothing:main:train@v1", "nothing"]
     script = """
 import json, sys
-from cs336_alignment.data.sources import read_source
+from cs336_alignment.data.sources import open_source
 from cs336_alignment.errors import UserError
 for name in sys.argv[1:]:
     try:
-        read_source(name, seed=0, default_split="train")
+        open_source(name, seed=0, default_split="train")
     except UserError as error:
         print(json.dumps([error.code, error.status, str(error)]))
 """

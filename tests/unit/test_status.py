@@ -84,13 +84,20 @@ def test_whatever_ends_it_is_written_down_and_raised_on(
     assert found["error"] is None if text is None else found["error"].startswith(text)
 
 
-def test_a_command_refused_at_the_door_leaves_a_completed_run_alone(path: Path) -> None:
+@pytest.mark.parametrize("outcome", [ExitStatus.DONE, ExitStatus.STOPPED])
+@pytest.mark.parametrize("code", ["C301", "C302", "C303", "C304", "R103"])
+def test_a_command_that_does_not_go_with_the_run_leaves_it_alone(
+    code: str, outcome: ExitStatus, path: Path
+) -> None:
     first = start(path)
     first.running(7)
-    first.ended(ExitStatus.DONE)
+    first.ended(outcome)
     before = path.read_bytes()
-    with pytest.raises(UserError), start(path).covering():
-        raise UserError("C301", "another config", ExitStatus.BAD_CONFIG)
+    second = start(path)
+    with pytest.raises(UserError), second.covering():
+        if code == "C303":
+            second.running()
+        raise UserError(code, "another config", ExitStatus.BAD_CONFIG)
     assert path.read_bytes() == before
 
 

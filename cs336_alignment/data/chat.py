@@ -1,0 +1,402 @@
+"""Conversations to text, by the tokenizer's chat template, and what of the text is trained."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jinja2
+from transformers import PreTrainedTokenizerBase
+from transformers.utils.chat_template_utils import render_jinja_template
+
+from cs336_alignment.data.spans import (
+    Rendered,
+    Span,
+    TokenRow,
+    TurnEnd,
+    count_changed,
+    tokenize_rendered,
+)
+from cs336_alignment.errors import ExitStatus, Place, UserError, describe
+
+__all__ = ["ChatRenderer", "Rendered", "Span", "TokenRow", "tokenize_rendered"]
+
+ROLES = ("system", "developer", "user", "assistant", "tool")
+FLAGS = ("train", "weight")  # this project's own keys; a template never sees them
+TRAIN_ON = ("response", "assistant", "last_turn", "all")
+GENERATION_TAG = re.compile(r"\{%-?\s*generation\s*-?%\}")
+PROBE = "xyzzyQ7"  # a content that no template writes by itself
+ASKED = {"role": "user", "content": "a"}
+EXCERPT = 40
+TEMPLATE_ERRORS = (
+    jinja2.TemplateError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError,
+)  # fmt: skip
+
+Message = dict[str, Any]
+
+
+class _Chat(NamedTuple):
+    """One conversation as the template gets it, and what it renders."""
+
+    messages: list[Message]
+    tools: list[Any] | None
+    place: Place
+    text: str = ""
+
+
+class _Mismatch(NamedTuple):
+    """A beginning of a conversation that the whole rendering does not begin with."""
+
+    which: str
+    text: str
+
+
+class ChatRenderer:
+    """Renders conversations with a tokenizer's chat template and finds what is trained.
+
+    An assistant turn is trained from where generation would begin, after the template's generation
+    prompt, up to and including the special token that ends it. Where that lies is found by
+    rendering beginnings of the conversation, each of which must begin the whole rendering too.
+    Where one does not, the template's `{% generation %}` tags decide; without them the conversation
+    is refused.
+
+    Args:
+        tokenizer: with a chat template.
+        train_on: `response` or `assistant` (every assistant turn), `last_turn` (the last one
+            alone), `all` (every token).
+
+    Raises:
+        UserError: the tokenizer has no chat template (78).
+        ValueError: `train_on` is none of these.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, train_on: str) -> None:
+        if train_on not in TRAIN_ON:
+            raise ValueError(f"expected train_on to be one of {', '.join(TRAIN_ON)}: {train_on!r}")
+        if not tokenizer.chat_template:
+            raise UserError(
+                "D403",
+                "the tokenizer has no chat template",
+                ExitStatus.BAD_CONFIG,
+                hint="use the instruct model's tokenizer, put a chat_template.jinja into its "
+                "folder, or choose a data.prompt_template other than chat",
+            )
+        self.tokenizer: Any = tokenizer  # transformers' own types leave out half of what it takes
+        self.train_on = train_on
+        self._end = TurnEnd(tokenizer, self._tail())
+        self._is_stable = self._keeps_turns()
+        self._joiner = self._text_joiner()
+
+    def render(
+        self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Any] | None, place: Place
+    ) -> Rendered:
+        """Render a conversation.
+
+        Tool-call `arguments` given as a JSON object in a string are parsed, since a template that
+        writes JSON would escape the string; a template that fails on the object, or writes it as
+        Python does, gets a string.
+
+        Args:
+            messages: dicts of `role`, `content`, and what else the template reads; an assistant's
+                may hold `train` (bool) and `weight` (at least 0), which the template does not get.
+            tools: JSON schemas, if there are any.
+            place: of the row, for errors.
+
+        Returns:
+            The text and its spans; no spans if no assistant turn is trained.
+
+        Raises:
+            UserError: a message is malformed, or the template refuses the conversation, ignores its
+                tools, or does not let its turns be found (65).
+        """
+        if not messages:
+            raise _wrong("D405", "the conversation is empty", place, "at least one message")
+        flags = self.train_on != "all"
+        clean = [_clean(message, _at(place, i), self._joiner) for i, message in enumerate(messages)]
+        weights = [_weight(message, _at(place, i), flags) for i, message in enumerate(messages)]
+        chat = self._whole(clean, list(tools) if tools else None, place)
+        said = [message.get(key) for message in clean for key in ("reasoning_content", "content")]
+        changed = count_changed([text for text in said if isinstance(text, str)], chat.text)
+        if self.train_on == "all":
+            return Rendered(chat.text, (Span(0, len(chat.text)),) if chat.text else (), changed)
+        turns = [i for i, message in enumerate(clean) if message["role"] == "assistant"]
+        last = turns[-1:] if self.train_on == "last_turn" else turns
+        trained = [i for i in last if weights[i] > 0]
+        spans = tuple(
+            Span(start, end, weights[i])
+            for i, (start, end) in zip(trained, self._find(chat, trained, turns), strict=True)
+            if start < end
+        )
+        return Rendered(chat.text, spans, changed)
+
+    def _whole(self, messages: list[Message], tools: list[Any] | None, place: Place) -> _Chat:
+        """Render all of a conversation, its tool arguments spelled as the template wants them."""
+        has_calls = any(message.get("tool_calls") for message in messages)
+        chat = _Chat(_spelled(messages, as_text=False) if has_calls else messages, tools, place)
+        refusal: UserError | None = None
+        try:
+            chat = chat._replace(text=self._text(chat))
+        except UserError as error:
+            refusal = error
+        if has_calls and (refusal or _shows_python(chat)):
+            other = _Chat(_spelled(messages, as_text=True), tools, place)
+            with contextlib.suppress(UserError):  # the first refusal, or the first text, stands
+                chat, refusal = other._replace(text=self._text(other)), None
+        if refusal:
+            raise refusal
+        if tools and self._text(chat._replace(tools=None)) == chat.text:
+            hint = "remove the tools from the data, or use a template that writes them"
+            raise _wrong("D404", "the chat template ignores the tools", place, hint=hint)
+        return chat
+
+    def _text(self, chat: _Chat, count: int | None = None, *, prompt: bool = False) -> str:
+        """Render the first messages, and the generation prompt if asked for."""
+        try:
+            text = self.tokenizer.apply_chat_template(
+                chat.messages[:count],
+                tools=chat.tools,
+                tokenize=False,
+                add_generation_prompt=prompt,
+            )
+            assert isinstance(text, str)
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise _wrong("D405", "the text holds half of a surrogate pair", chat.place,
+                         got=error.object[error.start]) from error  # fmt: skip
+        except TEMPLATE_ERRORS as error:
+            first = "" if count is None else f" up to message {count - 1}"
+            raise _wrong("D402", f"the chat template refuses the conversation{first}: {error}",
+                         chat.place) from error  # fmt: skip
+        return text
+
+    def _find(self, chat: _Chat, trained: list[int], turns: list[int]) -> list[tuple[int, int]]:
+        """Find the borders of the trained turns."""
+        found = []
+        for index in trained:
+            borders = self._borders(chat, index)
+            if isinstance(borders, _Mismatch):
+                tagged = self._tagged(chat, turns)
+                if tagged is None:
+                    raise self._unstable(chat, borders, turns[-1])
+                return [tagged[i] for i in trained]
+            found.append(borders)
+        return found
+
+    def _borders(self, chat: _Chat, index: int) -> tuple[int, int] | _Mismatch:
+        """Find where generation of a turn would begin and where it would stop."""
+        opening = self._opening(chat, index)
+        if opening is None or not chat.text.startswith(opening):
+            return _Mismatch(f"before message {index}, with its generation prompt,", opening or "")
+        start, message = len(opening), chat.messages[index]
+        content = message["content"]
+        is_plain = self._is_stable and not any(
+            message.get(key) for key in message.keys() - {"role", "content"}
+        )
+        if is_plain and self._end.stop and chat.text.startswith(content + self._end.stop, start):
+            return start, start + len(content) + len(self._end.stop)  # no need to render it again
+        is_last = index + 1 == len(chat.messages)
+        closing = chat.text if is_last else self._text(chat, index + 1)
+        if not closing.startswith(opening):
+            return _Mismatch(f"up to message {index}", closing)
+        end = start + self._end.find(closing[start:], content or "")
+        closing = closing[:end]
+        if not chat.text.startswith(closing):
+            return _Mismatch(f"up to message {index}", closing)
+        return start, end
+
+    def _opening(self, chat: _Chat, index: int) -> str | None:
+        """Render what a turn is generated from; None if that cannot be told."""
+        if index:
+            return self._text(chat, index, prompt=True)
+        # No template renders an empty conversation: the generation prompt is what it adds to this.
+        text = self._text(chat, 1)
+        prompt = self._text(chat, 1, prompt=True).removeprefix(text)
+        at = text.find(prompt)
+        return text[: at + len(prompt)] if prompt and at >= 0 else None
+
+    def _tagged(self, chat: _Chat, turns: list[int]) -> dict[int, tuple[int, int]] | None:
+        """Find every turn by the template's `{% generation %}` tags; None if they do not say."""
+        template = self.tokenizer.get_chat_template(tools=chat.tools)
+        if not GENERATION_TAG.search(template):
+            return None
+        render: Any = render_jinja_template
+        texts, marked = render(
+            [[{k: v for k, v in m.items() if v is not None} for m in chat.messages]],
+            tools=chat.tools,
+            chat_template=template,
+            return_assistant_tokens_mask=True,
+            **self.tokenizer.special_tokens_map,
+        )
+        # Tags around something else than one whole turn each cannot be told from wrong ones.
+        if texts[0] != chat.text or len(marked[0]) != len(turns):
+            return None
+        found = {}
+        for index, (start, end) in zip(turns, marked[0], strict=True):
+            content = (chat.messages[index]["content"] or "").strip()
+            if content not in chat.text[start:end]:
+                return None
+            found[index] = (start, self._end.extend(chat.text, start, end))
+        return found
+
+    def _unstable(self, chat: _Chat, mismatch: _Mismatch, last: int) -> UserError:
+        """Say where the whole conversation does not begin with what a part of it renders."""
+        which, text = mismatch
+        pairs = enumerate(zip(text, chat.text, strict=False))
+        at = next((i for i, (a, b) in pairs if a != b), min(len(text), len(chat.text)))
+        hint = "put {% generation %} tags around what the assistant says in the chat template"
+        if GENERATION_TAG.search(self.tokenizer.get_chat_template(tools=chat.tools)):
+            hint = "let its {% generation %} tags mark each of the assistant's messages once"
+        if not isinstance(self._borders(chat, last), _Mismatch):
+            hint = f"set data.train_on=last_turn, since that turn can be found, or {hint}"
+        return _wrong(
+            "D401",
+            f"the chat template writes the messages {which} differently alone and in the whole "
+            "conversation, so the trained turn cannot be found",
+            chat.place,
+            f'"{_excerpt(text, at)}"',
+            hint=hint,
+            found=f'"{_excerpt(chat.text, at)}" from character {at} of the whole',
+        )
+
+    def _tail(self) -> str | None:
+        """Find what the template writes after a last turn's content; None if that is not clear."""
+        text = self._probe([ASKED, {"role": "assistant", "content": PROBE}])
+        return text.partition(PROBE)[2] if text.count(PROBE) == 1 else None
+
+    def _keeps_turns(self) -> bool:
+        """Whether a plain turn is written in the same way when more follow."""
+        turns = [ASKED, {"role": "assistant", "content": PROBE}]
+        turn, found, _ = self._probe(turns).partition(PROBE + self._end.stop)
+        return bool(found) and self._probe([*turns, ASKED]).startswith(turn + found)
+
+    def _probe(self, messages: list[Message]) -> str:
+        """Render a conversation of our own; nothing if the template refuses it."""
+        try:
+            return str(self.tokenizer.apply_chat_template(messages, tokenize=False))
+        except TEMPLATE_ERRORS:
+            return ""
+
+    def _text_joiner(self) -> str:
+        """Find what the template puts between the text parts of a content."""
+        parts = [{"type": "text", "text": f"{PROBE}{i}"} for i in range(2)]
+        text = self._probe([{"role": "user", "content": parts}])
+        # Anything but white space is the list itself, written out by a template for strings.
+        between = re.search(rf"{PROBE}0(\s*){PROBE}1", text)
+        return between[1] if between else ""
+
+
+def _clean(message: Mapping[str, Any], place: Place, joiner: str) -> Message:
+    """Check a message and give it without flags, its content one string."""
+    if not isinstance(message, Mapping):
+        raise _wrong("D405", "a message is no object", place, "an object", got=message)
+    role, content, calls = (message.get(key) for key in ("role", "content", "tool_calls"))
+    if not isinstance(role, str) or role not in ROLES:
+        raise _wrong("D405", "unknown role", _at(place, "role"), ", ".join(ROLES), role)
+    if isinstance(content, list):
+        content = joiner.join(_part(part, _at(place, "content")) for part in content)
+    only_calls = role == "assistant" and content is None and calls
+    if not isinstance(content, str) and not only_calls:
+        wanted = "a string or a list of text parts"
+        raise _wrong("D405", "content is no text", _at(place, "content"), wanted, content)
+    is_list = isinstance(calls, list) and all(isinstance(call, Mapping) for call in calls)
+    if calls is not None and not is_list:
+        at = _at(place, "tool_calls")
+        raise _wrong("D405", "tool_calls are no list of objects", at, "a list of objects", calls)
+    kept = {key: value for key, value in message.items() if key not in FLAGS}
+    return kept | {"content": content}
+
+
+def _part(part: Any, place: Place) -> str:
+    kind = part.get("type") if isinstance(part, Mapping) else None
+    if kind == "text" and isinstance(part.get("text"), str):
+        return str(part["text"])
+    name = f"part of type {kind}" if isinstance(kind, str) else "part without a type"
+    raise _wrong("D406", f"content has a {name}, and only text can be trained on", place,
+                 'parts {"type": "text", "text": …}', part)  # fmt: skip
+
+
+def _weight(message: Mapping[str, Any], place: Place, allowed: bool) -> float:
+    """Read the flags of a message: what its tokens weigh if its turn is trained."""
+    flags = {key: message[key] for key in FLAGS if message.get(key) is not None}
+    for key, value in flags.items():
+        at = _at(place, key)
+        if message["role"] != "assistant":
+            raise _wrong("D407", f"{key} stands in a message of another role than assistant", at)
+        if not allowed:
+            raise _wrong("D407", f"{key} means nothing where all tokens are trained", at,
+                         hint="set data.train_on=response, or remove the key")  # fmt: skip
+        if key == "train" and not isinstance(value, bool):
+            raise _wrong("D407", "train is no truth value", at, "true or false", value)
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if key == "weight" and not (is_number and 0 <= value < math.inf):
+            raise _wrong("D407", "weight is no weight", at, "a finite number of at least 0", value)
+    return float(flags.get("weight", 1.0)) if flags.get("train", True) else 0.0
+
+
+def _spelled(messages: Sequence[Message], *, as_text: bool) -> list[Message]:
+    """Give the messages with the arguments of their tool calls as objects, or as JSON."""
+    spelled = []
+    for message in messages:
+        calls = []
+        for call in message.get("tool_calls") or ():
+            inner = call.get("function")
+            function = dict(inner if isinstance(inner, Mapping) else call)
+            arguments = function.get("arguments")
+            if as_text and isinstance(arguments, Mapping):
+                function["arguments"] = json.dumps(arguments, ensure_ascii=False)
+            elif not as_text and isinstance(arguments, str):
+                function["arguments"] = _parsed(arguments)
+            calls.append({**call, "function": function} if inner is not None else function)
+        spelled.append({**message, "tool_calls": calls} if calls else message)
+    return spelled
+
+
+def _parsed(arguments: str) -> Any:
+    try:
+        value = json.loads(arguments)
+    except ValueError:
+        return arguments
+    return value if isinstance(value, dict) else arguments
+
+
+def _shows_python(chat: _Chat) -> bool:
+    """Whether the template wrote the arguments of a tool call as Python shows a dict."""
+    calls = (call for message in chat.messages for call in message.get("tool_calls") or ())
+    functions = (call.get("function", call) for call in calls)
+    arguments = (function.get("arguments") for function in functions)
+    return any(
+        isinstance(each, Mapping) and each and str(dict(each)) in chat.text for each in arguments
+    )
+
+
+def _excerpt(text: str, at: int) -> str:
+    """Give at most 40 characters around a place, on one line."""
+    start = max(0, at - EXCERPT // 4)
+    return text[start : start + EXCERPT].replace("\n", "\\n")[:EXCERPT]
+
+
+def _at(place: Place, key: int | str) -> Place:
+    field = place.field or ""
+    field = f"{field or 'messages'}[{key}]" if isinstance(key, int) else f"{field}.{key}"
+    return Place(place.path, place.line, field)
+
+
+def _wrong(
+    code: str,
+    message: str,
+    place: Place,
+    expected: str | None = None,
+    got: Any = ...,
+    *,
+    hint: str | None = None,
+    found: str | None = None,
+) -> UserError:
+    """Make the error of a bad row; `got` is described, `found` shown as it stands."""
+    shown = found if got is ... else describe(got)
+    return UserError(
+        code, message, ExitStatus.BAD_DATA, place=place, expected=expected, got=shown, hint=hint
+    )

@@ -1,0 +1,156 @@
+"""Which format the rows of a source have, and which column plays which role in it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from cs336_alignment.errors import ExitStatus, Place, UserError
+
+# For each format its roles, and for each role the columns that can play it. The first format of
+# which every required role is there is the one, unless another is there too.
+FORMATS: dict[str, dict[str, tuple[str, ...]]] = {
+    "messages": {"messages": ("messages",)},
+    "sharegpt": {"conversations": ("conversations", "conversation")},
+    "prompt_response": {
+        "prompt": ("prompt",),
+        "response": ("response", "completion", "output", "answer"),
+    },
+    "question_answer": {"question": ("question",), "response": ("answer", "response", "output")},
+    "alpaca": {"instruction": ("instruction",), "response": ("output", "response", "answer")},
+    "tokens": {"input_ids": ("input_ids",), "labels": ("labels", "response_mask")},
+    "text": {"text": ("text",)},
+}
+OPTIONAL: dict[str, dict[str, tuple[str, ...]]] = {
+    "messages": {"tools": ("tools",)},
+    "sharegpt": {"tools": ("tools",), "system": ("system",)},
+    "alpaca": {"input": ("input",)},
+}
+ANYWHERE = {"weight": ("weight",), "ground_truth": ("ground_truth",)}
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How the rows of a source are read.
+
+    Attributes:
+        format: its name.
+        columns: role → column.
+        reason: why, in words.
+        ignored: columns that play no role.
+    """
+
+    format: str
+    columns: Mapping[str, str]
+    reason: str
+    ignored: tuple[str, ...]
+
+    def __str__(self) -> str:
+        roles = ", ".join(
+            role if role == column else f"{role} from `{column}`"
+            for role, column in self.columns.items()
+        )
+        ignored = f"; ignored: {', '.join(self.ignored)}" if self.ignored else ""
+        return f"{self.format} ({roles}), {self.reason}{ignored}"
+
+
+def detect(
+    present: Sequence[str], place: Place, *, wanted: str, columns: Mapping[str, str]
+) -> Layout:
+    """Choose the format of rows with these columns.
+
+    Text alone is a format of last resort: many data sets repeat the whole example in a `text`
+    column.
+
+    Args:
+        present: columns of the first row.
+        place: of that row.
+        wanted: a format, or `auto`.
+        columns: role → column, as the user maps them.
+
+    Raises:
+        UserError: none fits, several do, or several columns can play one role (65); a mapped column
+            is not there (78).
+    """
+    for role, column in columns.items():
+        if column not in present:
+            raise UserError(
+                "C120",
+                f"data.columns maps {role} to `{column}`, and there is no such column",
+                ExitStatus.BAD_CONFIG,
+                place=place,
+                got=f"columns {', '.join(present) or 'none'}",
+            )
+    fitting = [
+        name for name, roles in FORMATS.items() if _choices(roles, present, columns) is not None
+    ]
+    if wanted != "auto":
+        if wanted not in fitting:
+            raise _none_fits(present, place, wanted)
+        fitting = [wanted]
+    elif len(fitting) > 1 and "text" in fitting:
+        fitting.remove("text")
+    if not fitting:
+        raise _none_fits(present, place, wanted)
+    if len(fitting) > 1:
+        raise UserError(
+            "D209",
+            f"the rows fit several formats: {', '.join(fitting)}",
+            ExitStatus.BAD_DATA,
+            place=place,
+            got=f"columns {', '.join(present)}",
+            hint=f"choose: data.format={fitting[0]}, or map a column: data.columns.response=…",
+        )
+    name = fitting[0]
+    roles = FORMATS[name] | OPTIONAL.get(name, {}) | ANYWHERE
+    chosen = {}
+    for role, choices in (_choices(roles, present, columns, partly=True) or {}).items():
+        if len(choices) > 1:
+            raise UserError(
+                "D210",
+                f"several columns can be the {role}: {', '.join(choices)}",
+                ExitStatus.BAD_DATA,
+                place=place,
+                hint=f"choose: data.columns.{role}={choices[0]}",
+            )
+        chosen[role] = choices[0]
+    reason = "as data.format says" if wanted != "auto" else "seen from the columns of the first row"
+    ignored = tuple(column for column in present if column not in chosen.values())
+    return Layout(name, chosen, reason, ignored)
+
+
+def _choices(
+    roles: Mapping[str, tuple[str, ...]],
+    present: Sequence[str],
+    columns: Mapping[str, str],
+    *,
+    partly: bool = False,
+) -> dict[str, list[str]] | None:
+    """For each role the columns that can play it; None if a role has none and all must have."""
+    found = {}
+    for role, aliases in roles.items():
+        mapped = [columns[role]] if role in columns else [a for a in aliases if a in present]
+        # A column that the user gave another role cannot play this one.
+        free = [c for c in mapped if role in columns or c not in columns.values()]
+        if free:
+            found[role] = free
+        elif not partly:
+            return None
+    return found
+
+
+def _none_fits(present: Sequence[str], place: Place, wanted: str) -> UserError:
+    table = FORMATS if wanted == "auto" else {wanted: FORMATS[wanted]}
+    expected = "; ".join(
+        f"{name}: " + " + ".join("|".join(aliases) for aliases in roles.values())
+        for name, roles in table.items()
+    )
+    return UserError(
+        "D202",
+        "a field is missing" if wanted != "auto" else "the columns fit no format",
+        ExitStatus.BAD_DATA,
+        place=place,
+        expected=expected,
+        got=f"columns {', '.join(present) or 'none'}",
+        hint="map your columns: data.columns.prompt=COLUMN data.columns.response=COLUMN",
+    )

@@ -1,0 +1,252 @@
+"""All data of a run: training sources mixed, evaluation data beside or split off, both checked."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+from transformers import PreTrainedTokenizerBase
+
+from cs336_alignment.config import ColumnsConfig, DataConfig, SourceConfig
+from cs336_alignment.data.batching import mix_seed
+from cs336_alignment.data.dataset import TokenizedDataset
+from cs336_alignment.data.ledger import LedgerEntry
+from cs336_alignment.data.lint import judge, overlap
+from cs336_alignment.data.mixture import Mixture
+from cs336_alignment.data.prepare import PreparedSource, Progress, prepare_source
+from cs336_alignment.data.templates import PromptTemplate
+
+SPLIT_STREAM = 7  # of the seeds mixed from the run's, one that no epoch uses
+
+
+@dataclass(frozen=True)
+class PreparedData:
+    """The examples of one split.
+
+    Attributes:
+        dataset: the tokens.
+        sources: where they come from, in the order of the examples.
+        selection: (N,) the numbers of the examples among those of all sources.
+        mixture: how several weighted sources are drawn; None: each example once.
+        fingerprint: sha256 over all that is trained or evaluated.
+    """
+
+    dataset: TokenizedDataset
+    sources: tuple[PreparedSource, ...]
+    selection: NDArray[np.int64]
+    mixture: Mixture | None
+    fingerprint: str
+
+    @staticmethod
+    def of(
+        sources: tuple[PreparedSource, ...],
+        selection: NDArray[np.int64] | None = None,
+        mixture: Mixture | None = None,
+    ) -> PreparedData:
+        """Join sources; with a selection, only those of their examples."""
+        whole = TokenizedDataset([chunk for source in sources for chunk in source.store.chunks])
+        digest = hashlib.sha256("".join(source.fingerprint for source in sources).encode())
+        if selection is not None:
+            digest.update(selection.tobytes())
+        if mixture is not None:
+            digest.update(repr((mixture.weights, mixture.stop)).encode())
+        chosen = np.arange(len(whole)) if selection is None else selection
+        dataset = whole if selection is None else whole.select(selection)
+        return PreparedData(dataset, sources, chosen, mixture, digest.hexdigest())
+
+    @property
+    def ledgers(self) -> tuple[LedgerEntry, ...]:
+        """What became of each source's rows."""
+        return tuple(source.ledger for source in self.sources)
+
+    @property
+    def template(self) -> PromptTemplate | None:
+        """What shaped the prompts of rows that have none of their own."""
+        return self.sources[0].template
+
+    @property
+    def largest_token_id(self) -> int:
+        """In any example."""
+        return max(ledger.largest_token_id for ledger in self.ledgers)
+
+    @property
+    def ground_truths(self) -> list[str | None]:
+        """The final answer of each example, or None."""
+        truths = [truth for source in self.sources for truth in source.store.ground_truths]
+        return [truths[number] for number in self.selection.tolist()]
+
+    @property
+    def places(self) -> list[str]:
+        """Where the row of each example stands."""
+        places = [place for source in self.sources for place in source.store.places]
+        return [places[number] for number in self.selection.tolist()]
+
+    @property
+    def prompt_hashes(self) -> NDArray[np.uint64]:
+        """(N,) a hash of each example's prompt."""
+        hashes: NDArray[np.uint64] = np.concatenate([s.store.prompt_hashes for s in self.sources])
+        return hashes[self.selection]
+
+
+@dataclass(frozen=True)
+class RunData:
+    """What a run trains on and is evaluated on.
+
+    Attributes:
+        train: training examples.
+        held_out: evaluation examples, if any.
+        warnings: lines of the linter.
+    """
+
+    train: PreparedData
+    held_out: PreparedData | None
+    warnings: tuple[str, ...]
+
+
+def prepare_run(
+    config: DataConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    seed: int,
+    progress: Progress = lambda *_: nullcontext(lambda _: None),
+    note: Callable[[str], None] = lambda _: None,
+) -> RunData:
+    """Prepare all data of a run and let the linter judge it.
+
+    Args:
+        config: the data section.
+        tokenizer: of the model.
+        seed: of the run: built-in data and `eval_fraction` follow it.
+        progress: shows bars.
+        note: prints lines: each source, and its format as detected.
+
+    Raises:
+        UserError: as `prepare_source` and `judge` do.
+    """
+    sources = config.sources or [SourceConfig(config.train_path)]
+    limit = config.max_train_examples
+    prepared = tuple(
+        _prepare(source, config, tokenizer, seed, "train", limit, progress, note)
+        for source in sources
+    )
+    train = PreparedData.of(prepared, mixture=_mixture(sources, prepared, config.mixture_stop))
+    held_out = None
+    if config.eval_path is not None:
+        held_out = _held_out(config, tokenizer, seed, progress, note)
+    elif config.eval_fraction:
+        train, held_out = split_off(train, config.eval_fraction, seed)
+    return RunData(train, held_out, tuple(_judge(train, held_out, config)))
+
+
+def prepare_evaluation(
+    config: DataConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    seed: int,
+    progress: Progress,
+    note: Callable[[str], None],
+) -> tuple[PreparedData, list[str]]:
+    """Prepare evaluation data alone; returns it with the linter's warnings."""
+    data = _held_out(config, tokenizer, seed, progress, note)
+    return data, [line for part in data.sources for line in _judge_source(part, config)]
+
+
+def split_off(data: PreparedData, fraction: float, seed: int) -> tuple[PreparedData, PreparedData]:
+    """Divide examples into training and evaluation data, by a permutation of the seed.
+
+    Args:
+        data: unweighted, at least two examples.
+        fraction: of the examples that are evaluated; at least one is, and one is trained.
+        seed: of the run.
+    """
+    total = len(data.dataset)
+    count = min(total - 1, max(1, math.ceil(total * fraction - 1e-9)))
+    order = np.random.Generator(np.random.PCG64(mix_seed(seed, SPLIT_STREAM))).permutation(total)
+    return tuple(
+        PreparedData.of(data.sources, np.sort(part)) for part in (order[count:], order[:count])
+    )  # type: ignore[return-value]
+
+
+def _held_out(
+    config: DataConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    seed: int,
+    progress: Progress,
+    note: Callable[[str], None],
+) -> PreparedData:
+    assert config.eval_path is not None
+    source, limit = SourceConfig(config.eval_path), config.max_eval_examples
+    return PreparedData.of(
+        (_prepare(source, config, tokenizer, seed, "test", limit, progress, note),)
+    )
+
+
+def _prepare(
+    source: SourceConfig,
+    config: DataConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    seed: int,
+    split: str,
+    limit: int | None,
+    progress: Progress,
+    note: Callable[[str], None],
+) -> PreparedSource:
+    note(f"reading {source.path}")
+    if source.columns == ColumnsConfig():
+        source = replace(source, columns=config.columns)
+    if source.format == "auto":
+        source = replace(source, format=config.format)
+    prepared = prepare_source(
+        source, config, tokenizer, seed=seed, split=split, max_examples=limit, progress=progress
+    )
+    note(f"  format {prepared.ledger.format}")
+    return prepared
+
+
+def _mixture(
+    sources: list[SourceConfig], prepared: tuple[PreparedSource, ...], stop: str
+) -> Mixture | None:
+    weights = [source.weight for source in sources if source.weight is not None]
+    if not weights:
+        return None
+    return Mixture(tuple(part.ledger.kept for part in prepared), tuple(weights), stop)
+
+
+def _judge(train: PreparedData, held_out: PreparedData | None, config: DataConfig) -> list[str]:
+    parts = list(train.sources)
+    if held_out is not None and config.eval_path is not None:
+        parts += held_out.sources
+    lines = [line for part in parts for line in _judge_source(part, config)]
+    if held_out is not None and config.lint.eval_overlap != "off":
+        found = overlap(train.prompt_hashes, held_out.prompt_hashes, held_out.places)
+        lines += judge(found, config.lint, len(held_out.dataset), "the evaluation data")
+    return lines
+
+
+def _judge_source(part: PreparedSource, config: DataConfig) -> list[str]:
+    return judge(part.findings, config.lint, part.ledger.rows_read, part.ledger.source)
+
+
+def ledger_json(data: RunData) -> dict[str, dict[str, object]]:
+    """Give the content of `data_ledger.json`: for each split the sums, its examples, and each
+    source with what the linter found in it.
+    """
+    content = {}
+    for name, split in (("train", data.train), ("eval", data.held_out)):
+        if split is None:
+            continue
+        total = LedgerEntry()
+        for ledger in split.ledgers:
+            total.merge(ledger)
+        total.source = ", ".join(ledger.source for ledger in split.ledgers)
+        total.measure(split.dataset.lengths)
+        sources = [
+            {**part.ledger.as_dict(), "findings": asdict(part.findings)} for part in split.sources
+        ]
+        content[name] = {**total.as_dict(), "examples": len(split.dataset), "sources": sources}
+    return content

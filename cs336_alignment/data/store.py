@@ -1,0 +1,189 @@
+"""Prepared data on disk: Arrow that is mapped, not read, and a note of what it was made of."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from cs336_alignment.data.dataset import Chunk
+from cs336_alignment.data.encode import Encoded
+from cs336_alignment.files import flush_tree, write_json
+
+DATA = "data.arrow"
+NOTE = "prepared.json"
+SCHEMA = pa.schema([
+    ("input_ids", pa.list_(pa.int32())),
+    ("spans", pa.list_(pa.int32())),  # start, end, start, end …
+    ("span_weights", pa.list_(pa.float32())),
+    ("example_weight", pa.float32()),
+    ("place", pa.string()),
+    ("ground_truth", pa.string()),
+    ("row_hash", pa.uint64()),
+    ("prompt_hash", pa.uint64()),
+])  # fmt: skip
+
+
+class Store:
+    """A prepared source, open for reading.
+
+    Args:
+        folder: with the data.
+
+    Attributes:
+        chunks: the examples.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        with pa.memory_map(str(folder / DATA)) as file:
+            reader = pa.ipc.open_file(file)
+            self._batches = [reader.get_batch(i) for i in range(reader.num_record_batches)]
+        self.chunks = [_to_chunk(batch) for batch in self._batches]
+
+    @property
+    def note(self) -> dict[str, Any]:
+        """What was written beside the data when it was complete."""
+        note: dict[str, Any] = json.loads((self._folder / NOTE).read_text(encoding="utf-8"))
+        return note
+
+    @property
+    def lengths(self) -> NDArray[np.integer[Any]]:
+        """(N,) tokens of each example."""
+        return np.concatenate([chunk.lengths for chunk in self.chunks])
+
+    def place(self, number: int) -> str:
+        """Say where one example's row stands."""
+        for batch in self._batches:
+            if number < len(batch):
+                return str(batch.column("place")[number].as_py())
+            number -= len(batch)
+        raise IndexError(number)
+
+    @property
+    def places(self) -> list[str]:
+        """Where each example's row stands."""
+        return self._column("place")
+
+    @property
+    def ground_truths(self) -> list[str | None]:
+        """The final answer of each example, or None."""
+        return self._column("ground_truth")
+
+    @property
+    def row_hashes(self) -> NDArray[np.uint64]:
+        """(N,) a hash of each example's tokens."""
+        return self._numbers("row_hash")
+
+    @property
+    def prompt_hashes(self) -> NDArray[np.uint64]:
+        """(N,) a hash of the tokens before each example's last trained stretch."""
+        return self._numbers("prompt_hash")
+
+    def _column(self, name: str) -> list[Any]:
+        return [value for batch in self._batches for value in batch.column(name).to_pylist()]
+
+    def _numbers(self, name: str) -> NDArray[np.uint64]:
+        parts = [_view(batch.column(name), np.uint64) for batch in self._batches]
+        return np.concatenate(parts) if parts else np.zeros(0, np.uint64)
+
+
+class StoreWriter:
+    """Writes a prepared source batch by batch into a folder that appears when it is complete.
+
+    Args:
+        folder: of the store; `.part` is appended until the end.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._final = folder
+        self._folder = folder.with_name(folder.name + ".part")
+        shutil.rmtree(self._folder, ignore_errors=True)
+        self._folder.mkdir(parents=True)
+        self._writer = pa.ipc.new_file(str(self._folder / DATA), SCHEMA)
+
+    def write(self, done: Encoded) -> None:
+        """Append a batch."""
+        if not done.rows:
+            return
+        rows = done.rows
+        spans = [row.spans.reshape(-1) for row in rows]
+        self._writer.write_batch(pa.record_batch([
+            _ragged([row.input_ids for row in rows], pa.int32()),
+            _ragged(spans, pa.int32()),
+            _ragged([row.span_weights for row in rows], pa.float32()),
+            pa.array([row.example_weight for row in rows], pa.float32()),
+            pa.array(done.places, pa.string()),
+            pa.array(done.ground_truths, pa.string()),
+            _array(done.hashes[:, 0], pa.uint64()),
+            _array(done.hashes[:, 1], pa.uint64()),
+        ], schema=SCHEMA))  # fmt: skip
+
+    def close(self) -> Store:
+        """End the data and open them for reading; `finish` is still to come."""
+        self._writer.close()
+        return Store(self._folder)
+
+    def finish(self, note: dict[str, Any]) -> None:
+        """Seal the closed store: from here on it is there for everyone."""
+        write_json(self._folder / NOTE, note)
+        flush_tree(self._folder)
+        shutil.rmtree(self._final, ignore_errors=True)
+        self._folder.rename(self._final)
+
+    def abandon(self) -> None:
+        """Remove what was written."""
+        self._writer.close()
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold a store against other processes: one prepares, the rest wait and find it done."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(folder.with_name(folder.name + ".lock"), os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _ragged(parts: list[NDArray[Any]], kind: pa.DataType) -> pa.ListArray:
+    offsets = np.cumsum([0, *(len(part) for part in parts)], dtype=np.int32)
+    return pa.ListArray.from_arrays(
+        _array(offsets, pa.int32()), _array(np.concatenate(parts), kind)
+    )
+
+
+def _array(values: NDArray[Any], kind: pa.DataType) -> pa.Array:
+    """Show numpy to Arrow without a copy; `pa.array` would import pandas first, half a second."""
+    buffer = pa.py_buffer(np.ascontiguousarray(values))
+    return pa.Array.from_buffers(kind, len(values), [None, buffer])
+
+
+def _to_chunk(batch: pa.RecordBatch) -> Chunk:
+    ids, spans, weights = (batch.column(name) for name in ("input_ids", "spans", "span_weights"))
+    return Chunk(
+        _view(ids.values, np.int32),
+        _view(ids.offsets, np.int32),
+        _view(spans.values, np.int32).reshape(-1, 2),
+        _view(weights.offsets, np.int32),
+        _view(weights.values, np.float32),
+        _view(batch.column("example_weight"), np.float32),
+    )
+
+
+def _view(array: pa.Array, dtype: type[np.generic]) -> NDArray[Any]:
+    """See an array without nulls as numpy; `to_numpy` would import pandas first, half a second."""
+    values = np.frombuffer(array.buffers()[1], dtype) if len(array) else np.zeros(0, dtype)
+    return values[array.offset : array.offset + len(array)]

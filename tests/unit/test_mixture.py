@@ -1,0 +1,68 @@
+"""Proportions are exact, nothing repeats before all is seen, and everything follows the seed."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+
+from cs336_alignment.data.batching import StepPlan
+from cs336_alignment.data.mixture import Mixture
+
+
+def epoch(plan: StepPlan, number: int) -> list[int]:
+    steps = plan.steps_per_epoch
+    return [
+        i for step in range(number * steps, (number + 1) * steps) for i in plan.example_ids(step)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("sizes", "weights", "stop", "draws"),
+    [
+        ((100, 10), (1, 1), "first_exhausted", (10, 10)),
+        ((100, 10), (1, 1), "all_exhausted", (100, 100)),
+        ((30, 30), (0.1, 0.3), "first_exhausted", (10, 30)),
+        ((30, 30), (0.1, 0.3), "all_exhausted", (30, 90)),
+        ((7, 7, 7), (1, 1, 1), "first_exhausted", (7, 7, 7)),
+        ((1000, 3), (1e-6, 1), "first_exhausted", (1, 3)),
+    ],
+)
+def test_draws(
+    sizes: tuple[int, ...], weights: tuple[float, ...], stop: str, draws: tuple[int, ...]
+) -> None:
+    assert Mixture(sizes, weights, stop).draws == draws
+
+
+@pytest.mark.parametrize("shuffle", [True, False])
+@pytest.mark.parametrize("stop", ["first_exhausted", "all_exhausted"])
+def test_a_source_is_seen_evenly(stop: str, shuffle: bool) -> None:
+    mixture = Mixture((50, 8), (2, 1), stop)
+    plan = StepPlan(58, 6, seed=3, shuffle=shuffle, mixture=mixture)
+    seen: Counter[int] = Counter()
+    for number in range(5):
+        ids = epoch(plan, number)
+        assert len(ids) == plan.epoch_size == sum(mixture.draws)
+        assert sum(i < 50 for i in ids) == mixture.draws[0]
+        seen.update(ids)
+        for source in (range(50), range(50, 58)):
+            counts = [seen[i] for i in source]
+            assert max(counts) - min(counts) <= 1
+
+
+def test_it_is_a_function_of_seed_and_step() -> None:
+    def plan(seed: int) -> StepPlan:
+        return StepPlan(30, 4, seed, mixture=Mixture((20, 10), (1, 1), "all_exhausted"))
+
+    forward = [plan(1).example_ids(step) for step in range(40)]
+    assert [plan(1).example_ids(step) for step in reversed(range(40))] == forward[::-1]
+    assert [plan(2).example_ids(step) for step in range(40)] != forward
+    assert epoch(plan(1), 0) != epoch(plan(1), 1)
+
+
+def test_without_shuffling_sources_are_interleaved() -> None:
+    plan = StepPlan(30, 30, 0, shuffle=False, mixture=Mixture((20, 10), (2, 1), "all_exhausted"))
+    ids = epoch(plan, 0)
+    for start in range(0, 30, 3):
+        assert sum(i >= 20 for i in ids[start : start + 3]) == 1
+    assert [i for i in ids if i < 20] == list(range(20))
