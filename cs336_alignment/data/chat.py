@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
-import math
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -13,20 +11,26 @@ import jinja2
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
+from cs336_alignment.data.messages import (
+    Message,
+    clean_message,
+    inside,
+    spell_arguments,
+    weight_of,
+    wrong,
+)
 from cs336_alignment.data.spans import (
     Rendered,
     Span,
-    TokenRow,
+    TokenizedText,
     TurnEnd,
     count_changed,
     tokenize_rendered,
 )
-from cs336_alignment.errors import ExitStatus, Place, UserError, describe
+from cs336_alignment.errors import ExitStatus, Place, UserError
 
-__all__ = ["ChatRenderer", "Rendered", "Span", "TokenRow", "tokenize_rendered"]
+__all__ = ["ChatRenderer", "Rendered", "Span", "TokenizedText", "tokenize_rendered"]
 
-ROLES = ("system", "developer", "user", "assistant", "tool")
-FLAGS = ("train", "weight")  # this project's own keys; a template never sees them
 TRAIN_ON = ("response", "assistant", "last_turn", "all")
 GENERATION_TAG = re.compile(r"\{%-?\s*generation\s*-?%\}")
 PROBE = "xyzzyQ7"  # a content that no template writes by itself
@@ -35,8 +39,6 @@ EXCERPT = 40
 TEMPLATE_ERRORS = (
     jinja2.TemplateError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError,
 )  # fmt: skip
-
-Message = dict[str, Any]
 
 
 class _Chat(NamedTuple):
@@ -114,10 +116,12 @@ class ChatRenderer:
                 tools, or does not let its turns be found (65).
         """
         if not messages:
-            raise _wrong("D405", "the conversation is empty", place, "at least one message")
+            raise wrong("D405", "the conversation is empty", place, "at least one message")
         flags = self.train_on != "all"
-        clean = [_clean(message, _at(place, i), self._joiner) for i, message in enumerate(messages)]
-        weights = [_weight(message, _at(place, i), flags) for i, message in enumerate(messages)]
+        places = [inside(place, index) for index in range(len(messages))]
+        pairs = list(zip(messages, places, strict=True))
+        clean = [clean_message(message, where, self._joiner) for message, where in pairs]
+        weights = [weight_of(message, where, flags) for message, where in pairs]
         chat = self._whole(clean, list(tools) if tools else None, place)
         said = [message.get(key) for message in clean for key in ("reasoning_content", "content")]
         changed = count_changed([text for text in said if isinstance(text, str)], chat.text)
@@ -136,21 +140,23 @@ class ChatRenderer:
     def _whole(self, messages: list[Message], tools: list[Any] | None, place: Place) -> _Chat:
         """Render all of a conversation, its tool arguments spelled as the template wants them."""
         has_calls = any(message.get("tool_calls") for message in messages)
-        chat = _Chat(_spelled(messages, as_text=False) if has_calls else messages, tools, place)
+        chat = _Chat(
+            spell_arguments(messages, as_text=False) if has_calls else messages, tools, place
+        )
         refusal: UserError | None = None
         try:
             chat = chat._replace(text=self._text(chat))
         except UserError as error:
             refusal = error
         if has_calls and (refusal or _shows_python(chat)):
-            other = _Chat(_spelled(messages, as_text=True), tools, place)
+            other = _Chat(spell_arguments(messages, as_text=True), tools, place)
             with contextlib.suppress(UserError):  # the first refusal, or the first text, stands
                 chat, refusal = other._replace(text=self._text(other)), None
         if refusal:
             raise refusal
         if tools and self._text(chat._replace(tools=None)) == chat.text:
             hint = "remove the tools from the data, or use a template that writes them"
-            raise _wrong("D404", "the chat template ignores the tools", place, hint=hint)
+            raise wrong("D404", "the chat template ignores the tools", place, hint=hint)
         return chat
 
     def _text(self, chat: _Chat, count: int | None = None, *, prompt: bool = False) -> str:
@@ -165,11 +171,11 @@ class ChatRenderer:
             assert isinstance(text, str)
             text.encode()
         except UnicodeEncodeError as error:
-            raise _wrong("D405", "the text holds half of a surrogate pair", chat.place,
+            raise wrong("D405", "the text holds half of a surrogate pair", chat.place,
                          got=error.object[error.start]) from error  # fmt: skip
         except TEMPLATE_ERRORS as error:
             first = "" if count is None else f" up to message {count - 1}"
-            raise _wrong("D402", f"the chat template refuses the conversation{first}: {error}",
+            raise wrong("D402", f"the chat template refuses the conversation{first}: {error}",
                          chat.place) from error  # fmt: skip
         return text
 
@@ -252,7 +258,7 @@ class ChatRenderer:
             hint = "let its {% generation %} tags mark each of the assistant's messages once"
         if not isinstance(self._borders(chat, last), _Mismatch):
             hint = f"set data.train_on=last_turn, since that turn can be found, or {hint}"
-        return _wrong(
+        return wrong(
             "D401",
             f"the chat template writes the messages {which} differently alone and in the whole "
             "conversation, so the trained turn cannot be found",
@@ -289,80 +295,6 @@ class ChatRenderer:
         return between[1] if between else ""
 
 
-def _clean(message: Mapping[str, Any], place: Place, joiner: str) -> Message:
-    """Check a message and give it without flags, its content one string."""
-    if not isinstance(message, Mapping):
-        raise _wrong("D405", "a message is no object", place, "an object", got=message)
-    role, content, calls = (message.get(key) for key in ("role", "content", "tool_calls"))
-    if not isinstance(role, str) or role not in ROLES:
-        raise _wrong("D405", "unknown role", _at(place, "role"), ", ".join(ROLES), role)
-    if isinstance(content, list):
-        content = joiner.join(_part(part, _at(place, "content")) for part in content)
-    only_calls = role == "assistant" and content is None and calls
-    if not isinstance(content, str) and not only_calls:
-        wanted = "a string or a list of text parts"
-        raise _wrong("D405", "content is no text", _at(place, "content"), wanted, content)
-    is_list = isinstance(calls, list) and all(isinstance(call, Mapping) for call in calls)
-    if calls is not None and not is_list:
-        at = _at(place, "tool_calls")
-        raise _wrong("D405", "tool_calls are no list of objects", at, "a list of objects", calls)
-    kept = {key: value for key, value in message.items() if key not in FLAGS}
-    return kept | {"content": content}
-
-
-def _part(part: Any, place: Place) -> str:
-    kind = part.get("type") if isinstance(part, Mapping) else None
-    if kind == "text" and isinstance(part.get("text"), str):
-        return str(part["text"])
-    name = f"part of type {kind}" if isinstance(kind, str) else "part without a type"
-    raise _wrong("D406", f"content has a {name}, and only text can be trained on", place,
-                 'parts {"type": "text", "text": …}', part)  # fmt: skip
-
-
-def _weight(message: Mapping[str, Any], place: Place, allowed: bool) -> float:
-    """Read the flags of a message: what its tokens weigh if its turn is trained."""
-    flags = {key: message[key] for key in FLAGS if message.get(key) is not None}
-    for key, value in flags.items():
-        at = _at(place, key)
-        if message["role"] != "assistant":
-            raise _wrong("D407", f"{key} stands in a message of another role than assistant", at)
-        if not allowed:
-            raise _wrong("D407", f"{key} means nothing where all tokens are trained", at,
-                         hint="set data.train_on=response, or remove the key")  # fmt: skip
-        if key == "train" and not isinstance(value, bool):
-            raise _wrong("D407", "train is no truth value", at, "true or false", value)
-        is_number = isinstance(value, int | float) and not isinstance(value, bool)
-        if key == "weight" and not (is_number and 0 <= value < math.inf):
-            raise _wrong("D407", "weight is no weight", at, "a finite number of at least 0", value)
-    return float(flags.get("weight", 1.0)) if flags.get("train", True) else 0.0
-
-
-def _spelled(messages: Sequence[Message], *, as_text: bool) -> list[Message]:
-    """Give the messages with the arguments of their tool calls as objects, or as JSON."""
-    spelled = []
-    for message in messages:
-        calls = []
-        for call in message.get("tool_calls") or ():
-            inner = call.get("function")
-            function = dict(inner if isinstance(inner, Mapping) else call)
-            arguments = function.get("arguments")
-            if as_text and isinstance(arguments, Mapping):
-                function["arguments"] = json.dumps(arguments, ensure_ascii=False)
-            elif not as_text and isinstance(arguments, str):
-                function["arguments"] = _parsed(arguments)
-            calls.append({**call, "function": function} if inner is not None else function)
-        spelled.append({**message, "tool_calls": calls} if calls else message)
-    return spelled
-
-
-def _parsed(arguments: str) -> Any:
-    try:
-        value = json.loads(arguments)
-    except ValueError:
-        return arguments
-    return value if isinstance(value, dict) else arguments
-
-
 def _shows_python(chat: _Chat) -> bool:
     """Whether the template wrote the arguments of a tool call as Python shows a dict."""
     calls = (call for message in chat.messages for call in message.get("tool_calls") or ())
@@ -377,26 +309,3 @@ def _excerpt(text: str, at: int) -> str:
     """Give at most 40 characters around a place, on one line."""
     start = max(0, at - EXCERPT // 4)
     return text[start : start + EXCERPT].replace("\n", "\\n")[:EXCERPT]
-
-
-def _at(place: Place, key: int | str) -> Place:
-    field = place.field or ""
-    field = f"{field or 'messages'}[{key}]" if isinstance(key, int) else f"{field}.{key}"
-    return Place(place.path, place.line, field)
-
-
-def _wrong(
-    code: str,
-    message: str,
-    place: Place,
-    expected: str | None = None,
-    got: Any = ...,
-    *,
-    hint: str | None = None,
-    found: str | None = None,
-) -> UserError:
-    """Make the error of a bad row; `got` is described, `found` shown as it stands."""
-    shown = found if got is ... else describe(got)
-    return UserError(
-        code, message, ExitStatus.BAD_DATA, place=place, expected=expected, got=shown, hint=hint
-    )

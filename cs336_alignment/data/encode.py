@@ -70,7 +70,8 @@ class Encoder:
         self.layout = layout
         self.template = template
         self.special = special_tokens(tokenizer)
-        self._renderer: ChatRenderer | None = None
+        is_chat = template is None or layout.format in ("messages", "sharegpt")
+        self._renderer = ChatRenderer(tokenizer, config.train_on) if is_chat else None
 
     def encode(self, batch: Sequence[Row | UserError]) -> Encoded:
         """Shape, tokenize, cut to length and check a batch of rows."""
@@ -81,7 +82,7 @@ class Encoder:
             try:
                 if isinstance(row, UserError):
                     raise row
-                examples.append(to_example(row, self.layout, self.template))
+                examples.append(to_example(row, self.layout, self.template, self.config.train_on))
             except UserError as error:
                 self._refuse(error, done)
         tokens = self._tokenize(examples, done)
@@ -139,7 +140,7 @@ class Encoder:
         return rows
 
     def _render(self, example: Example, done: Encoded) -> Any:
-        if self._renderer is None:
+        if self._renderer is None:  # prompts and responses may be lists of messages, too
             self._renderer = ChatRenderer(self.tokenizer, self.config.train_on)
         assert example.messages is not None
         rendered = self._renderer.render(example.messages, example.tools, example.place)

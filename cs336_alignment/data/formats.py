@@ -54,7 +54,9 @@ class Example:
     weight: float = 1.0
 
 
-def to_example(row: Row, layout: Layout, template: PromptTemplate | None) -> Example:
+def to_example(
+    row: Row, layout: Layout, template: PromptTemplate | None, train_on: str = "response"
+) -> Example:
     """Turn a row into an example.
 
     A `prompt` is used verbatim; a question or instruction fills the template, or becomes the user's
@@ -66,6 +68,7 @@ def to_example(row: Row, layout: Layout, template: PromptTemplate | None) -> Exa
         row: as read.
         layout: of its source.
         template: for questions and instructions; None: the tokenizer's chat template.
+        train_on: `data.train_on`; with `all` the turns of a prompt are trained, too.
 
     Raises:
         UserError: a field is missing, empty, or not what its role needs (65).
@@ -85,17 +88,18 @@ def to_example(row: Row, layout: Layout, template: PromptTemplate | None) -> Exa
     }[layout.format]
     example = shape(row, layout, template)
     truth = _ground_truth(row, layout) or example.ground_truth
-    return Example(
-        row.place, example.texts, example.messages, example.tokens, example.tools, truth, weight
-    )
+    messages = example.messages
+    if layout.format == "prompt_response" and messages is not None and train_on != "all":
+        count = len(row.fields[layout.columns["prompt"]])
+        messages = (*(_as_context(message) for message in messages[:count]), *messages[count:])
+    return Example(row.place, example.texts, messages, example.tokens, example.tools, truth, weight)
 
 
 def _from_prompt(row: Row, layout: Layout, _: PromptTemplate | None) -> Example:
     prompt, response = layout.columns["prompt"], layout.columns["response"]
     if isinstance(row.fields[prompt], list) and isinstance(row.fields[response], list):
-        context = [{**message, "train": False} if _is_reply(message) else message
-                   for message in _messages(row, prompt)]  # fmt: skip
-        return Example(row.place, messages=(*context, *_messages(row, response)))
+        turns = (*_messages(row, prompt), *_messages(row, response))
+        return Example(row.place, messages=turns)
     return Example(row.place, texts=(_text(row, prompt), _text(row, response)))
 
 
@@ -201,8 +205,8 @@ def _messages(row: Row, column: str) -> tuple[Mapping[str, Any], ...]:
     return tuple(value)
 
 
-def _is_reply(message: Mapping[str, Any]) -> bool:
-    return message.get("role") == "assistant"
+def _as_context(message: Mapping[str, Any]) -> Mapping[str, Any]:
+    return {**message, "train": False} if message.get("role") == "assistant" else message
 
 
 def _tools(row: Row, layout: Layout) -> Sequence[Any] | None:

@@ -46,7 +46,7 @@ class Rendered:
     changed_characters: int
 
 
-class TokenRow(NamedTuple):
+class TokenizedText(NamedTuple):
     """A rendered conversation as tokens.
 
     Attributes:
@@ -133,7 +133,7 @@ def count_changed(contents: Sequence[str], text: str) -> int:
 
 def tokenize_rendered(
     rendered: Sequence[Rendered], tokenizer: PreTrainedTokenizerBase
-) -> list[TokenRow]:
+) -> list[TokenizedText]:
     """Tokenize conversations in one batch, and find the tokens of their spans.
 
     Nothing is added (the template wrote the special tokens) and nothing cut. Where a token of the
@@ -154,11 +154,11 @@ def tokenize_rendered(
     texts = [each.text for each in rendered]
     whole, offsets = _encode(texts, tokenizer)
     added = frozenset(added_tokens(tokenizer))
-    rows: list[TokenRow | None] = []
+    rows: list[TokenizedText | None] = []
     for each, ids, places in zip(rendered, whole, offsets, strict=True):
         weights = None if places is None else _weights(each, places, added)
         ids_array = np.asarray(ids, dtype=np.int32)
-        rows.append(None if weights is None else TokenRow(ids_array, weights, False))
+        rows.append(None if weights is None else TokenizedText(ids_array, weights, False))
     unclear = [i for i, row in enumerate(rows) if row is None]
     cut = [_pieces(rendered[i]) for i in unclear]
     encoded, _ = _encode([text for pieces in cut for text, _ in pieces], tokenizer)
@@ -238,7 +238,7 @@ def _settle(
     offsets: NDArray[np.int64] | None,
     pieces: list[tuple[list[int], float]],
     tokenizer: PreTrainedTokenizerBase,
-) -> TokenRow:
+) -> TokenizedText:
     """Choose between the tokens of the pieces and those of the whole text."""
     ids = [token for part, _ in pieces for token in part]
     moved = ids != whole
@@ -255,10 +255,10 @@ def _settle(
         weights = np.zeros(len(whole), dtype=np.float32)
         for span in rendered.spans:
             weights[(offsets[:, 0] < span.end) & (offsets[:, 1] > span.start)] = span.weight
-        return TokenRow(np.array(whole, dtype=np.int32), weights, True)
+        return TokenizedText(np.array(whole, dtype=np.int32), weights, True)
     each = [np.full(len(part), weight, dtype=np.float32) for part, weight in pieces]
     joined = np.concatenate(each) if each else np.zeros(0, dtype=np.float32)
-    return TokenRow(np.array(ids, dtype=np.int32), joined, moved)
+    return TokenizedText(np.array(ids, dtype=np.int32), joined, moved)
 
 
 def _decode(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> str:

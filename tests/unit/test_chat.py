@@ -18,7 +18,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from cs336_alignment.data.chat import ChatRenderer, Rendered, TokenRow, tokenize_rendered
+from cs336_alignment.data.chat import ChatRenderer, Rendered, TokenizedText, tokenize_rendered
 from cs336_alignment.data.spans import Span
 from cs336_alignment.errors import ExitStatus, Place, UserError
 from tests.conftest import ROOT
@@ -173,14 +173,14 @@ def render(
     return ChatRenderer(tokenizer, train_on).render(messages, tools, PLACE)
 
 
-def trained(row: TokenRow, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+def trained(row: TokenizedText, tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """Decode every trained stretch of a row."""
     borders = np.flatnonzero(np.diff(row.weights > 0, prepend=False, append=False)).tolist()
     return [str(tokenizer.decode(row.input_ids[a:b], clean_up_tokenization_spaces=False))
             for a, b in zip(borders[::2], borders[1::2], strict=True)]  # fmt: skip
 
 
-def check_row(row: TokenRow, rendered: Rendered, tokenizer: PreTrainedTokenizerBase) -> None:
+def check_row(row: TokenizedText, rendered: Rendered, tokenizer: PreTrainedTokenizerBase) -> None:
     assert row.input_ids.dtype == np.int32 and row.weights.dtype == np.float32
     assert len(row.input_ids) == len(row.weights)
     assert tokenizer.decode(row.input_ids, clean_up_tokenization_spaces=False) == rendered.text

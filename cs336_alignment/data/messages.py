@@ -1,0 +1,113 @@
+"""Messages of a conversation: checked, made plain, tool arguments as templates want them."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from cs336_alignment.errors import ExitStatus, Place, UserError, describe
+
+ROLES = ("system", "developer", "user", "assistant", "tool")
+FLAGS = ("train", "weight")  # this project's own keys; a template never sees them
+
+Message = dict[str, Any]
+
+
+def clean_message(message: Mapping[str, Any], place: Place, joiner: str) -> Message:
+    """Check a message and give it without flags, its content one string."""
+    if not isinstance(message, Mapping):
+        raise wrong("D405", "a message is no object", place, "an object", got=message)
+    role, content, calls = (message.get(key) for key in ("role", "content", "tool_calls"))
+    if not isinstance(role, str) or role not in ROLES:
+        raise wrong("D405", "unknown role", inside(place, "role"), ", ".join(ROLES), role)
+    if isinstance(content, list):
+        content = joiner.join(_part(part, inside(place, "content")) for part in content)
+    only_calls = role == "assistant" and content is None and calls
+    if not isinstance(content, str) and not only_calls:
+        wanted = "a string or a list of text parts"
+        raise wrong("D405", "content is no text", inside(place, "content"), wanted, content)
+    is_list = isinstance(calls, list) and all(isinstance(call, Mapping) for call in calls)
+    if calls is not None and not is_list:
+        at = inside(place, "tool_calls")
+        raise wrong("D405", "tool_calls are no list of objects", at, "a list of objects", calls)
+    kept = {key: value for key, value in message.items() if key not in FLAGS}
+    return kept | {"content": content}
+
+
+def _part(part: Any, place: Place) -> str:
+    kind = part.get("type") if isinstance(part, Mapping) else None
+    if kind == "text" and isinstance(part.get("text"), str):
+        return str(part["text"])
+    name = f"part of type {kind}" if isinstance(kind, str) else "part without a type"
+    raise wrong("D406", f"content has a {name}, and only text can be trained on", place,
+                 'parts {"type": "text", "text": …}', part)  # fmt: skip
+
+
+def weight_of(message: Mapping[str, Any], place: Place, allowed: bool) -> float:
+    """Read the flags of a message: what its tokens weigh if its turn is trained."""
+    flags = {key: message[key] for key in FLAGS if message.get(key) is not None}
+    for key, value in flags.items():
+        at = inside(place, key)
+        if message["role"] != "assistant":
+            raise wrong("D407", f"{key} stands in a message of another role than assistant", at)
+        if not allowed:
+            raise wrong("D407", f"{key} means nothing where all tokens are trained", at,
+                         hint="set data.train_on=response, or remove the key")  # fmt: skip
+        if key == "train" and not isinstance(value, bool):
+            raise wrong("D407", "train is no truth value", at, "true or false", value)
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if key == "weight" and not (is_number and 0 <= value < math.inf):
+            raise wrong("D407", "weight is no weight", at, "a finite number of at least 0", value)
+    return float(flags.get("weight", 1.0)) if flags.get("train", True) else 0.0
+
+
+def spell_arguments(messages: Sequence[Message], *, as_text: bool) -> list[Message]:
+    """Give the messages with the arguments of their tool calls as objects, or as JSON."""
+    spelled = []
+    for message in messages:
+        calls = []
+        for call in message.get("tool_calls") or ():
+            inner = call.get("function")
+            function = dict(inner if isinstance(inner, Mapping) else call)
+            arguments = function.get("arguments")
+            if as_text and isinstance(arguments, Mapping):
+                function["arguments"] = json.dumps(arguments, ensure_ascii=False)
+            elif not as_text and isinstance(arguments, str):
+                function["arguments"] = _parsed(arguments)
+            calls.append({**call, "function": function} if inner is not None else function)
+        spelled.append({**message, "tool_calls": calls} if calls else message)
+    return spelled
+
+
+def _parsed(arguments: str) -> Any:
+    try:
+        value = json.loads(arguments)
+    except ValueError:
+        return arguments
+    return value if isinstance(value, dict) else arguments
+
+
+def inside(place: Place, key: int | str) -> Place:
+    """Name a message of a row, or a field of a message."""
+    field = place.field or ""
+    field = f"{field or 'messages'}[{key}]" if isinstance(key, int) else f"{field}.{key}"
+    return Place(place.path, place.line, field)
+
+
+def wrong(
+    code: str,
+    message: str,
+    place: Place,
+    expected: str | None = None,
+    got: Any = ...,
+    *,
+    hint: str | None = None,
+    found: str | None = None,
+) -> UserError:
+    """Make the error of a bad row; `got` is described, `found` shown as it stands."""
+    shown = found if got is ... else describe(got)
+    return UserError(
+        code, message, ExitStatus.BAD_DATA, place=place, expected=expected, got=shown, hint=hint
+    )
