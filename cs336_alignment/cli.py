@@ -75,6 +75,17 @@ def _inspect(arguments: Sequence[str]) -> ExitStatus:
     return run_with_config("inspect", arguments, job)
 
 
+def _doctor(arguments: Sequence[str]) -> ExitStatus:
+    from cs336_alignment.compose import run_with_config
+
+    def job(config: Config) -> ExitStatus:
+        from cs336_alignment.training.doctor import doctor
+
+        return doctor(config)
+
+    return run_with_config("doctor", arguments, job)
+
+
 def take_html(arguments: Sequence[str]) -> tuple[list[str], Path | None]:
     """Take `--html FILE` out of a command line.
 
@@ -103,6 +114,7 @@ VERBS = (
         "prepare", "tokenize the data into the cache, and count what becomes of the rows", _prepare
     ),
     Verb("inspect", "see what is trained, token by token (--html FILE: a page)", _inspect),
+    Verb("doctor", "prove the invariances on this model, tokenizer and data", _doctor),
     Verb("evaluate", "loss, generations and rewards of a model, checkpoint or export", _evaluate),
 )
 

@@ -140,6 +140,8 @@ def why_not_flat(model: PreTrainedModel, max_length: int) -> str | None:
         max_length: tokens of the longest example; a sliding window at least as wide never bites.
     """
     config: PreTrainedConfig = model.config.get_text_config()
+    if getattr(config, "attn_logit_softcapping", None):
+        return "attention scores are soft-capped"
     if not getattr(model, "_supports_attention_backend", True) or not getattr(
         model, "_supports_sdpa", False
     ):
@@ -152,6 +154,4 @@ def why_not_flat(model: PreTrainedModel, max_length: int) -> str | None:
         return f"its sliding window ({window}) is shorter than the longest example ({max_length})"
     if layer_types - {"full_attention", "sliding_attention"}:
         return f"layers of type {', '.join(sorted(layer_types))}"
-    if getattr(config, "attn_logit_softcapping", None):
-        return "attention scores are soft-capped"
     return None

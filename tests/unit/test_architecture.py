@@ -24,7 +24,7 @@ LAYERS = [
      "training.status"},
     {"tracking"}, {"evaluation"},
     {"training.run_folder", "training.export", "training.manifest", "training.report",
-     "training.trainer", "training.run"},
+     "training.trainer", "training.run", "training.doctor", "training.invariances"},
     {"data_commands"}, {"cli", "sft"},
 ]  # fmt: skip
 OWNERS = {
