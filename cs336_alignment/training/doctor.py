@@ -42,6 +42,7 @@ from cs336_alignment.training.parallel import Processes, set_threads, start_proc
 
 NUM_EXAMPLES = 4
 MAX_LENGTH = 256
+SHORT_LENGTH = 64  # for what does not depend on length
 BOUNDS = {torch.float32: 1e-5, torch.float64: 1e-12}
 SENSITIVITY = 20  # a bound is never tighter than this times what padding alone does to the model
 LAXEST = 1e-3
@@ -97,6 +98,7 @@ def doctor(config: Config) -> ExitStatus:
     for line in data.warnings:
         console.warn(line)
     dataset = cut_short(data.train.dataset, NUM_EXAMPLES, MAX_LENGTH)
+    short = cut_short(data.train.dataset, NUM_EXAMPLES, SHORT_LENGTH)
     console.note(f"loading {model_config.name_or_path}")
     model = load_model(source, random_init=model_config.random_init, seed=config.seed)
     check_fits(model, data.train.largest_token_id, int(dataset.lengths.max()))
@@ -104,7 +106,7 @@ def doctor(config: Config) -> ExitStatus:
     tokens = f"{len(dataset)} examples, {int(dataset.lengths.sum())} tokens"
     console.note(f"checking  {tokens}, dropout off")
     findings = []
-    for finding in run_checks(model, tokenizer, dataset, processes, source):
+    for finding in run_checks(model, tokenizer, dataset, short, processes, source):
         console.note(f"  {finding.name}: {finding.verdict}")
         findings.append(finding)
     _show(findings, console)
@@ -119,6 +121,7 @@ def run_checks(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     dataset: TokenizedDataset,
+    short: TokenizedDataset,
     processes: Processes,
     source: ModelSource,
 ) -> Iterator[Finding]:
@@ -127,7 +130,8 @@ def run_checks(
     Args:
         model: as loaded, in float32; its dtype and attention are changed.
         tokenizer: of the model.
-        dataset: a few short examples.
+        dataset: a few examples.
+        short: the same, cut shorter.
         processes: this one alone.
         source: of the model, to load it again.
     """
@@ -136,86 +140,82 @@ def run_checks(
     if count < FLOAT64_PARAMETERS and next(model.parameters()).device.type == "cpu":
         dtypes.append(torch.float64)
     reason = why_not_flat(model, max_length=MAX_LENGTH)
-    plain = plain_log_probs(model.eval(), dataset)
+    plain = plain_log_probs(model.eval(), short)
     own_attention = str(model.config._attn_implementation)
     for dtype in dtypes:
         model.to(dtype)  # type: ignore[arg-type]
         model.set_attn_implementation(own_attention)
-        yield from _check_gradients(model, dataset, processes, dtype, reason)
+        yield from _check_gradients(model, dataset, short, processes, dtype, reason)
     model.to(torch.float32)  # type: ignore[arg-type]
     policy = Policy(model).eval()
     flat = reason is None and model.config._attn_implementation == FLAT_ATTENTION
-    own = log_probs(policy, dataset, flat=flat)
+    own = log_probs(policy, short, flat=flat)
     apart = float((own - plain).abs().max() / plain.abs().max())
     yield Finding("log-probs against a float64 softmax", apart, 1e-5, apart <= 1e-5)
-    yield from _check_files(policy, tokenizer, dataset, source, own, plain, flat=flat)
+    yield from _check_files(policy, tokenizer, short, source, own, plain, flat=flat)
     yield _check_tokens(tokenizer, dataset)
 
 
 def _check_gradients(
     model: PreTrainedModel,
     dataset: TokenizedDataset,
+    short: TokenizedDataset,
     processes: Processes,
     dtype: torch.dtype,
     reason: str | None,
 ) -> Iterator[Finding]:
     label, many = DTYPE_NAMES[dtype], len(dataset)
     with without_dropout(model):
-        reference = plain_gradient(model, dataset, together=True)
-        own, _ = relative_difference(plain_gradient(model, dataset, together=False), reference)
+        plain = plain_gradient(model, short, together=True)
+        own, _ = relative_difference(plain_gradient(model, short, together=False), plain)
         bound = min(max(BOUNDS[dtype], SENSITIVITY * own), LAXEST)
-        why = f"padding alone changes it by {own:.0e}" if bound > BOUNDS[dtype] else ""
         policy = Policy(model)
 
-        def compare(name: str, got: Gradient, want: Gradient = reference) -> Finding:
+        def compare(name: str, got: Gradient, want: Gradient) -> Finding:
             apart, worst = relative_difference(got, want)
-            text = why if apart <= bound else f"most in {worst}; {why}".rstrip("; ")
+            why = f"padding alone changes transformers' own by {own:.0e}"
+            text = "" if apart <= BOUNDS[dtype] else why if apart <= bound else f"most in {worst}"
             return Finding(f"{name}, {label}", apart, bound, apart <= bound, text)
 
-        def gradient(microbatches: int, flat: bool, normalization: str = "token") -> Gradient:
+        def gradient(data: TokenizedDataset, cut: int, flat: bool, loss: str = "token") -> Gradient:
             return step_gradient(
-                policy, dataset, processes, microbatches=microbatches, flat=flat,
-                normalization=normalization,
-            )  # fmt: skip
+                policy, data, processes, microbatches=cut, flat=flat, normalization=loss
+            )
 
-        yield compare("padded against plain transformers", gradient(1, False))
-        is_flat = reason is None and model.config._attn_implementation == FLAT_ATTENTION
-        name = "flat against plain transformers"
-        if not is_flat:
-            said = reason or "the architecture does not use transformers' attention interface"
-            yield Finding(f"{name}, {label}", None, None, None, f"trains padded: {said}")
-        else:
+        yield compare("padded against plain transformers", gradient(short, 1, False), plain)
+        padded, is_flat = gradient(dataset, 1, False), False
+        if reason is None and model.config._attn_implementation != FLAT_ATTENTION:
+            reason = "the architecture does not use transformers' attention interface"
+        if reason is None:
             try:
-                yield compare(name, gradient(1, True))
+                yield compare("flat against padded", gradient(dataset, 1, True), padded)
+                is_flat = True
             except (RuntimeError, ValueError, TypeError, IndexError) as failure:
-                is_flat = False
-                text = f"trains padded: it does not take flat rows ({failure})"
-                yield Finding(f"{name}, {label}", None, None, None, text)
-        yield compare(f"{many} microbatches against plain transformers", gradient(many, is_flat))
-        one = gradient(1, is_flat, "sequence")
-        yield compare(
-            f"{many} microbatches against one, loss by sequence",
-            gradient(many, is_flat, "sequence"),
-            one,
-        )
+                reason = f"it does not take flat rows ({failure})"
+        if reason is not None:
+            text = f"trains padded: {reason}"
+            yield Finding(f"flat against padded, {label}", None, None, None, text)
+        yield compare(f"{many} microbatches against one", gradient(dataset, many, is_flat), padded)
+        one = gradient(short, 1, is_flat, "sequence")
+        name = f"{many} microbatches against one, loss by sequence"
+        yield compare(name, gradient(short, many, is_flat, "sequence"), one)
         if dtype == torch.float32:
-            yield _check_checkpointing(model, compare, lambda: gradient(1, is_flat))
-            frozen = [n for n, _ in model.named_parameters() if n not in reference]
+            yield _check_checkpointing(
+                model, lambda name: compare(name, gradient(short, 1, is_flat), plain)
+            )
+            frozen = [n for n, _ in model.named_parameters() if n not in padded]
             text = f"none for {', '.join(frozen[:3])}" if frozen else ""
             yield Finding("every parameter has a gradient", None, None, not frozen, text)
 
 
-def _check_checkpointing(
-    model: PreTrainedModel,
-    compare: Callable[[str, Gradient], Finding],
-    gradient: Callable[[], Gradient],
-) -> Finding:
+def _check_checkpointing(model: PreTrainedModel, compare: Callable[[str], Finding]) -> Finding:
+    """Compare with gradient checkpointing on; `compare` computes the gradient."""
     name = "gradient checkpointing against none"
     if not model.supports_gradient_checkpointing:
         return Finding(f"{name}, fp32", None, None, None, "the model does not support it")
     enable_checkpointing(model)
     try:
-        return compare(name, gradient())
+        return compare(name)
     finally:
         for off in ("activation_checkpointing_disable", "gradient_checkpointing_disable"):
             if hasattr(model, off):

@@ -80,7 +80,7 @@ def failed(findings: dict[str, Finding]) -> set[str]:
 def test_healthy_architectures_pass(name: str, diagnose: Diagnose) -> None:
     findings = diagnose(name)
     assert failed(findings) == set()
-    flat = findings["flat against plain transformers, fp32"]
+    flat = findings["flat against padded, fp32"]
     if name == "gemma2":
         assert flat.passed is None and "soft-capped" in flat.text
     else:
@@ -98,7 +98,7 @@ def test_flat_attention_that_ignores_borders_fails(
 
     monkeypatch.setattr(attention, "_grouped_attention", leaky)
     findings = failed(diagnose("llama"))
-    assert "flat against plain transformers, fp32" in findings
+    assert "flat against padded, fp32" in findings
     assert "padded against plain transformers, fp32" not in findings
 
 
@@ -123,7 +123,7 @@ def test_a_loss_that_drops_a_token_fails(
         return original(tensor[:-1], mask[:-1], *rest, **options)
 
     monkeypatch.setattr(loss, "masked_normalize", careless)
-    assert "4 microbatches against plain transformers, fp32" in failed(diagnose("llama"))
+    assert "padded against plain transformers, fp32" in failed(diagnose("llama"))
 
 
 def test_a_checkpoint_that_loses_a_tensor_fails(
