@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import difflib
 import os
-import signal
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -16,6 +15,7 @@ from pathlib import Path
 from cs336_alignment.config import Config
 from cs336_alignment.config_names import FLAGS, VALUE_FLAGS, nearest_key
 from cs336_alignment.errors import ExitStatus, UserError
+from cs336_alignment.training.stop import StopNow, StopRequest
 
 FILE_FLAGS = {"--config", "--config_file", "--config-file", "--yaml"}
 
@@ -186,12 +186,12 @@ def _verb_hint(arguments: Sequence[str]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line and leave with its exit status."""
-    # Until a run takes over: importing torch and transformers takes seconds, too.
-    for number, status in (
-        (signal.SIGTERM, ExitStatus.STOPPED), (signal.SIGINT, ExitStatus.INTERRUPTED),
-    ):  # fmt: skip
-        signal.signal(number, lambda *_, status=status: os._exit(status))
-    sys.exit(int(run(list(sys.argv[1:] if argv is None else argv))))
+    try:
+        with StopRequest():  # of a training run's own in its time; importing torch takes time, too
+            status = run(list(sys.argv[1:] if argv is None else argv))
+    except StopNow as request:
+        status = request.status
+    sys.exit(int(status))
 
 
 def run(arguments: list[str]) -> ExitStatus:
@@ -227,8 +227,6 @@ def run(arguments: list[str]) -> ExitStatus:
         if debug:
             traceback.print_exc()
         return error.status
-    except KeyboardInterrupt:
-        return ExitStatus.INTERRUPTED
     except Exception as failure:
         traceback.print_exc()
         print(f"error[X001]: internal error: {failure}", file=sys.stderr, flush=True)

@@ -1,13 +1,17 @@
 """The public primitives of supervised fine-tuning, and the map of the package.
 
 ```
-errors, config, microbatch   what all speak: user errors, the keys of a run, one microbatch
-compose, cli                 Hydra to a typed config; `cs336-sft VERB`
-data/        sources → formats → tokenize → prepare (ledger) → batching (step ▸ examples)
+errors, files, config, microbatch   what all speak: user errors, the keys of a run, one microbatch
+config_check, config_names          what keys may be; the key that was meant
+compose, cli, data_commands         Hydra to a typed config; `cs336-sft VERB`; prepare and inspect
+data/        sources (json_rows, table_rows) → layout → formats, templates
+             → chat (messages, spans) → tokenize → encode → prepare (store, ledger, lint)
+             → splits, mixture → dataset → batching (step ▸ examples ▸ microbatches)
+             token_view, token_page: what is trained, to look at
 model/       loading · attention (flat rows) · lm_head (chunked) · policy · log_probs
 training/    loss · step (one step's gradient) · trainer (the loop) · run (a run, whole)
-             optimizer · schedule · parallel · checkpoint · run_folder · preflight · report
-             manifest · stop · export
+             optimizer · schedule · parallel · checkpoint · run_folder · status · stop
+             preflight · report · manifest · export · doctor (invariances)
 evaluation/  loss · log_generations · evaluator · run (`cs336-sft evaluate`)
              rewards ← answers ← quantities, formulas ← spelling
 tracking/    tracker · console · metrics · wandb_logger · plots

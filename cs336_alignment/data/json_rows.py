@@ -15,6 +15,29 @@ from cs336_alignment.errors import ExitStatus, Place, UserError, describe
 SPACE = re.compile(r"[ \t\r\n]*")
 SURROGATE = re.compile("[\ud800-\udfff]")
 LINE = "one JSON object a line"
+ARRAY = '[{…}, {…}] or {"data": [{…}]}'
+MAX_NAME_CHARS = 80
+
+
+class _Decoder:
+    """Decodes JSON, and keeps in mind a key that an object has twice: `json` would drop one."""
+
+    def __init__(self) -> None:
+        decoder = json.JSONDecoder(object_pairs_hook=self._to_object)
+        self.decode, self.raw_decode = decoder.decode, decoder.raw_decode
+        self._twice: str | None = None
+
+    def _to_object(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        row = dict(pairs)
+        if len(row) != len(pairs) and self._twice is None:
+            seen: set[str] = set()
+            self._twice = next(name for name, _ in pairs if name in seen or seen.add(name))  # type: ignore[func-returns-value]
+        return row
+
+    def take_twice(self) -> str | None:
+        """Give the key that was there twice since this was last asked."""
+        name, self._twice = self._twice, None
+        return name
 
 
 def read_json_lines(file: IO[bytes], path: Path) -> Iterator[Row | UserError]:
@@ -24,10 +47,11 @@ def read_json_lines(file: IO[bytes], path: Path) -> Iterator[Row | UserError]:
         file: its bytes, decompressed.
         path: for places.
     """
+    decoder = _Decoder()
     for number, line in enumerate(file, start=1):
         if number == 1:
             line = line.removeprefix(codecs.BOM_UTF8)
-        if not line.strip():
+        if not line or line.isspace():
             continue
         place = Place(path, number)
         try:
@@ -36,24 +60,30 @@ def read_json_lines(file: IO[bytes], path: Path) -> Iterator[Row | UserError]:
             message = f"invalid UTF-8 at byte {failure.start + 1} of the line"
             yield _bad(message, place, "UTF-8 text")
             continue
-        yield _row(text, place)
+        yield _row(text, place, decoder)
 
 
-def _row(text: str, place: Place) -> Row | UserError:
+def _row(text: str, place: Place, decoder: _Decoder) -> Row | UserError:
+    decoder.take_twice()
     try:
-        value = json.loads(text, object_pairs_hook=_no_duplicates)
+        value = decoder.decode(text)
     except json.JSONDecodeError as failure:
-        return _bad(f"broken JSON at column {failure.colno}: {failure.msg}", place, LINE)
+        # Where a line breaks off, json points behind its end: at the next one.
+        column = min(failure.pos, len(text.rstrip("\r\n"))) + 1
+        return _bad(f"broken JSON at column {column}: {failure.msg}", place, LINE)
     except (ValueError, RecursionError) as failure:
         return _bad(f"broken JSON: {failure}", place, LINE)
-    return _checked(value, place, "\\ud" in text or "\\uD" in text)
+    return _checked(value, place, decoder.take_twice(), _has_surrogate_escape(text))
 
 
-def _checked(value: Any, place: Place, may_hold_surrogates: bool) -> Row | UserError:
+def _checked(value: Any, place: Place, twice: str | None, has_escape: bool) -> Row | UserError:
+    if twice is not None:
+        return _bad(f'broken JSON: key "{_shown(twice)}" appears twice', place, "each key once")
     if not isinstance(value, dict):
-        return _bad("it is not a JSON object", place, "a JSON object", describe(value))
-    # Only an escape can bring half a character into a text that was UTF-8.
-    if may_hold_surrogates and (name := _with_surrogate(value)) is not None:
+        got = _shown(describe(value), None)
+        return _bad("it is not a JSON object", place, "a JSON object", got)
+    if has_escape and (name := _with_surrogate(value)) is not None:
+        name = _shown(name)
         return _bad(
             f"{name} holds half of a surrogate pair, which is no character",
             Place(place.path, place.line, name), "Unicode text",
@@ -61,73 +91,81 @@ def _checked(value: Any, place: Place, may_hold_surrogates: bool) -> Row | UserE
     return Row(value, place)
 
 
-def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    row = dict(pairs)
-    if len(row) != len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f'key "{twice}" appears twice')
-    return row
+def _has_surrogate_escape(text: str) -> bool:
+    """Only an escape can bring half a character into a text that was UTF-8."""
+    return "\\ud" in text or "\\uD" in text
 
 
 def _with_surrogate(row: dict[str, Any]) -> str | None:
     """Give the field that holds a lone surrogate, deep in it or not."""
-
-    def holds(value: Any) -> bool:
-        if isinstance(value, str):
-            return SURROGATE.search(value) is not None
-        if isinstance(value, dict):
-            return any(holds(v) or holds(k) for k, v in value.items())
-        return isinstance(value, list) and any(holds(v) for v in value)
-
-    return next((name for name, value in row.items() if holds(value) or holds(name)), None)
+    for name, field in row.items():
+        parts: list[Any] = [name, field]  # no recursion: a row may be as deep as json reads
+        while parts:
+            part = parts.pop()
+            if isinstance(part, dict):
+                parts += [*part.keys(), *part.values()]
+            elif isinstance(part, list):
+                parts += part
+            elif isinstance(part, str) and SURROGATE.search(part):
+                return name
+    return None
 
 
 def read_json(file: IO[bytes], path: Path) -> Iterator[Row | UserError]:
     """Yield the rows of a `.json` file: an array of objects, or an object with one such array.
 
-    The whole file is in memory meanwhile. After an element that cannot be read the rest cannot be
-    found.
+    The whole file is in memory meanwhile.
 
     Args:
         file: its bytes, decompressed.
         path: for places; a row's line is that on which its object begins.
 
     Raises:
-        UserError: there is no array of objects (65).
+        UserError: there is no array of objects, or the JSON is broken: where the next row begins
+            cannot be known then (65).
     """
+    content = file.read()
     try:
-        text = file.read().decode("utf-8-sig")
+        text = content.decode("utf-8-sig")
     except UnicodeDecodeError as failure:
-        yield _bad(f"invalid UTF-8 at byte {failure.start + 1}", Place(path), "UTF-8 text")
-        return
-    decoder = json.JSONDecoder(object_pairs_hook=_no_duplicates)
-    at, line, counted = _find_array(text, path), 1, 0
-    while True:
-        at = _skip(text, at)
-        if text[at : at + 1] == "]":
-            return
+        # Not failure.start: that counts from behind a byte order mark.
+        line = failure.object.count(b"\n", 0, failure.start) + 1
+        column = failure.start - failure.object.rfind(b"\n", 0, failure.start)
+        message = f"invalid UTF-8 at byte {column} of the line"
+        raise _bad(message, Place(path, line), "UTF-8 text") from failure
+    del content
+    try:
+        yield from _elements(text, path)
+    except json.JSONDecodeError as failure:
+        message = f"broken JSON at column {failure.colno}: {failure.msg}"
+        raise _bad(message, Place(path, failure.lineno), ARRAY) from failure
+
+
+def _elements(text: str, path: Path) -> Iterator[Row | UserError]:
+    decoder, has_escape = _Decoder(), _has_surrogate_escape(text)
+    begin, is_whole = _find_array(text, path)
+    at, line, counted = _skip(text, begin), 1, 0
+    is_open = text[at : at + 1] != "]"
+    while is_open:
         line, counted = line + text.count("\n", counted, at), at
         place = Place(path, line)
+        decoder.take_twice()
         try:
             value, end = decoder.raw_decode(text, at)
-        except json.JSONDecodeError as failure:
-            place = Place(path, failure.lineno)
-            yield _bad(
-                f"broken JSON at column {failure.colno}: {failure.msg}", place, "a JSON object"
-            )
-            return
+        except json.JSONDecodeError:
+            raise
         except (ValueError, RecursionError) as failure:
-            yield _bad(f"broken JSON: {failure}", place, "a JSON object")
-            return
-        yield _checked(value, place, True)
+            raise _bad(f"broken JSON: {failure}", place, "a JSON object") from failure
+        yield _checked(value, place, decoder.take_twice(), has_escape)
         at = _skip(text, end)
-        if text[at : at + 1] == ",":
-            at += 1
+        is_open = text[at : at + 1] == ","
+        if is_open:
+            at = _skip(text, at + 1)
         elif text[at : at + 1] != "]":
-            place = Place(path, line + text.count("\n", counted, at))
-            yield _bad("broken JSON: the array goes on without a comma", place, "`,` or `]`")
-            return
+            raise json.JSONDecodeError("Expecting ',' delimiter", text, at)
+    rest = _skip(text, at + 1)
+    if is_whole and rest != len(text):
+        raise json.JSONDecodeError("Extra data behind the array", text, rest)
 
 
 def _skip(text: str, at: int) -> int:
@@ -136,27 +174,63 @@ def _skip(text: str, at: int) -> int:
     return found.end()
 
 
-def _find_array(text: str, path: Path) -> int:
-    """Give where the elements of the array of rows begin."""
+def _find_array(text: str, path: Path) -> tuple[int, bool]:
+    """Give where the elements of the array of rows begin, and whether it is all of the file."""
     at = _skip(text, 0)
     if text[at : at + 1] == "[":
-        return at + 1
-    # An object with one array: {"data": [ … ]}; names of other keys do not matter.
-    found = re.compile(r'\{\s*"(?:[^"\\]|\\.)*"\s*:\s*\[').match(text, at)
-    if found is not None:
-        first = _skip(text, found.end())
-        if text[first : first + 1] in ("{", "]"):
-            return first
-    lines = [line for line in text.splitlines()[:2] if line.strip()]
-    is_lines = all(line.lstrip().startswith("{") for line in lines) and bool(lines)
-    raise UserError(
-        "D107",
-        "the file holds no array of objects",
-        ExitStatus.BAD_DATA,
-        place=Place(path),
-        expected='[{…}, {…}] or {"data": [{…}]}',
-        hint="one object a line is JSON Lines: call it .jsonl" if is_lines else None,
+        return at + 1, True
+    if text[at : at + 1] != "{":
+        raise _no_array("the file holds no array of objects", path)
+    try:
+        pairs, end = json.JSONDecoder(object_pairs_hook=list).raw_decode(text, at)
+    except json.JSONDecodeError:
+        raise
+    except (ValueError, RecursionError) as failure:
+        raise _bad(f"broken JSON: {failure}", Place(path), ARRAY) from failure
+    rest = _skip(text, end)
+    is_line = "\n" not in text[at:end]
+    if rest != len(text) and not (is_line and text[rest] == "{"):
+        raise json.JSONDecodeError("Extra data", text, rest)
+    arrays = [number for number, (_, value) in enumerate(pairs) if _is_array_of_objects(value)]
+    if rest != len(text) or not arrays:
+        raise _no_array("the file holds no array of objects", path, is_line)
+    if len(arrays) > 1:
+        names = ", ".join(_shown(pairs[number][0]) for number in arrays[:5])
+        raise _no_array(f"the file holds several arrays of objects: {names}", path)
+    return _find_value(text, at, arrays[0]) + 1, False
+
+
+def _is_array_of_objects(value: Any) -> bool:
+    """Tell it from an object: with `object_pairs_hook=list`, that is a list of tuples."""
+    return isinstance(value, list) and bool(value) and _is_object(value[0])
+
+
+def _is_object(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(pair, tuple) for pair in value)
+
+
+def _find_value(text: str, at: int, number: int) -> int:
+    """Give where the value with this number begins in the object at `at`, which is sound."""
+    decoder = json.JSONDecoder()
+    while True:
+        _, end = decoder.raw_decode(text, _skip(text, at + 1))
+        begin = _skip(text, _skip(text, end) + 1)  # behind the colon
+        if number == 0:
+            return begin
+        _, end = decoder.raw_decode(text, begin)
+        at, number = _skip(text, end), number - 1
+
+
+def _no_array(message: str, path: Path, is_lines: bool = False) -> UserError:
+    hint = "one object a line is JSON Lines: call it .jsonl" if is_lines else None
+    return UserError(
+        "D107", message, ExitStatus.BAD_DATA, place=Place(path), expected=ARRAY, hint=hint
     )
+
+
+def _shown(name: str, length: int | None = MAX_NAME_CHARS) -> str:
+    """Make a key fit to print: short, and without halves of characters, which no file takes."""
+    return name[:length].encode("utf-8", "backslashreplace").decode()
 
 
 def _bad(message: str, place: Place, expected: str, got: str | None = None) -> UserError:

@@ -6,6 +6,7 @@ import hashlib
 import json
 import multiprocessing
 import os
+import signal
 import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -167,6 +168,7 @@ def _prepare(
 ) -> None:
     """Read, tokenize and write a source."""
     layout, rows = _detect(islice(opened.rows(), limit), source, opened.path)
+    _check_train_on(layout, config.train_on)
     ledger, findings = LedgerEntry(opened.path, str(layout)), Findings()
     errors: list[UserError] = []
     digest = hashlib.sha256()
@@ -285,6 +287,9 @@ _encoder: Encoder | None = None
 def _begin_worker(encoder: Encoder) -> None:
     global _encoder
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # each process has its core
+    # Ctrl-C reaches the whole group; the parent ends its processes in good order.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     _encoder = encoder
 
 
@@ -333,6 +338,24 @@ def _nothing_left(ledger: LedgerEntry, config: DataConfig) -> UserError:
         got=f"{ledger.rows_read} rows read, dropped: {ledger.dropped or 'none'}",
         hint=f"data.max_length is {config.max_length}; look at the rows with `cs336-sft inspect`",
     )
+
+
+def _check_train_on(layout: Layout, train_on: str) -> None:
+    """Refuse a `data.train_on` that says nothing for a format."""
+    if layout.format == "text" and train_on != "all":
+        raise UserError(
+            "C122",
+            f"the rows are text alone, and data.train_on={train_on} asks for a part of it",
+            ExitStatus.BAD_CONFIG,
+            hint="data.train_on=all trains the whole text",
+        )
+    if layout.format == "tokens" and train_on in ("last_turn", "all"):
+        raise UserError(
+            "C122",
+            f"the rows say themselves what is trained, and data.train_on={train_on} says otherwise",
+            ExitStatus.BAD_CONFIG,
+            hint="data.train_on=response takes the labels or the mask as they are",
+        )
 
 
 def _open_writer(folder: Path) -> StoreWriter:

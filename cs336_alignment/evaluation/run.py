@@ -53,7 +53,6 @@ def evaluate(config: Config) -> ExitStatus:
     processes = Processes(start_processes(config.parallel))
     console = Console(enabled=processes.is_main)
     try:
-        set_threads(processes.local_count)
         evaluator = _build(config, precision, processes, console)
         result = evaluator.run(generate=True)
         if processes.is_main:
@@ -117,6 +116,7 @@ def _build(config: Config, precision: str, processes: Processes, console: Consol
     if options.random_init:
         console.warn(f"its weights are drawn from seed {config.seed} (model.random_init=true)")
     model = load_model(source, random_init=options.random_init, seed=config.seed)
+    set_threads(processes.local_count, model.num_parameters())
     longest = int(data.dataset.lengths.max())
     check_fits(model, data.largest_token_id, longest)
     policy = Policy(model, choose_precision(precision, processes.device)).to(processes.device)

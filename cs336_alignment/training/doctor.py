@@ -86,7 +86,6 @@ def doctor(config: Config) -> ExitStatus:
     start = time.perf_counter()
     console = Console()
     processes = Processes(start_processes(config.parallel))
-    set_threads(1)
     model_config = config.model
     source = resolve_model(
         model_config.name_or_path, model_config.revision, model_config.trust_remote_code
@@ -101,6 +100,7 @@ def doctor(config: Config) -> ExitStatus:
     short = cut_short(data.train.dataset, NUM_EXAMPLES, SHORT_LENGTH)
     console.note(f"loading {model_config.name_or_path}")
     model = load_model(source, random_init=model_config.random_init, seed=config.seed)
+    set_threads(1, model.num_parameters())
     check_fits(model, data.train.largest_token_id, int(dataset.lengths.max()))
     model.to(processes.device)  # type: ignore[arg-type]  # its decorators hide its type
     tokens = f"{len(dataset)} examples, {int(dataset.lengths.sum())} tokens"

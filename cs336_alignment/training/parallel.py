@@ -21,6 +21,7 @@ from cs336_alignment.cores import count_cores
 from cs336_alignment.errors import ExitStatus, UserError
 
 GROUP_TIMEOUT = timedelta(minutes=30)
+TINY_MODEL = 1_000_000  # parameters
 
 
 def launched_processes() -> int:
@@ -125,14 +126,25 @@ def start_processes(config: ParallelConfig) -> Accelerator:
     return accelerator
 
 
-def set_threads(local_processes: int) -> int:
+def set_threads(local_processes: int, parameters: int) -> int:
     """Divide the machine's cores among its processes; a lone process keeps OMP_NUM_THREADS if that
     is set.
 
     Launchers set OMP_NUM_THREADS=1 for several processes whatever the machine, so there it is not
-    read.
+    read. A tiny model gets one thread: its operations are so short that threads mostly wait for
+    each other, and for as long as another program takes a core, both stand still. The number
+    follows from model and machine alone, since sums depend on it to the last bit.
+
+    Args:
+        local_processes: on this machine.
+        parameters: of the model.
+
+    Returns:
+        The number of threads of this process.
     """
-    if local_processes > 1 or "OMP_NUM_THREADS" not in os.environ:
+    if parameters < TINY_MODEL:
+        torch.set_num_threads(1)
+    elif local_processes > 1 or "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, count_cores() // local_processes))
     return torch.get_num_threads()
 

@@ -150,11 +150,11 @@ class _Run:
     def to_the_end(self, precision: str) -> ExitStatus:
         """Load the model, fail early where something is wrong, then train."""
         config, data, held_out = self.config, self.inputs.data.train, self.inputs.data.held_out
-        set_threads(self.processes.local_count)
         self.console.note(f"loading {config.model.name_or_path}")
         model = load_model(
             self.inputs.source, random_init=config.model.random_init, seed=config.seed
         )
+        set_threads(self.processes.local_count, model.num_parameters())
         parts = [part for part in (data, held_out) if part is not None]
         longest = max(int(part.dataset.lengths.max()) for part in parts)
         check_fits(model, max(part.largest_token_id for part in parts), longest)

@@ -313,6 +313,45 @@ def test_fingerprint_is_that_of_what_is_trained(run: Run) -> None:
     assert len({base, *(data.fingerprint for data in others)}) == 5
 
 
+def test_text_alone_is_trained_whole_on_demand(run: Run) -> None:
+    with pytest.raises(UserError, match="text alone") as caught:
+        run([{"text": "1 2 3"}])
+    assert caught.value.status == 78 and "data.train_on=all" in str(caught.value)
+    assert tokens(run([{"text": "1 2 3"}], train_on="all")) == [
+        ([BOS, 5, 6, 7, EOS], [5, 6, 7, EOS])
+    ]
+
+
+def test_all_trains_the_prompt_too(run: Run) -> None:
+    assert tokens(run([pair(2, 1)], train_on="all")) == [([BOS, 5, 5, 6, EOS], [5, 5, 6, EOS])]
+    with pytest.raises(UserError, match="say themselves"):
+        run([{"input_ids": [5, 6], "labels": [-100, 6]}], train_on="all")
+
+
+def test_weights_come_through(run: Run) -> None:
+    data = run([{**pair(1, 1), "weight": 0.5}, {**pair(1, 2), "weight": 0}, pair(2, 2)])
+    assert data.ledger.dropped == {"weight_is_zero": 1}
+    assert data.dataset.example_weights.tolist() == [0.5, 1.0]
+    assert data.dataset.token_weights.tolist() == [1.0, 3.0]
+
+
+def test_a_conversation_weighs_its_turns(run: Run, tokenizer_of: TokenizerOf) -> None:
+    tokenizer = tokenizer_of()
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m['role'][0:1].replace('u', 'a').replace('s', 'b') }} "
+        "{{ m['content'] }} </s> {% endfor %}{% if add_generation_prompt %}a {% endif %}"
+    )
+    turns = [("user", "1"), ("assistant", "2"), ("user", "3"), ("assistant", "4")]
+    messages = [{"role": role, "content": content} for role, content in turns]
+    messages[1]["weight"] = 0.25  # type: ignore[assignment]
+    example = run([{"messages": messages}], tokenizer).dataset[0]
+    assert example.weights is not None
+    kept = [
+        (int(i), float(w)) for i, w in zip(example.input_ids, example.weights, strict=True) if w
+    ]
+    assert kept == [(6, 0.25), (EOS, 0.25), (8, 1.0), (EOS, 1.0)]
+
+
 @pytest.mark.parametrize("max_length", [3, 4, 7, 8, 100])
 def test_split_trains_every_token_once(max_length: int, run: Run) -> None:
     rows = [pair(2, 9), pair(6, 3), pair(1, 1), pair(12, 2)]
