@@ -5,7 +5,8 @@ from __future__ import annotations
 import codecs
 import json
 import re
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -30,8 +31,7 @@ class _Decoder:
     def _to_object(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         row = dict(pairs)
         if len(row) != len(pairs) and self._twice is None:
-            seen: set[str] = set()
-            self._twice = next(name for name, _ in pairs if name in seen or seen.add(name))  # type: ignore[func-returns-value]
+            self._twice = Counter(name for name, _ in pairs).most_common(1)[0][0]
         return row
 
     def take_twice(self) -> str | None:
@@ -128,7 +128,6 @@ def read_json(file: IO[bytes], path: Path) -> Iterator[Row | UserError]:
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as failure:
-        # Not failure.start: that counts from behind a byte order mark.
         line = failure.object.count(b"\n", 0, failure.start) + 1
         column = failure.start - failure.object.rfind(b"\n", 0, failure.start)
         message = f"invalid UTF-8 at byte {column} of the line"
@@ -143,82 +142,91 @@ def read_json(file: IO[bytes], path: Path) -> Iterator[Row | UserError]:
 
 def _elements(text: str, path: Path) -> Iterator[Row | UserError]:
     decoder, has_escape = _Decoder(), _has_surrogate_escape(text)
-    begin, is_whole = _find_array(text, path)
-    at, line, counted = _skip(text, begin), 1, 0
+    at, is_whole = _find_array(text, path)
+    line, counted = 1, 0
     is_open = text[at : at + 1] != "]"
     while is_open:
         line, counted = line + text.count("\n", counted, at), at
-        place = Place(path, line)
-        decoder.take_twice()
-        try:
-            value, end = decoder.raw_decode(text, at)
-        except json.JSONDecodeError:
-            raise
-        except (ValueError, RecursionError) as failure:
-            raise _bad(f"broken JSON: {failure}", place, "a JSON object") from failure
-        yield _checked(value, place, decoder.take_twice(), has_escape)
-        at = _skip(text, end)
-        is_open = text[at : at + 1] == ","
+        value, at = _decode_at(decoder.raw_decode, text, at)
+        yield _checked(value, Place(path, line), decoder.take_twice(), has_escape)
+        at = _skip(text, at)
+        is_open = text[at : at + 1] != "]"
         if is_open:
-            at = _skip(text, at + 1)
-        elif text[at : at + 1] != "]":
-            raise json.JSONDecodeError("Expecting ',' delimiter", text, at)
+            at = _behind(text, at, ",")
     rest = _skip(text, at + 1)
     if is_whole and rest != len(text):
         raise json.JSONDecodeError("Extra data behind the array", text, rest)
+
+
+def _find_array(text: str, path: Path) -> tuple[int, bool]:
+    """Give where the first element of the array of rows is, and whether the array is the file."""
+    at = _skip(text, 0)
+    first = text[at : at + 1]
+    if first == "[":
+        return _skip(text, at + 1), True
+    arrays, end = _arrays_of(text, at) if first == "{" else ({}, at)
+    rest = _skip(text, end)
+    is_line = first == "{" and "\n" not in text[at:end]
+    if rest != len(text) and first == "{" and not (is_line and text[rest] == "{"):
+        raise json.JSONDecodeError("Extra data behind the object", text, rest)
+    if rest != len(text) or not arrays:
+        raise _no_array("the file holds no array of objects", path, is_line)
+    if len(arrays) > 1:
+        names = ", ".join(_shown(name) for _, name in sorted(arrays.items())[:5])
+        raise _no_array(f"the file holds several arrays of objects: {names}", path)
+    return next(iter(arrays)), False
+
+
+def _arrays_of(text: str, at: int) -> tuple[dict[int, str], int]:
+    """Find the arrays of objects in an object.
+
+    Returns:
+        The names of such values by the place of their first element, and where the object ends.
+    """
+    # With int, a number too long for Python would be told at the array, not at its row.
+    decode = json.JSONDecoder(parse_int=float).raw_decode
+    arrays: dict[int, str] = {}
+    at = _skip(text, at + 1)
+    is_open = text[at : at + 1] != "}"
+    while is_open:
+        if text[at : at + 1] != '"':
+            raise json.JSONDecodeError("Expecting a name in double quotes", text, at)
+        name, at = decode(text, at)
+        begin = _behind(text, at, ":")
+        value, at = _decode_at(decode, text, begin)
+        if isinstance(value, list) and value and isinstance(value[0], dict):
+            arrays[_skip(text, begin + 1)] = name
+        at = _skip(text, at)
+        is_open = text[at : at + 1] != "}"
+        if is_open:
+            at = _behind(text, at, ",")
+    return arrays, at + 1
+
+
+def _decode_at(
+    decode: Callable[[str, int], tuple[Any, int]], text: str, at: int
+) -> tuple[Any, int]:
+    """Decode a value; what is too long or too deep for json is told like what is broken."""
+    try:
+        return decode(text, at)
+    except json.JSONDecodeError:
+        raise
+    except (ValueError, RecursionError) as failure:
+        raise json.JSONDecodeError(str(failure), text, at) from failure
+
+
+def _behind(text: str, at: int, mark: str) -> int:
+    """Give where it goes on behind a mark that must stand here."""
+    at = _skip(text, at)
+    if text[at : at + 1] != mark:
+        raise json.JSONDecodeError(f"Expecting '{mark}' delimiter", text, at)
+    return _skip(text, at + 1)
 
 
 def _skip(text: str, at: int) -> int:
     found = SPACE.match(text, at)
     assert found is not None  # it matches nothing, too
     return found.end()
-
-
-def _find_array(text: str, path: Path) -> tuple[int, bool]:
-    """Give where the elements of the array of rows begin, and whether it is all of the file."""
-    at = _skip(text, 0)
-    if text[at : at + 1] == "[":
-        return at + 1, True
-    if text[at : at + 1] != "{":
-        raise _no_array("the file holds no array of objects", path)
-    try:
-        pairs, end = json.JSONDecoder(object_pairs_hook=list).raw_decode(text, at)
-    except json.JSONDecodeError:
-        raise
-    except (ValueError, RecursionError) as failure:
-        raise _bad(f"broken JSON: {failure}", Place(path), ARRAY) from failure
-    rest = _skip(text, end)
-    is_line = "\n" not in text[at:end]
-    if rest != len(text) and not (is_line and text[rest] == "{"):
-        raise json.JSONDecodeError("Extra data", text, rest)
-    arrays = [number for number, (_, value) in enumerate(pairs) if _is_array_of_objects(value)]
-    if rest != len(text) or not arrays:
-        raise _no_array("the file holds no array of objects", path, is_line)
-    if len(arrays) > 1:
-        names = ", ".join(_shown(pairs[number][0]) for number in arrays[:5])
-        raise _no_array(f"the file holds several arrays of objects: {names}", path)
-    return _find_value(text, at, arrays[0]) + 1, False
-
-
-def _is_array_of_objects(value: Any) -> bool:
-    """Tell it from an object: with `object_pairs_hook=list`, that is a list of tuples."""
-    return isinstance(value, list) and bool(value) and _is_object(value[0])
-
-
-def _is_object(value: Any) -> bool:
-    return isinstance(value, list) and all(isinstance(pair, tuple) for pair in value)
-
-
-def _find_value(text: str, at: int, number: int) -> int:
-    """Give where the value with this number begins in the object at `at`, which is sound."""
-    decoder = json.JSONDecoder()
-    while True:
-        _, end = decoder.raw_decode(text, _skip(text, at + 1))
-        begin = _skip(text, _skip(text, end) + 1)  # behind the colon
-        if number == 0:
-            return begin
-        _, end = decoder.raw_decode(text, begin)
-        at, number = _skip(text, end), number - 1
 
 
 def _no_array(message: str, path: Path, is_lines: bool = False) -> UserError:

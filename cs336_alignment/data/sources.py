@@ -5,7 +5,9 @@ from __future__ import annotations
 import glob
 import gzip
 import hashlib
+import io
 import json
+import os
 import re
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -17,7 +19,7 @@ from typing import IO, Any
 from cs336_alignment.data import arithmetic
 from cs336_alignment.data.json_rows import read_json, read_json_lines
 from cs336_alignment.data.row import Row
-from cs336_alignment.data.table_rows import read_csv, read_parquet
+from cs336_alignment.data.table_rows import read_csv, read_dataset, read_parquet
 from cs336_alignment.errors import ExitStatus, Place, UserError
 
 BUILTIN = "builtin:"
@@ -31,7 +33,6 @@ ENDINGS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
 SAVED_BY_DATASETS = ("state.json", "dataset_info.json", "dataset_dict.json")
 SPLITS = {"train": ("train",), "test": ("test", "validation", "valid", "val", "dev", "eval")}
 SPLIT_NAME = re.compile(r"(?:^|[._-])(train|test|validation|valid|val|dev|eval)(?=[._-]|\d|$)")
-DATASET_ROWS = 256  # at a time
 
 __all__ = ["Row", "Source", "open_source"]
 
@@ -71,40 +72,56 @@ def open_source(path: str, *, seed: int, default_split: str) -> Source:
         seed: of the built-in task's problems.
         default_split: of a source that has splits, if none is named.
 
+    Returns:
+        The source; its content has been hashed, none of its rows read.
+
     Raises:
         UserError: it does not exist (66), or is of a kind that is not read (65).
     """
     if path.startswith(BUILTIN):
         return _builtin(path, seed, default_split)
-    local = Path(path).expanduser()
-    if local.is_dir():
-        if any((local / name).is_file() for name in SAVED_BY_DATASETS):
-            return _with_datasets(path, default_split)
-        found = [p for p in sorted(local.iterdir()) if p.is_file() and ending_of(p) in ENDINGS]
-        if not found:
-            raise _unknown_kind(local, "a folder without such files")
-        return _files(path, _of_split(found, default_split, path))
-    if glob.has_magic(path) and not local.exists():
-        matches = sorted(glob.glob(str(local), recursive=True))
-        if not matches:
-            raise _missing(f"nothing matches {path}")
-        return _files(path, [Path(match) for match in matches if Path(match).is_file()])
-    if local.exists() or ending_of(local) in ENDINGS:
-        return _files(path, [local])
-    if HUB_SPEC.fullmatch(path) is None or local.suffix == ".txt":
-        raise _missing(f"there is no file or folder {path}")
+    try:
+        files = _find_files(path, default_split)
+        if files is not None:
+            return _files(path, files)
+    except OSError as failure:
+        raise _unreadable(Path(path), failure) from failure
     return _with_datasets(path, default_split)
 
 
+def _find_files(path: str, split: str) -> Sequence[Path] | None:
+    """Give the files that a path means, in order; None where `datasets` is to load it."""
+    local = Path(os.path.expanduser(path))  # Path's own raises where there is no such user
+    if path and local.is_dir():
+        inside = sorted(local.iterdir())
+        if any(file.name in SAVED_BY_DATASETS for file in inside):
+            return None
+        found = [p for p in inside if ending_of(p) in ENDINGS and p.is_file() and p.name[0] != "."]
+        if not found:
+            raise _unknown_kind(local, "a folder without such files")
+        return _of_split(found, split, path)
+    if glob.has_magic(path) and not local.exists():
+        matches = sorted(glob.glob(str(local), recursive=True))
+        files = [Path(match) for match in matches if os.path.isfile(match)]
+        if not files:
+            raise _missing(f"nothing matches {path}")
+        return files
+    if local.exists() or ending_of(local) in ENDINGS:
+        return [local]
+    if HUB_SPEC.fullmatch(path) is None or local.suffix in (".txt", *COMPRESSED):
+        raise _missing(f"there is no file or folder {path}")
+    return None
+
+
 def ending_of(path: Path) -> str:
-    """Give what a file's name says of its kind, without the compression.
+    """Give what a file's name says of its kind, without the compression of a text.
 
     Example:
-        >>> ending_of(Path("a.tar.jsonl.gz"))
-        '.jsonl'
+        >>> ending_of(Path("a.tar.jsonl.gz")), ending_of(Path("a.parquet.gz"))
+        ('.jsonl', '.gz')
     """
     stem = path.with_suffix("") if path.suffix in COMPRESSED else path
-    return stem.suffix
+    return path.suffix if stem.suffix == ".parquet" else stem.suffix
 
 
 def _of_split(files: Sequence[Path], split: str, folder: str) -> Sequence[Path]:
@@ -154,11 +171,8 @@ def _files(path: str, files: Sequence[Path]) -> Source:
             raise _unknown_kind(file, file.suffix or "a file without ending")
     digest = hashlib.sha256()
     for file in files:
-        try:
-            with file.open("rb") as opened:
-                content = hashlib.file_digest(opened, "sha256")
-        except OSError as failure:
-            raise _unreadable(file, failure) from failure
+        with file.open("rb") as opened:
+            content = hashlib.file_digest(opened, "sha256")
         # The ending too: it says how the bytes are read.
         digest.update(content.digest() + ending_of(file).encode())
 
@@ -182,31 +196,28 @@ def _read_file(path: Path) -> Iterator[Row | UserError]:
                 yield from read_csv(file, path, "," if kind == ".csv" else "\t")
             else:
                 yield from read_json_lines(file, path)
-    except (EOFError, gzip.BadGzipFile, zlib.error) as failure:
-        raise _broken_stream(path, failure) from failure
-    except OSError as failure:
-        if path.suffix in COMPRESSED:
-            raise _broken_stream(path, failure) from failure
-        raise _unreadable(path, failure) from failure
+    except (EOFError, zlib.error, OSError) as failure:
+        if isinstance(failure, OSError) and failure.errno is not None:  # the system's own
+            raise _unreadable(path, failure) from failure
+        message = f"the compressed file breaks off or is damaged: {failure}"
+        raise UserError("D106", message, ExitStatus.BAD_DATA, place=Place(path)) from failure
 
 
 def _open(path: Path) -> IO[bytes]:
+    if path.suffix in COMPRESSED and not path.stat().st_size:
+        raise EOFError("it is empty")  # the decompressors take that for an empty text
     if path.suffix == ".gz":
         return gzip.open(path, "rb")  # type: ignore[return-value]
     if path.suffix == ".zst":
-        import io
-
         import pyarrow as pa  # comes with `datasets`
 
-        stream = pa.CompressedInputStream(pa.OSFile(str(path)), "zstd")
-        return io.BufferedReader(stream, 2**20)
+        return io.BufferedReader(pa.CompressedInputStream(pa.OSFile(str(path)), "zstd"), 2**20)
     return path.open("rb")
 
 
 def _with_datasets(path: str, default_split: str) -> Source:
     folder = Path(path).expanduser()
-    is_folder = folder.is_dir()
-    match = None if is_folder else HUB_SPEC.fullmatch(path)
+    match = None if folder.is_dir() else HUB_SPEC.fullmatch(path)
     split = match["split"] if match is not None and match["split"] else default_split
     revision = match["revision"] if match is not None else None
     import datasets
@@ -215,11 +226,12 @@ def _with_datasets(path: str, default_split: str) -> Source:
         if match is None:
             data: Any = datasets.load_from_disk(str(folder))
             if isinstance(data, dict):
+                if split not in data:
+                    raise LookupError(f"it has no split {split}, but {', '.join(data)}")
                 data = data[split]
         else:
-            data = datasets.load_dataset(
-                match["repo"], match["config"] or None, split=split, revision=revision
-            )
+            name, config = match["repo"], match["config"] or None
+            data = datasets.load_dataset(name, config, split=split, revision=revision)
     except Exception as failure:  # every kind of network, hub and format trouble ends here
         reason = (str(failure) or type(failure).__name__).splitlines()[0]
         raise UserError(
@@ -230,18 +242,11 @@ def _with_datasets(path: str, default_split: str) -> Source:
             "what is in the local cache can be loaded",
         ) from failure
     digest = hashlib.sha256(f"{data._fingerprint}:{split}:{revision}".encode())
-    for file in sorted(folder.rglob("*.arrow")) if is_folder else []:
+    for file in sorted(folder.rglob("*.arrow")) if match is None else []:
         with file.open("rb") as opened:
             digest.update(hashlib.file_digest(opened, "sha256").digest())
 
-    def read() -> Iterator[Row | UserError]:
-        number = 0
-        for batch in data.iter(batch_size=DATASET_ROWS):
-            for values in zip(*batch.values(), strict=True):
-                number += 1
-                yield Row(dict(zip(batch, values, strict=True)), Place(path, number))
-
-    return Source(path, digest.hexdigest(), revision, read)
+    return Source(path, digest.hexdigest(), revision, lambda: read_dataset(data, path))
 
 
 def _missing(message: str) -> UserError:
@@ -265,15 +270,5 @@ def _unknown_kind(path: Path, what: str) -> UserError:
 
 
 def _unreadable(path: Path, failure: OSError) -> UserError:
-    return UserError(
-        "D104", f"cannot read {path}: {failure.strerror or failure}", ExitStatus.NOT_FOUND
-    )
-
-
-def _broken_stream(path: Path, failure: Exception) -> UserError:
-    return UserError(
-        "D106",
-        f"the compressed file breaks off or is damaged: {failure}",
-        ExitStatus.BAD_DATA,
-        place=Place(path),
-    )
+    message = f"cannot read {failure.filename or path}: {failure.strerror or failure}"
+    return UserError("D104", message, ExitStatus.NOT_FOUND)

@@ -1,4 +1,4 @@
-"""CSV and Parquet, a row or a batch at a time; text stays text."""
+"""CSV, Parquet and the tables of `datasets`, a row or a batch at a time; text stays text."""
 
 from __future__ import annotations
 
@@ -7,12 +7,14 @@ import io
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
+from cs336_alignment.data.json_rows import SURROGATE
 from cs336_alignment.data.row import Row
 from cs336_alignment.errors import ExitStatus, Place, UserError
 
-PARQUET_ROWS = 256  # at a time
+BATCH_ROWS = 256  # at a time
+BUFFER_BYTES = 2**20
 
 
 def read_csv(file: IO[bytes], path: Path, delimiter: str) -> Iterator[Row | UserError]:
@@ -22,62 +24,116 @@ def read_csv(file: IO[bytes], path: Path, delimiter: str) -> Iterator[Row | User
         file: its bytes, decompressed.
         path: for places; a row's line is that on which it begins.
         delimiter: between cells.
+
+    Raises:
+        UserError: there is no sound header, or quotes are broken: where the next row begins cannot
+            be known then (65).
     """
     csv.field_size_limit(sys.maxsize)
-    reader = csv.reader(
-        io.TextIOWrapper(file, encoding="utf-8-sig", newline=""), delimiter=delimiter, strict=True
-    )
+    # Bytes that are no UTF-8 become surrogates, so that they spoil no row but their own.
+    text = io.TextIOWrapper(file, encoding="utf-8-sig", errors="surrogateescape", newline="")
+    reader = csv.reader(text, delimiter=delimiter, strict=True)
     header: list[str] | None = None
-    line = 1
     while True:
-        place = Place(path, line)
+        place = Place(path, reader.line_num + 1)
         try:
-            cells = next(reader)
-        except StopIteration:
-            return
-        except UnicodeDecodeError as failure:
-            yield _bad(f"invalid UTF-8: {failure.reason}", place, "UTF-8 text")
-            return
+            cells = next(reader, None)
         except csv.Error as failure:
-            yield _bad(f"broken CSV: {failure}", place, "cells, quoted where they hold quotes")
-            return
-        line = reader.line_num + 1
+            message, expected = f"broken CSV: {failure}", "cells, quoted where they hold quotes"
+            raise _bad(message, place, expected) from failure
+        if cells is None:
+            break
         if not cells:
             continue
         if header is None:
-            header = cells
-            if len(set(header)) != len(header) or "" in header:
-                raise _bad("the header has empty or repeated names", place, "names, each once")
-        elif len(cells) == len(header):
-            yield Row(dict(zip(header, cells, strict=True)), place)
+            header = _check_header(cells, place)
+        elif any(not cell.isascii() and SURROGATE.search(cell) for cell in cells):
+            yield _bad("invalid UTF-8 in the row", place, "UTF-8 text")
+        elif len(cells) != len(header):
+            message = f"the row has {len(cells)} cells"
+            yield _bad(message, place, f"{len(header)}, as the header has")
         else:
-            yield _bad(
-                f"the row has {len(cells)} cells", place, f"{len(header)}, as the header has"
-            )
+            yield Row(dict(zip(header, cells, strict=True)), place)
+    if header is None:
+        raise _bad("the file has no header", Place(path, 1), "a first line with names")
+
+
+def _check_header(names: list[str], place: Place) -> list[str]:
+    if any(SURROGATE.search(name) for name in names):
+        raise _bad("invalid UTF-8 in the header", place, "UTF-8 text")
+    if len(set(names)) != len(names) or "" in names:
+        raise _bad("the header has empty or repeated names", place, "names, each once")
+    return names
 
 
 def read_parquet(path: Path) -> Iterator[Row | UserError]:
     """Yield the rows of a Parquet file, a batch in memory at a time; places count rows from 1.
 
+    Args:
+        path: of the file.
+
     Raises:
-        UserError: it is no Parquet file (65).
+        UserError: it is no Parquet file, or a damaged one, or has repeated names (65).
     """
-    import pyarrow as pa
+    import pyarrow as pa  # comes with `datasets`
     from pyarrow import parquet
 
     number = 0
     try:
-        for batch in parquet.ParquetFile(path).iter_batches(batch_size=PARQUET_ROWS):
-            for fields in batch.to_pylist():
-                number += 1
-                yield Row(fields, Place(path, number))
+        # pyarrow's defaults read a whole row group, which may be the whole file.
+        with parquet.ParquetFile(path, buffer_size=BUFFER_BYTES, pre_buffer=False) as file:
+            if len(set(file.schema_arrow.names)) != len(file.schema_arrow.names):
+                raise _bad("the table has repeated names", Place(path), "names, each once")
+            for batch in file.iter_batches(batch_size=BATCH_ROWS):
+                yield from _rows_of(batch, path, number)
+                number += batch.num_rows
     except (pa.ArrowException, OSError) as failure:
+        reason = (str(failure) or type(failure).__name__).splitlines()[0]
         raise UserError(
             "D108",
-            f"cannot read the Parquet file: {str(failure).splitlines()[0]}",
+            f"cannot read the Parquet file: {reason}",
             ExitStatus.BAD_DATA,
             place=Place(path, number + 1),
         ) from failure
+
+
+def _rows_of(batch: Any, path: Path, before: int) -> Iterator[Row | UserError]:
+    try:
+        rows = batch.to_pylist()
+    except (ValueError, ArithmeticError, LookupError):  # a value that Python has not, or no UTF-8
+        yield from _rows_one_by_one(batch, path, before)
+        return
+    for number, fields in enumerate(rows, start=before + 1):
+        yield Row(fields, Place(path, number))
+
+
+def _rows_one_by_one(batch: Any, path: Path, before: int) -> Iterator[Row | UserError]:
+    for index in range(batch.num_rows):
+        fields, name = {}, None
+        try:
+            for name, column in zip(batch.schema.names, batch.columns, strict=True):
+                fields[name] = column[index].as_py()
+        except (ValueError, ArithmeticError, LookupError) as failure:
+            place = Place(path, before + index + 1, name)
+            yield _bad(
+                f"the value cannot be read: {failure}", place, "UTF-8 text, or a value in range"
+            )
+        else:
+            yield Row(fields, Place(path, before + index + 1))
+
+
+def read_dataset(data: Any, path: str) -> Iterator[Row]:
+    """Yield the rows of a `datasets.Dataset`, a batch in memory at a time.
+
+    Args:
+        data: the dataset.
+        path: for places, which count rows from 1.
+    """
+    number = 0
+    for batch in data.iter(batch_size=BATCH_ROWS):
+        for values in zip(*batch.values(), strict=True):
+            number += 1
+            yield Row(dict(zip(batch, values, strict=True)), Place(path, number))
 
 
 def _bad(message: str, place: Place, expected: str) -> UserError:

@@ -13,7 +13,6 @@ from __future__ import annotations
 import re
 import signal
 import threading
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -25,7 +24,7 @@ MAX_CHARS = 300
 """Longer answers are compared as text only: every step below would otherwise need its own bound."""
 
 MAX_SECONDS = 1.5
-"""Time for comparing one answer (main thread; in others only the guards of `formulas` bound it)."""
+"""Computing time for one answer (main thread; in others only the guards of `formulas` bound it)."""
 
 _MAX_ITEMS = 12
 
@@ -130,7 +129,11 @@ class _OutOfTimeError(BaseException):
 
 @contextmanager
 def _time_limit(seconds: float) -> Iterator[None]:
-    """Raise `_OutOfTimeError` after `seconds`; a no-op outside the main thread (no signals)."""
+    """Raise `_OutOfTimeError` after `seconds` of this process's own computing; a no-op outside the
+    main thread (no signals).
+
+    Not of the clock on the wall: a reward must not depend on what else the machine does.
+    """
     in_main_thread = threading.current_thread() is threading.main_thread()
     if not in_main_thread or not hasattr(signal, "setitimer"):
         yield
@@ -139,15 +142,11 @@ def _time_limit(seconds: float) -> Iterator[None]:
     def stop(signum: int, frame: object) -> None:
         raise _OutOfTimeError
 
-    started = time.monotonic()
-    old_handler = signal.signal(signal.SIGALRM, stop)
+    old_handler = signal.signal(signal.SIGPROF, stop)
     # It repeats, in case a bare `except:` swallows the first one.
-    old_delay, old_interval = signal.setitimer(signal.ITIMER_REAL, seconds, seconds)
+    signal.setitimer(signal.ITIMER_PROF, seconds, seconds)
     try:
         yield
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, signal.SIG_DFL if old_handler is None else old_handler)
-        if old_delay:  # somebody else's alarm (a test's timeout) goes on
-            rest = max(old_delay - (time.monotonic() - started), 1e-3)
-            signal.setitimer(signal.ITIMER_REAL, rest, old_interval)
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.signal(signal.SIGPROF, signal.SIG_DFL if old_handler is None else old_handler)

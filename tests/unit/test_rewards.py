@@ -376,9 +376,9 @@ def _slowest(answers: list[str]) -> tuple[float, str]:
             (answer, answer + "+1"),
             (answer, "\\sqrt{7}"),
         ):
-            started = time.monotonic()
+            started = time.process_time()
             answers_equal(*pair)
-            slowest = max(slowest, (time.monotonic() - started, answer[:60]))
+            slowest = max(slowest, (time.process_time() - started, answer[:60]))
     return slowest
 
 
@@ -426,15 +426,15 @@ def test_time_limit_stops_a_slow_comparison(monkeypatch: pytest.MonkeyPatch) -> 
     def slow(answer: str, truth: str) -> bool:
         while True:
             try:
-                time.sleep(0.01)
+                sum(range(1000))
             except Exception:  # as sympy does
                 continue
 
     monkeypatch.setattr(answers, "_equal", slow)
     monkeypatch.setattr(answers, "MAX_SECONDS", 0.2)
-    started = time.monotonic()
+    started = time.process_time()
     assert not answers_equal("7", "8")
-    assert time.monotonic() - started < 2
+    assert time.process_time() - started < 2
 
 
 def test_an_alarm_set_by_others_still_rings() -> None:
@@ -487,11 +487,11 @@ MATHS = st.lists(st.sampled_from(MATH_TOKENS), max_size=14).map("".join)
 @settings(max_examples=150, deadline=None, database=None)
 @given(st.one_of(MATHS, st.text(max_size=60)), st.one_of(MATHS, st.text(max_size=20)))
 def test_any_text_is_survived(answer: str, truth: str) -> None:
-    started = time.monotonic()
+    started = time.process_time()
     assert isinstance(answers_equal(answer, truth), bool)
     assert answers_equal(answer, answer) is bool(answer.strip())
     assert answers_equal(f" {answer}\n", answer) is bool(answer.strip())
-    assert time.monotonic() - started < 2 * BOUND_SECONDS
+    assert time.process_time() - started < 2 * BOUND_SECONDS
 
 
 @settings(max_examples=100, deadline=None, database=None)
