@@ -1,4 +1,4 @@
-"""Gradients of one small batch by several ways, and how far two of them are apart.
+"""One small batch's loss and gradient by every way the framework has, and by plain transformers.
 
 B rows, S positions, L tokens of one example.
 """
@@ -6,22 +6,173 @@ B rows, S positions, L tokens of one example.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from cs336_alignment.config import TrainerConfig
-from cs336_alignment.data.batching import collate
 from cs336_alignment.data.dataset import TokenizedDataset
 from cs336_alignment.data.tokenize import TokenizedExample, TokenRow
+from cs336_alignment.model.attention import FLAT_ATTENTION
 from cs336_alignment.model.policy import Policy
 from cs336_alignment.training.parallel import Processes
 from cs336_alignment.training.step import Cut, accumulate_gradients
 
-Gradient = Mapping[str, Tensor]
+
+@dataclass(frozen=True)
+class Finding:
+    """The outcome of one check.
+
+    Attributes:
+        name: what was compared.
+        difference: the largest relative difference; None where nothing is measured.
+        bound: what it may be.
+        passed: None if the check does not apply.
+        text: what a person should know about it.
+    """
+
+    name: str
+    difference: float | None
+    bound: float | None
+    passed: bool | None
+    text: str = ""
+
+    @property
+    def verdict(self) -> str:
+        """The outcome in a word."""
+        return {True: "pass", False: "FAIL", None: "does not apply"}[self.passed]
+
+
+def guarded(name: str, check: Callable[[], Iterable[Finding]]) -> Iterator[Finding]:
+    """Yield what a check finds; one that breaks off has failed, and the others still run."""
+    try:
+        yield from check()
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as failure:
+        reason = (str(failure) or type(failure).__name__).splitlines()[0]
+        yield Finding(name, None, None, False, f"broke off: {type(failure).__name__}: {reason}")
+
+
+@dataclass(frozen=True)
+class Gradient:
+    """What one way of computing the step gives.
+
+    Attributes:
+        nll: the summed negative log-prob of the trained tokens, in nats.
+        tensors: parameter → gradient; one that got none is not there.
+    """
+
+    nll: float
+    tensors: Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is examined, and the ways in which its step is computed.
+
+    Attributes:
+        policy: in eval mode, in which dropout, router noise and the like are off: with them two
+            ways could not be compared.
+        dataset: a few short examples.
+        processes: this one alone.
+        plain_attention: the attention the model was loaded with.
+        not_flat: why training does not give the model flat rows; None: it does.
+    """
+
+    policy: Policy
+    dataset: TokenizedDataset
+    processes: Processes
+    plain_attention: str
+    not_flat: str | None
+
+    def step(self, microbatches: int, flat: bool, normalization: str = "token") -> Gradient:
+        """Calls backward for one step over all examples, as training does."""
+        self.policy.zero_grad(set_to_none=True)
+        result = accumulate_gradients(
+            self.policy, self.dataset, range(len(self.dataset)), cut=Cut(None, microbatches, flat),
+            trainer=TrainerConfig(loss_normalization=normalization), processes=self.processes,
+            seed=0, step=0,
+        )  # fmt: skip
+        return Gradient(float(result.nll), take_gradient(self.policy.model))
+
+    def plain(self, normalization: str = "token", *, together: bool = False) -> Gradient:
+        """Calls backward for the same step with torch and transformers alone, nothing of this
+        project between: example by example, or in one padded batch, the last example first.
+        """
+        self.policy.zero_grad(set_to_none=True)
+        examples = [self.dataset[i] for i in range(len(self.dataset))]
+        pairs = list(zip(examples, _shares(examples, normalization), strict=True))
+        nll = 0.0
+        with self.untouched():
+            for group in [pairs[::-1]] if together else [[pair] for pair in pairs]:
+                nll += self._plain_backward(group)
+        return Gradient(nll, take_gradient(self.policy.model))
+
+    def _plain_backward(self, group: Sequence[tuple[TokenizedExample, Tensor]]) -> float:
+        width = max(len(example.input_ids) for example, _ in group)
+        ids = torch.zeros((len(group), width), dtype=torch.int64)
+        real, weights = torch.zeros_like(ids), torch.zeros(ids.shape, dtype=torch.float64)
+        for row, (example, share) in enumerate(group):
+            length = len(example.input_ids)
+            ids[row, :length], real[row, :length] = example.input_ids, 1
+            weights[row, :length] = share
+        ids, real, weights = (x.to(self.processes.device) for x in (ids, real, weights))
+        logits = self.policy.model(ids[:, :-1], attention_mask=real[:, :-1], use_cache=False).logits
+        trained = weights[:, 1:] > 0
+        # In float64: torch's float32 softmax over a large vocabulary is off by 3e-5 on a CPU.
+        nll = nn.functional.cross_entropy(
+            logits[trained].double(), ids[:, 1:][trained], reduction="none"
+        )
+        (nll * weights[:, 1:][trained]).sum().backward()
+        return float(nll.detach().sum())
+
+    @contextlib.contextmanager
+    def untouched(self) -> Iterator[None]:
+        """Give the model back its own attention for a moment."""
+        model = self.policy.model
+        switched = model.config._attn_implementation == FLAT_ATTENTION
+        if switched:
+            model.set_attn_implementation(self.plain_attention)
+        try:
+            yield
+        finally:
+            if switched:
+                model.set_attn_implementation(FLAT_ATTENTION)
+
+
+def take_gradient(model: nn.Module) -> Mapping[str, Tensor]:
+    """Move the gradients out of a model."""
+    found = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad(set_to_none=True)
+    return found
+
+
+def _shares(examples: Sequence[TokenizedExample], normalization: str) -> list[Tensor]:
+    """Give what each token of each example weighs in the loss of the step, written out anew."""
+    own = [(e.response_mask if e.weights is None else e.weights).double() for e in examples]
+    weights = [e.example_weight for e in examples]
+    if normalization == "sequence":
+        return [w * o / o.sum() / sum(weights) for w, o in zip(weights, own, strict=True)]
+    total = sum(w * float(o.sum()) for w, o in zip(weights, own, strict=True))
+    return [w * o / total for w, o in zip(weights, own, strict=True)]
+
+
+def plain_log_probs(model: nn.Module, dataset: TokenizedDataset, device: torch.device) -> Tensor:
+    """Compute the log-probs of all trained tokens with transformers' logits and a float64 softmax,
+    example by example, (R,).
+    """
+    parts = []
+    with torch.no_grad():
+        for number in range(len(dataset)):
+            example = dataset[number]
+            ids, trained = example.input_ids.to(device), example.response_mask[1:].to(device)
+            logits = model(ids[None, :-1], use_cache=False).logits[0, trained].double()
+            picked = logits.log_softmax(-1).gather(1, ids[1:][trained][:, None])
+            parts.append(picked.squeeze(1))
+    return torch.cat(parts)
 
 
 def cut_short(dataset: TokenizedDataset, count: int, length: int) -> TokenizedDataset:
@@ -45,129 +196,79 @@ def cut_short(dataset: TokenizedDataset, count: int, length: int) -> TokenizedDa
     return TokenizedDataset.of(rows)
 
 
-@contextlib.contextmanager
-def without_dropout(model: nn.Module) -> Iterator[None]:
-    """Set every dropout to 0 for a moment; the model stays in training mode, which some of
-    transformers' paths (checkpointing) depend on.
-    """
-    before: list[tuple[Any, str, float]] = []
-    for module in model.modules():
-        names = [name for name in vars(module) if "drop" in name]
-        names += ["p"] if isinstance(module, nn.Dropout) else []
-        for name in names:
-            value = getattr(module, name)
-            if isinstance(value, float) and value > 0:
-                before.append((module, name, value))
-                setattr(module, name, 0.0)
-    training = model.training
-    model.train()
-    try:
-        yield
-    finally:
-        model.train(training)
-        for module, name, value in before:
-            setattr(module, name, value)
-
-
-def step_gradient(
-    policy: Policy,
-    dataset: TokenizedDataset,
-    processes: Processes,
-    *,
-    microbatches: int,
-    flat: bool,
-    normalization: str = "token",
-) -> Gradient:
-    """Compute the gradient of one step over all examples as training does."""
-    policy.zero_grad(set_to_none=True)
-    accumulate_gradients(
-        policy, dataset, range(len(dataset)), cut=Cut(None, microbatches, flat),
-        trainer=TrainerConfig(loss_normalization=normalization), processes=processes, seed=0,
-        step=0,
-    )  # fmt: skip
-    return take_gradient(policy.model)
-
-
-def take_gradient(model: nn.Module) -> Gradient:
-    """Move the gradients out of a model."""
-    found = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
-    model.zero_grad(set_to_none=True)
-    return found
-
-
-def plain_gradient(
-    model: PreTrainedModel, dataset: TokenizedDataset, *, together: bool
-) -> Gradient:
-    """Compute the same gradient with transformers and torch alone, nothing of this project between.
-
-    Args:
-        model: with its own attention.
-        dataset: the examples; their weights enter as with `token`.
-        together: all rows in one padded batch, or one after another without padding.
-    """
-    model.zero_grad(set_to_none=True)
-    examples = [dataset[i] for i in range(len(dataset))]
-    total = sum(float(_weights(example).sum()) for example in examples)
-    for group in [examples] if together else [[example] for example in examples]:
-        width = max(len(example.input_ids) for example in group)
-        ids = torch.zeros((len(group), width), dtype=torch.int64)
-        real = torch.zeros_like(ids)
-        weights = torch.zeros((len(group), width), dtype=torch.float64)
-        for row, example in enumerate(group):
-            length = len(example.input_ids)
-            ids[row, :length], real[row, :length] = example.input_ids, 1
-            weights[row, :length] = _weights(example)
-        ids, real, weights = (x.to(model.device) for x in (ids, real, weights))
-        output = model(ids[:, :-1], attention_mask=real[:, :-1], use_cache=False)
-        # In float64: torch's float32 softmax over a large vocabulary is off by 3e-5 on a CPU.
-        trained = weights[:, 1:] > 0
-        nll = nn.functional.cross_entropy(
-            output.logits[trained].double(), ids[:, 1:][trained], reduction="none"
-        )
-        (nll * weights[:, 1:][trained] / total).sum().backward()
-    return take_gradient(model)
-
-
-def _weights(example: TokenizedExample) -> Tensor:
-    own = example.response_mask.double() if example.weights is None else example.weights.double()
-    return own * example.example_weight
-
-
-def log_probs(policy: Policy, dataset: TokenizedDataset, *, flat: bool) -> Tensor:
-    """Compute the log-probs of all trained tokens as training does, (R,)."""
-    batch = collate([dataset[i] for i in range(len(dataset))], flat=flat)
-    with torch.no_grad():
-        found: Tensor = policy(batch.to(next(policy.parameters()).device))[0]
-    return found
-
-
-def plain_log_probs(model: PreTrainedModel, dataset: TokenizedDataset) -> Tensor:
-    """Compute the same with transformers' logits and a float64 softmax, row by row, (R,)."""
-    parts = []
-    with torch.no_grad():
-        for number in range(len(dataset)):
-            example = dataset[number]
-            ids = example.input_ids.to(model.device)
-            logits = model(ids[None, :-1], use_cache=False).logits[0].double()
-            picked = logits.log_softmax(-1).gather(1, ids[1:, None]).squeeze(1)
-            parts.append(picked[example.response_mask[1:].to(model.device)])
-    return torch.cat(parts)
-
-
-def relative_difference(a: Gradient, b: Gradient) -> tuple[float, str]:
-    """Compute ‖a − b‖ / ‖b‖ over all parameters, in float64, and name the one that differs most.
+def relative_difference(
+    a: Mapping[str, Tensor], b: Mapping[str, Tensor]
+) -> tuple[float, str, float]:
+    """Compute ‖a − b‖ / ‖b‖ over all parameters, and name the parameter that differs most.
 
     A parameter that only one side has counts with its whole norm.
+
+    Returns:
+        The number, the name, and what the number would be if only that parameter differed.
     """
-    apart, norm, worst = 0.0, 0.0, (0.0, "")
+    apart, norm, worst, name_of_worst = 0.0, 0.0, -1.0, ""
     for name in dict.fromkeys([*a, *b]):
         x, y = a.get(name), b.get(name)
-        reference = x if y is None else y
-        assert reference is not None
-        own = float(reference.double().norm()) if x is None or y is None else float(
-            (x.double() - y.double()).norm()
-        )  # fmt: skip
+        rest = y if x is None else x if y is None else x.double() - y.double()
+        assert rest is not None
+        own = float(rest.double().norm())
         apart += own**2
         norm += 0.0 if y is None else float(y.double().norm()) ** 2
-        worst = max(worst, (own, name))
-    return (apart / norm) ** 0.5 if norm else float("inf"), worst[1]
+        if not own <= worst:  # NaN is worst of all
+            worst, name_of_worst = own, name
+    if not norm:
+        return float("inf"), name_of_worst, float("inf")
+    return (apart / norm) ** 0.5, name_of_worst, worst / norm**0.5
+
+
+def apart_by(got: Tensor, want: Tensor) -> float:
+    """Compute max |got − want| / max |want|; infinite if there are not as many tokens."""
+    if got.shape != want.shape:
+        return float("inf")
+    return float((got - want).abs().max() / want.abs().max())
+
+
+def differing(got: nn.Module, want: nn.Module) -> str:
+    """Name the tensors that are not the same to the last bit; the log-probs read not all of
+    them.
+    """
+    a, b = got.state_dict(), want.state_dict()
+    names = [n for n in {**a, **b} if n not in a or n not in b or not torch.equal(a[n], b[n])]
+    return f"differs: {some(names)}" if names else ""
+
+
+def some(names: list[str]) -> str:
+    """Join the first few names."""
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def has_nothing(gradient: Gradient, name: str) -> bool:
+    """Tell whether a parameter got no gradient, or one of zeros alone."""
+    return name not in gradient.tensors or not bool(gradient.tensors[name].any())
+
+
+@contextlib.contextmanager
+def in_training(layers: Sequence[nn.Module]) -> Iterator[list[None]]:
+    """Put these modules, not what is inside them, into training mode, without which transformers
+    does not checkpoint. Their own dropouts (numbers, not modules) are 0 for the moment.
+
+    Yields:
+        A list that grows by one whenever the last layer computes.
+    """
+    before = [(layer, name, value) for layer in layers for name, value in vars(layer).items()
+              if "drop" in name and isinstance(value, float)]  # fmt: skip
+    calls: list[None] = []
+    inside = next(layers[-1].children())  # a hook of the layer itself would not see it recomputed
+    handle = inside.register_forward_pre_hook(lambda *_: calls.append(None))
+    for layer, name, _ in before:
+        setattr(layer, name, 0.0)
+    for layer in layers:
+        layer.training = True
+    try:
+        yield calls
+    finally:
+        handle.remove()
+        for layer in layers:
+            layer.training = False
+        for layer, name, value in before:
+            setattr(layer, name, value)

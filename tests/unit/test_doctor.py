@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,16 +17,18 @@ from transformers import (
     PreTrainedConfig,
     Qwen2Config,
 )
+from transformers.models.llama.modeling_llama import LlamaMLP
 
 from cs336_alignment.config import Config, DataConfig, LoggerConfig, ModelConfig
 from cs336_alignment.data import batching
-from cs336_alignment.data.tokenize import TokenRow
-from cs336_alignment.errors import ExitStatus
+from cs336_alignment.data.formats import Example
+from cs336_alignment.data.splits import prepare_run
+from cs336_alignment.data.tokenize import TokenizedExample, TokenRow
+from cs336_alignment.errors import ExitStatus, Place
 from cs336_alignment.model import attention
 from cs336_alignment.model.loading import load_tokenizer, resolve_model
-from cs336_alignment.training import checkpoint, doctor, loss, step
-from cs336_alignment.training.doctor import Finding
-from cs336_alignment.training.invariances import cut_short, without_dropout
+from cs336_alignment.training import checkpoint, doctor, loss, step, token_check
+from cs336_alignment.training.invariances import Finding, cut_short, in_training
 from tests.conftest import build_dataset, build_model
 
 SMALL: dict[str, Any] = {
@@ -85,7 +88,7 @@ def test_healthy_architectures_pass(name: str, diagnose: Diagnose) -> None:
         assert flat.passed is None and "soft-capped" in flat.text
     else:
         assert flat.passed and flat.difference is not None and flat.difference > 0
-    assert len(findings) == 14
+    assert len(findings) == 15
 
 
 def test_flat_attention_that_ignores_borders_fails(
@@ -138,6 +141,159 @@ def test_a_checkpoint_that_loses_a_tensor_fails(
     assert failed(diagnose("llama")) == {"checkpoint written and read"}
 
 
+def test_a_checkpoint_file_that_lacks_a_tensor_fails(
+    diagnose: Diagnose, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = checkpoint.write_safetensors
+
+    def forgetful(path: Path, tensors: Any) -> Any:
+        return original(path, dict(list(tensors.items())[1:]))
+
+    monkeypatch.setattr(checkpoint, "write_safetensors", forgetful)
+    findings = diagnose("llama")
+    assert failed(findings) == {"checkpoint written and read"}
+    assert "R205" in findings["checkpoint written and read"].text
+
+
+LONG = " 2" * 15
+TEXTS = "the rows' texts are the tokens trained"
+
+
+@pytest.mark.parametrize("shift", [-1, 1])
+def test_a_data_step_whose_mask_is_shifted_fails(
+    shift: int, diagnose: Diagnose, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every gradient agrees: all of them are computed from the same wrong mask."""
+
+    def shifted(ids: Any, num_prompt: int, weight: float = 1.0) -> TokenRow:
+        start, end = num_prompt + shift, len(ids) + min(shift, 0)
+        each = [float(start <= i < end) for i in range(len(ids))]
+        return TokenRow.of_weights(ids, each, weight)
+
+    monkeypatch.setattr(TokenRow, "of_response", staticmethod(shifted))
+    assert failed(diagnose("llama")) == {TEXTS}
+
+
+def test_a_data_step_without_eos_fails(diagnose: Diagnose, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = TokenRow.of_response
+
+    def endless(ids: Any, *rest: Any) -> TokenRow:
+        return original(ids[:-1], *rest)
+
+    monkeypatch.setattr(TokenRow, "of_response", staticmethod(endless))
+    assert failed(diagnose("llama")) == {TEXTS}
+
+
+def test_collation_that_drops_a_token_fails(
+    diagnose: Diagnose, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = batching.collate
+
+    def careless(examples: Any, *, flat: bool) -> Any:
+        batch = vars(original(examples, flat=flat))
+        names = ("response_index", "labels", "response_mask", "example_response_tokens")
+        return batching.Microbatch(**{**batch, **{name: batch[name][:-1] for name in names}})
+
+    for module in (step, doctor, token_check):
+        monkeypatch.setattr(module, "collate", careless)
+    assert failed(diagnose("llama")) >= {
+        "padded against plain transformers, fp32", "log-probs against plain transformers",
+        "padding hides no stop token",
+    }  # fmt: skip
+
+
+def test_a_wrong_constant_of_the_loss_by_sequence_fails(
+    diagnose: Diagnose, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Twice the gradient for every cut: only plain transformers shows it."""
+    original = step.loss_weights
+
+    def doubled(normalization: str, *rest: Any) -> Any:
+        mask, constant = original(normalization, *rest)
+        return mask, constant / (2 if normalization == "sequence" else 1)
+
+    monkeypatch.setattr(step, "loss_weights", doubled)
+    assert failed(diagnose("llama")) == {
+        f"4 microbatches against one, loss by sequence, {dtype}" for dtype in ("fp32", "fp64")
+    }
+
+
+def test_an_unused_parameter_is_named_and_does_no_harm(
+    diagnose: Diagnose, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = doctor.load_model
+
+    def spare(*arguments: Any, **options: Any) -> Any:
+        model = original(*arguments, **options)
+        model.model.layers[0].spare = torch.nn.Parameter(torch.zeros(3))
+        return model
+
+    monkeypatch.setattr(doctor, "load_model", spare)
+    findings = diagnose("llama")
+    assert "layers.0.spare" in findings["every parameter has a gradient"].text
+    assert failed(findings) == {"export read by plain transformers"}  # which knows no such tensor
+
+
+def test_noise_of_training_mode_does_no_harm(
+    diagnose: Diagnose, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Routers of mixtures of experts have it, and it is no dropout that could be set to 0."""
+    original = LlamaMLP.forward
+
+    def noisy(self: Any, x: Any) -> Any:
+        return original(self, x * (1 + 0.1 * torch.rand_like(x)) if self.training else x)
+
+    monkeypatch.setattr(LlamaMLP, "forward", noisy)
+    assert failed(diagnose("llama")) == set()
+
+
+@pytest.mark.parametrize("row", [
+    {"messages": [{"role": "user", "content": "1+1"}, {"role": "assistant", "content": LONG}]},
+    {"text": "1 + 1 =" + LONG},
+    {"input_ids": [3, 4, 5, 6], "labels": [-100, -100, 5, 6]},
+    {"prompt": "1 + 1 =", "response": LONG},
+], ids=lambda row: next(iter(row)))  # fmt: skip
+@pytest.mark.parametrize(
+    "options", [{}, {"train_on": "all"}, {"overlong": "truncate", "max_length": 20}], ids=str
+)
+def test_every_format_is_compared_with_its_texts(
+    row: dict[str, Any], options: dict[str, Any], tmp_path: Path
+) -> None:
+    if "text" in row:
+        options = {**options, "train_on": "all"}  # the only thing that text alone can be asked for
+    if "input_ids" in row and options.get("train_on") == "all":
+        pytest.skip("rows of tokens say themselves what is trained")
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
+    tokenizer = load_tokenizer(resolve_model("builtin:arithmetic", None, False))
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m.role }}:{{ m.content }}<|endoftext|>{% endfor %}"
+        "{% if add_generation_prompt %}assistant:{% endif %}"
+    )
+    data = DataConfig(str(tmp_path / "rows.jsonl"), cache_dir=str(tmp_path / "cache"), **options)
+    config = Config(data=data)
+    prepared = prepare_run(data, tokenizer, seed=0).train
+    texts, padding = token_check.check_tokens(prepared, tokenizer, config, 4)
+    assert texts.passed, texts.text
+    assert padding.passed
+
+
+def test_a_reply_without_its_end_is_seen(tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(resolve_model("builtin:arithmetic", None, False))
+    reply, eos = tokenizer("2")["input_ids"], tokenizer.eos_token_id
+    ids = [*tokenizer("1 + 1")["input_ids"], *reply, eos]
+    messages = ({"role": "user", "content": "1 + 1"}, {"role": "assistant", "content": "2"})
+    row = Example(Place("rows.jsonl", 1), messages=messages)
+
+    def seen(end: int) -> str:
+        mask = torch.zeros(len(ids), dtype=torch.bool)
+        mask[len(ids) - len(reply) - 1 : end] = True
+        example = TokenizedExample(torch.tensor(ids), mask, 0)
+        return token_check.compare(example, row, tokenizer, Config())[0]
+
+    assert seen(len(ids)) == ""
+    assert "ends the last reply" in seen(len(ids) - 1)
+
+
 def test_a_frozen_parameter_is_named(diagnose: Diagnose, monkeypatch: pytest.MonkeyPatch) -> None:
     original = doctor.load_model
 
@@ -161,15 +317,11 @@ def test_examples_are_cut_where_something_is_trained() -> None:
     assert cut[0].response_mask.tolist() == [False] * 10 + [True] * 10
 
 
-def test_dropout_is_off_and_on_again() -> None:
+def test_a_layer_recomputes_without_dropout() -> None:
     model = build_model("gpt2").eval()
-    for module in model.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.5
-    ids = torch.arange(9)[None]
-    with without_dropout(model), torch.no_grad():
-        assert model.training
-        assert torch.equal(model(ids).logits, model(ids).logits)
-    assert not model.training
-    model.train()
-    assert not torch.equal(model(ids).logits, model(ids).logits)
+    layer: Any = model.transformer.h[0]
+    layer.dropout = 0.5  # a number that a forward passes on, as OPT's and Falcon's do
+    with in_training([layer]) as calls:
+        assert layer.training and layer.dropout == 0 and not layer.attn.training
+        model(torch.arange(9)[None])
+    assert len(calls) == 1 and not layer.training and layer.dropout == 0.5
