@@ -160,6 +160,7 @@ class Processes:
 
     def __init__(self, accelerator: Accelerator) -> None:
         self._accelerator = accelerator
+        self._wrapped: list[nn.Module] = []
         self.count: int = accelerator.num_processes
         self.index: int = accelerator.process_index
         self.device: torch.device = accelerator.device
@@ -176,7 +177,9 @@ class Processes:
 
     def wrap(self, module: nn.Module) -> nn.Module:
         """Put a module on the device and, with several processes, into DDP."""
-        return self._accelerator.prepare_model(module)  # type: ignore[no-any-return]
+        wrapped: nn.Module = self._accelerator.prepare_model(module)
+        self._wrapped.append(wrapped)
+        return wrapped
 
     def no_sync(self, module: nn.Module, active: bool) -> contextlib.AbstractContextManager[Any]:
         """Skip the gradient's reduction, on every microbatch but the last."""
@@ -209,5 +212,10 @@ class Processes:
         self._accelerator.wait_for_everyone()
 
     def close(self) -> None:
-        """Leave the process group."""
+        """Leave the process group; what `wrap` gave can do no backward pass any more."""
+        # DDP's reducer holds the group. If the group dies with it, its destructor joins gloo's
+        # threads under the interpreter's lock, and one of them may be waiting for that lock.
+        for wrapped in self._wrapped:
+            if isinstance(wrapped, nn.parallel.DistributedDataParallel):
+                wrapped.reducer = wrapped.logger = None  # type: ignore[assignment]
         self._accelerator.end_training()

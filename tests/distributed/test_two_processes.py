@@ -54,6 +54,12 @@ def test_every_cut_on_two_processes_gives_the_dense_gradient(
         assert loss == pytest.approx(alone["eval/loss"], rel=bound)
 
 
+def test_leaving_the_process_group_never_waits_for_ever(sft: Sft) -> None:
+    worker = ROOT / "tests" / "distributed" / "worker_teardown.py"
+    done = sft(str(worker), launcher=launch("torchrun"), env={"PYTHONPATH": str(ROOT)})
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
 def metrics_of(run: Path) -> list[dict[str, Any]]:
     return without_times(run / "metrics.jsonl")
 
