@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import difflib
 import re
+from dataclasses import fields
 from pathlib import Path
 
 from hydra.errors import MissingConfigException, OverrideParseException
 
-from cs336_alignment.config import ALL_KEYS
+from cs336_alignment.config import ALL_KEYS, ColumnsConfig, SourceConfig
 from cs336_alignment.config_names import nearest_key
 from cs336_alignment.errors import ExitStatus, Place, UserError
 
@@ -36,6 +37,20 @@ def no_such_key(key: str, place: Place | None = None) -> UserError:
         ExitStatus.BAD_CONFIG,
         place=place,
         hint=f"did you mean {near}?" if near else "`cs336-sft train --cfg job` prints every key",
+    )
+
+
+def _no_such_key_of_source(key: str, place: Place | None) -> UserError:
+    keys = [field.name for field in fields(SourceConfig) if field.name != "columns"]
+    keys += [f"columns.{field.name}" for field in fields(ColumnsConfig)]
+    near = difflib.get_close_matches(key, keys, n=1)
+    return UserError(
+        "C101",
+        f"an entry of data.sources has no key {key}",
+        ExitStatus.BAD_CONFIG,
+        place=place,
+        expected=", ".join(keys),
+        hint=f"did you mean {near[0]}?" if near else None,
     )
 
 
@@ -67,6 +82,8 @@ def translate(failure: Exception) -> UserError:
                 place=place,
                 hint="begin the file with the line `# @package _global_`",
             )
+        if re.search(r"object_type=(Source|Columns)Config", text) and not key.startswith("data."):
+            return _no_such_key_of_source(key, place)
         return no_such_key(key, place)
     if match := re.search(r"full_key: (\S+)", text):
         key = match[1]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -13,6 +13,7 @@ from cs336_alignment.data.tokenize import TokenRow
 
 PERCENTILES = (5, 25, 50, 75, 95, 99)
 HISTOGRAM_BINS = 24
+BARS = "▁▂▃▄▅▆▇█"
 
 
 @dataclass
@@ -121,3 +122,17 @@ class LedgerEntry:
             yield "length, median", f"{percentiles['50']:,}"
             yield "length, 95 %", f"{percentiles['95']:,}"
         yield "length, longest", f"{self.longest:,}"
+        if histogram := self.lengths.get("histogram"):
+            low, high = histogram["edges"][0], histogram["edges"][-1]
+            yield "lengths", f"{low:,.0f} {draw_bars(histogram['counts'])} {high:,.0f}"
+
+
+def draw_bars(counts: Sequence[int]) -> str:
+    """Draw a histogram in one line: a sign for each bin, a blank for an empty one.
+
+    Example:
+        >>> draw_bars([0, 1, 4, 8])
+        ' ▁▄█'
+    """
+    most = max(counts, default=0)
+    return "".join(BARS[-(-len(BARS) * n // most) - 1] if n else " " for n in counts)

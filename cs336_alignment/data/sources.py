@@ -31,6 +31,7 @@ ARITHMETIC_ROWS = {"train": 20_000, "test": 1_000}
 COMPRESSED = (".gz", ".zst")
 ENDINGS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
 SAVED_BY_DATASETS = ("state.json", "dataset_info.json", "dataset_dict.json")
+DESCRIPTIONS = ("dataset_infos.json",)  # of a data set on the hub: no rows
 SPLITS = {"train": ("train",), "test": ("test", "validation", "valid", "val", "dev", "eval")}
 SPLIT_NAME = re.compile(r"(?:^|[._-])(train|test|validation|valid|val|dev|eval)(?=[._-]|\d|$)")
 
@@ -97,6 +98,7 @@ def _find_files(path: str, split: str) -> Sequence[Path] | None:
         if any(file.name in SAVED_BY_DATASETS for file in inside):
             return None
         found = [p for p in inside if ending_of(p) in ENDINGS and p.is_file() and p.name[0] != "."]
+        found = [p for p in found if p.name not in DESCRIPTIONS]
         if not found:
             raise _unknown_kind(local, "a folder without such files")
         return _of_split(found, split, path)
@@ -128,11 +130,20 @@ def _of_split(files: Sequence[Path], split: str, folder: str) -> Sequence[Path]:
     """Choose a split's files of a folder whose file names tell them apart; else all are it.
 
     Raises:
-        UserError: there are splits, and this one is not among them (66).
+        UserError: there are splits, and this one is not among them, or a file belongs to none (66).
     """
     named = {file: found[1] for file in files if (found := SPLIT_NAME.search(file.name.lower()))}
     if not named:
         return files
+    if unnamed := [file.name for file in files if file not in named]:
+        raise UserError(
+            "D112",
+            f"{folder} holds files of splits and others beside them",
+            ExitStatus.NOT_FOUND,
+            expected="either every file name with train, test, validation …, or none",
+            got=f"{next(iter(named)).name} and {unnamed[0]}",
+            hint=f"name the files that are meant, as a glob: '{folder}/*{ending_of(files[0])}'",
+        )
     wanted = SPLITS.get(split, (split,))
     chosen = [file for file, name in named.items() if name in wanted]
     if not chosen:

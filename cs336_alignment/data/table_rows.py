@@ -13,7 +13,8 @@ from cs336_alignment.data.json_rows import SURROGATE
 from cs336_alignment.data.row import Row
 from cs336_alignment.errors import ExitStatus, Place, UserError
 
-BATCH_ROWS = 256  # at a time
+BATCH_ROWS = 256  # at a time, fewer if they are large
+BATCH_BYTES = 2**25
 BUFFER_BYTES = 2**20
 
 
@@ -84,7 +85,9 @@ def read_parquet(path: Path) -> Iterator[Row | UserError]:
         with parquet.ParquetFile(path, buffer_size=BUFFER_BYTES, pre_buffer=False) as file:
             if len(set(file.schema_arrow.names)) != len(file.schema_arrow.names):
                 raise _bad("the table has repeated names", Place(path), "names, each once")
-            for batch in file.iter_batches(batch_size=BATCH_ROWS):
+            groups = [file.metadata.row_group(i) for i in range(file.metadata.num_row_groups)]
+            largest = max((g.total_byte_size / max(1, g.num_rows) for g in groups), default=0)
+            for batch in file.iter_batches(batch_size=_batch_rows(largest)):
                 yield from _rows_of(batch, path, number)
                 number += batch.num_rows
     except (pa.ArrowException, OSError) as failure:
@@ -95,6 +98,10 @@ def read_parquet(path: Path) -> Iterator[Row | UserError]:
             ExitStatus.BAD_DATA,
             place=Place(path, number + 1),
         ) from failure
+
+
+def _batch_rows(row_bytes: float) -> int:
+    return max(1, min(BATCH_ROWS, int(BATCH_BYTES / max(1, row_bytes))))
 
 
 def _rows_of(batch: Any, path: Path, before: int) -> Iterator[Row | UserError]:
@@ -130,7 +137,7 @@ def read_dataset(data: Any, path: str) -> Iterator[Row]:
         path: for places, which count rows from 1.
     """
     number = 0
-    for batch in data.iter(batch_size=BATCH_ROWS):
+    for batch in data.iter(batch_size=_batch_rows(data.data.nbytes / max(1, len(data)))):
         for values in zip(*batch.values(), strict=True):
             number += 1
             yield Row(dict(zip(batch, values, strict=True)), Place(path, number))

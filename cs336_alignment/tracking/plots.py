@@ -1,7 +1,8 @@
-"""Pictures of a run from its metrics file."""
+"""Pictures of a run from its metrics and its data ledger."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,11 +23,7 @@ def plot_loss(metrics_path: Path, png_path: Path, title: str) -> None:
         png_path: the picture.
         title: of the picture.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
+    pyplot = _pyplot()
     rows = read_metrics(metrics_path)
     train = [row for row in rows if row.get("train/loss") is not None]
     figure, (top, bottom) = pyplot.subplots(
@@ -40,6 +37,48 @@ def plot_loss(metrics_path: Path, png_path: Path, title: str) -> None:
             figure.savefig(file, dpi=120, format="png")
     finally:
         pyplot.close(figure)
+
+
+def plot_lengths(ledger_path: Path, png_path: Path, title: str) -> None:
+    """Draw how long the examples are, training and evaluation data each; replaces an older PNG.
+
+    Args:
+        ledger_path: a `data_ledger.json`.
+        png_path: the picture.
+        title: of the picture.
+    """
+    pyplot = _pyplot()
+    splits = json.loads(ledger_path.read_text(encoding="utf-8"))
+    figure, rows = pyplot.subplots(
+        len(splits), 1, figsize=(8, 3 * len(splits)), sharex=True, squeeze=False,
+        layout="constrained",
+    )  # fmt: skip
+    try:
+        for axes, (name, split) in zip(rows[:, 0], splits.items(), strict=True):
+            histogram, percentiles = split["lengths"]["histogram"], split["lengths"]["percentiles"]
+            axes.stairs(histogram["counts"], histogram["edges"], fill=True, color="tab:blue")
+            for percentile, style in (("50", "-"), ("95", "--")):
+                value = percentiles[percentile]
+                label = f"{percentile} %: {value:,} tokens"
+                axes.axvline(value, color="tab:orange", linestyle=style, label=label)
+            axes.set_ylabel(f"{name}: examples")
+            axes.grid(alpha=0.3)
+            axes.legend()
+        rows[0, 0].set_title(title)
+        rows[-1, 0].set_xlabel("tokens of an example, prompt and response")
+        with replacing(png_path) as file:
+            figure.savefig(file, dpi=120, format="png")
+    finally:
+        pyplot.close(figure)
+
+
+def _pyplot() -> Any:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    return pyplot
 
 
 def _draw_losses(

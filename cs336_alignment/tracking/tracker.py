@@ -10,7 +10,7 @@ from typing import Any
 from cs336_alignment.files import replacing
 from cs336_alignment.tracking.console import Console
 from cs336_alignment.tracking.metrics import MetricsFile, read_metrics
-from cs336_alignment.tracking.plots import plot_loss
+from cs336_alignment.tracking.plots import plot_lengths, plot_loss
 from cs336_alignment.tracking.wandb_logger import Logger
 
 SHOWN_CHARACTERS = 400
@@ -86,12 +86,17 @@ class RunTracker:
         if self.metrics is None:
             return
         self.metrics.close()
-        try:
-            plot_loss(self.metrics.path, self.folder / "loss.png", title)
-        except Exception as failure:  # a picture must not fail a run whose weights are done
-            self.console.warn(f"loss.png could not be drawn ({failure})")
-        else:
-            self.logger.log_image("loss", self.folder / "loss.png")
+        for name, draw, source in (
+            ("loss", plot_loss, self.metrics.path),
+            ("lengths", plot_lengths, self.folder / "data_ledger.json"),
+        ):
+            picture = self.folder / f"{name}.png"
+            try:
+                draw(source, picture, title)
+            except Exception as failure:  # a picture must not fail a run whose weights are done
+                self.console.warn(f"{picture.name} could not be drawn ({failure})")
+            else:
+                self.logger.log_image(name, picture)
         self.logger.finish(exit_code)
 
 

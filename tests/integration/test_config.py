@@ -77,6 +77,7 @@ def test_contract_defaults() -> None:
         (("trainer.learning_rat=1",), 78, ("no key trainer.learning_rat", "optimizer.learning_rate")),
         (("optimizer.lr=1",), 78, ("no key optimizer.lr", "optimizer.learning_rate")),
         (("trainr.max_steps=1",), 78, ("no key trainr", "trainer.max_steps")),
+        (("data.sources=[{path: a, formt: text}]",), 78, ("data.sources has no key formt", "mean format?")),
         (("+trainer.foo=1",), 78, ("no key trainer.foo",)),
         (("~trainer.max_steps",), 78, ("trainer.max_steps",)),
         (("trainer.max_steps=abc",), 78, ("trainer.max_steps", "wrong type", "abc")),

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import math
 from itertools import pairwise
 from pathlib import Path
 from typing import IO
 
 import matplotlib
+import numpy as np
 import pytest
 from matplotlib import image, pyplot
 from matplotlib.figure import Figure
 
+from cs336_alignment.data.ledger import LedgerEntry
 from cs336_alignment.tracking.metrics import MetricsFile
-from cs336_alignment.tracking.plots import _smoothed, plot_loss
+from cs336_alignment.tracking.plots import _smoothed, plot_lengths, plot_loss
 
 
 @pytest.fixture
@@ -79,6 +82,25 @@ def test_a_run_with_evaluations_only_is_drawn(tmp_path: Path, drawn: list[Figure
     (tmp_path / "metrics.jsonl").write_text('{"step": 0, "time": 1.0, "eval/loss": 2.0}\n')
     plot_loss(tmp_path / "metrics.jsonl", tmp_path / "loss.png", "evaluation")
     assert (tmp_path / "loss.png").stat().st_size > 0
+
+
+def test_lengths_are_drawn_with_their_percentiles(tmp_path: Path, drawn: list[Figure]) -> None:
+    lengths = {"train": [10] * 30 + [40] * 10, "eval": [20, 30]}
+    content = {}
+    for name, values in lengths.items():
+        entry = LedgerEntry()
+        entry.measure(np.array(values))
+        content[name] = entry.as_dict()
+    (tmp_path / "data_ledger.json").write_text(json.dumps(content))
+    plot_lengths(tmp_path / "data_ledger.json", tmp_path / "lengths.png", "my run")
+    for axes, values in zip(drawn[0].axes, lengths.values(), strict=True):
+        (bars,) = axes.patches
+        assert sum(bars.get_data().values) == len(values)
+        assert (bars.get_data().edges[0], bars.get_data().edges[-1]) == (min(values), max(values))
+        median, high = axes.get_lines()
+        assert median.get_xdata()[0] == int(np.percentile(values, 50))
+        assert high.get_xdata()[0] == int(np.percentile(values, 95))
+    assert (tmp_path / "lengths.png").stat().st_size > 0
 
 
 def test_a_failure_leaves_the_old_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -351,6 +351,17 @@ def test_a_folder_with_splits_gives_the_one_that_is_asked_for(tmp_path: Path) ->
     assert caught.value.status == 66
 
 
+def test_files_of_no_split_beside_those_of_splits_are_not_left_out_silently(tmp_path: Path) -> None:
+    for name in ("train", "test", "more"):
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps({"name": name}))
+    with pytest.raises(UserError, match="splits and others beside them") as caught:
+        read(tmp_path)
+    assert (caught.value.code, caught.value.status) == ("D112", 66)
+    assert caught.value.got is not None and "more.jsonl" in caught.value.got
+    (tmp_path / "more.jsonl").rename(tmp_path / "dataset_infos.json")  # describes, has no rows
+    assert [r.fields["name"] for r in read(tmp_path).rows] == ["train"]
+
+
 BROKEN_FILES = {
     "rows.json": [
         ("{", "D201"), ('{"a": {"b": 1}}', "D107"), ("3", "D107"),
@@ -583,6 +594,23 @@ print(sum(1 for _ in rows), pa.default_memory_pool().max_memory())
     )
     count, peak = map(int, done.stdout.split())
     assert count == 30_000 and peak < 1.2e7  # of 27 MB
+
+
+@pytest.mark.parametrize("kind", ["parquet", "datasets"])
+def test_large_rows_of_tables_are_read_a_few_at_a_time(kind: str, tmp_path: Path) -> None:
+    table = {"prompt": ["a"] * 60, "response": [f"{i:02d}" + "x" * 2_000_000 for i in range(60)]}
+    path = tmp_path / "rows.parquet"
+    if kind == "parquet":
+        parquet.write_table(pa.table(table), path, row_group_size=10**6)
+    else:
+        path = tmp_path / "saved"
+        datasets.Dataset.from_dict(table).save_to_disk(str(path))
+    rows = open_source(str(path), seed=0, default_split="train").rows()
+    tracemalloc.start()
+    numbers = [row.fields["response"][:2] for row in rows if isinstance(row, Row)]
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert numbers == [text[:2] for text in table["response"]] and peak < 8e7  # of 120 MB
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "csv", "jsonl.gz", "jsonl.zst"])
