@@ -6,7 +6,7 @@ STAMP := $(VENV)/installed
 export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
-.PHONY: help install train test test-all lint typecheck format smollm2 build hooks clean
+.PHONY: help install train test test-all faults faults-long lint typecheck format smollm2 build hooks clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -23,10 +23,16 @@ train: install ## train the quickstart and show accuracy before and after (minut
 	$(BIN)/cs336-sft train experiment=quickstart
 
 test: install ## run the tests (minutes; the slow ones are in test-all)
-	$(BIN)/python -m pytest -q -n 2 --dist worksteal -m "not slow and not gpu"
+	$(BIN)/python -m pytest -q -n 2 --dist worksteal -m "not slow and not gpu and not long"
 
-test-all: install ## run every test that this machine can
-	$(BIN)/python -m pytest -q -n 2 --dist worksteal
+test-all: install ## run every test that this machine can, but for the campaign of faults-long
+	$(BIN)/python -m pytest -q -n 2 --dist worksteal -m "not long"
+
+faults: install ## break runs in every way that is known and print what survived (minutes)
+	$(BIN)/python -m pytest -q -n 2 --dist worksteal tests/faults -m "not long"
+
+faults-long: install ## kill runs a hundred times at random and compare them with whole ones (a quarter of an hour)
+	$(BIN)/python -m pytest -q -s tests/faults -m long
 
 lint: install ## check style
 	$(BIN)/ruff check .

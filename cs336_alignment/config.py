@@ -113,7 +113,11 @@ class TrainerConfig:
     save_steps: int = 100
     save_total_limit: int = 2
     resume: str = "auto"
+    async_save: bool = False
     max_hours: float | None = None
+    loss_spike: str = "warn"
+    loss_spike_nats: float = 2.0
+    watchdog_minutes: float | None = 15.0
 
 
 @dataclass

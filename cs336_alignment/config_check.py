@@ -13,6 +13,7 @@ from cs336_alignment.errors import ExitStatus, UserError, UserErrors, describe
 
 LOSS_NORMALIZATIONS = ("token", "sequence", "microbatch", "constant")
 BATCHINGS = ("auto", "flat", "padded")
+LOSS_SPIKES = ("off", "warn", "stop", "skip")
 PRECISIONS = ("auto", "fp32", "bf16")
 OVERLONG = ("drop", "truncate", "split", "error")
 TRAIN_ON = ("response", "assistant", "last_turn", "all")
@@ -100,6 +101,9 @@ _RULES = (
     _Rule("trainer.save_total_limit", _at_least(1), "a whole number of at least 1"),
     _Rule("trainer.resume", lambda v: bool(v.strip()), "auto, never or the path of a checkpoint"),
     _Rule("trainer.max_hours", _above(0), "a number above 0, or null"),
+    _one_of("trainer.loss_spike", LOSS_SPIKES),
+    _Rule("trainer.loss_spike_nats", _above(0), "a number of nats above 0"),
+    _Rule("trainer.watchdog_minutes", _above(0), "a number above 0, or null"),
     _Rule("optimizer.learning_rate", _at_least(0), "a finite number of at least 0"),
     _Rule(
         "optimizer.betas",

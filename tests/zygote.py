@@ -1,7 +1,8 @@
 """A process that has imported everything once and forks into the command line for each request.
 
 Importing torch and transformers takes five seconds of every command, and the tests give dozens.
-Run as a script: reads a JSON request a line, answers with the exit status a line.
+Run as a script: reads a JSON request a line; `start` is answered with a process id, `wait` for one
+of these with its exit status, negative if a signal ended it.
 """
 
 from __future__ import annotations
@@ -28,12 +29,25 @@ class Zygote:
     def run(self, arguments: list[str], cwd: Path, scratch: Path) -> Any:
         """Run `cs336-sft` with these arguments in this folder; scratch takes what it prints."""
         out, err = scratch / "stdout", scratch / "stderr"
-        request = {"arguments": arguments, "cwd": str(cwd), "out": str(out), "err": str(err)}
+        code = self.wait(self.start(arguments, cwd, scratch))
+        return subprocess.CompletedProcess(arguments, code, out.read_text(), err.read_text())
+
+    def start(self, arguments: list[str], cwd: Path, scratch: Path) -> int:
+        """Start `cs336-sft`; returns its process id. What it prints goes to `stdout` and `stderr`
+        in the scratch folder.
+        """
+        out, err = str(scratch / "stdout"), str(scratch / "stderr")
+        return self._ask({"arguments": arguments, "cwd": str(cwd), "out": out, "err": err})
+
+    def wait(self, process_id: int) -> int:
+        """Wait for a process that was started; returns its exit status."""
+        return self._ask({"wait": process_id})
+
+    def _ask(self, request: dict[str, Any]) -> int:
         assert self._process.stdin is not None and self._process.stdout is not None
         self._process.stdin.write(json.dumps(request) + "\n")
         self._process.stdin.flush()
-        code = int(self._process.stdout.readline())
-        return subprocess.CompletedProcess(arguments, code, out.read_text(), err.read_text())
+        return int(self._process.stdout.readline())
 
     def close(self) -> None:
         """End it."""
@@ -66,10 +80,12 @@ def _serve() -> None:
     import cs336_alignment.training.run  # noqa: F401
 
     for line in sys.stdin:
-        child = os.fork()
-        if child == 0:
-            _child(json.loads(line))
-        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+        request = json.loads(line)
+        if "wait" in request:
+            answer = os.waitstatus_to_exitcode(os.waitpid(request["wait"], 0)[1])
+        elif (answer := os.fork()) == 0:
+            _child(request)
+        print(answer, flush=True)
 
 
 if __name__ == "__main__":

@@ -59,6 +59,10 @@ class RunTracker:
         self.console.note(f"checkpoint of step {step} saved in {seconds:.1f} s")
         self.on_saved(step)
 
+    def warn(self, text: str) -> None:
+        """Tell people of something that is not as it should be."""
+        self.console.warn(text)
+
     def evaluation(
         self, step: int, metrics: Mapping[str, float], rows: Sequence[Mapping[str, Any]]
     ) -> None:

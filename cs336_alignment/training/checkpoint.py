@@ -8,12 +8,14 @@ in one operation.
 
 from __future__ import annotations
 
+import copy
+import errno
 import json
 import os
 import re
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -49,11 +51,15 @@ class TrainState:
         step: optimizer steps completed.
         tokens_seen: prompt and response tokens of all examples so far.
         response_tokens_seen: trained tokens so far.
+        skipped_steps: steps left out for a loss spike.
+        recent_losses: token means of the last steps, in nats, newest last.
     """
 
     step: int = 0
     tokens_seen: int = 0
     response_tokens_seen: int = 0
+    skipped_steps: int = 0
+    recent_losses: list[float] = field(default_factory=list)
 
 
 def module_tensors(module: nn.Module) -> dict[str, Tensor]:
@@ -70,6 +76,53 @@ def optimizer_tensors(module: nn.Module, optimizer: torch.optim.Optimizer) -> di
         for name, parameter in module.named_parameters()
         for kind, value in optimizer.state.get(parameter, {}).items()
     }
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """All that a checkpoint holds of the training itself.
+
+    Attributes:
+        state: of the run, its own copy.
+        weights: parameter or buffer name → tensor.
+        moments: the optimizer's, see `optimizer_tensors`.
+    """
+
+    state: TrainState
+    weights: Mapping[str, Tensor]
+    moments: Mapping[str, Tensor]
+
+    @staticmethod
+    def of(state: TrainState, module: nn.Module, optimizer: torch.optim.Optimizer) -> Snapshot:
+        """Look at the tensors where they are: right only as long as nothing trains on."""
+        return Snapshot(
+            copy.deepcopy(state), module_tensors(module), optimizer_tensors(module, optimizer)
+        )
+
+    def copied(self, into: Snapshot | None) -> Snapshot:
+        """Copy the tensors into this machine's memory: into those of an earlier copy if given."""
+        old = Snapshot(self.state, {}, {}) if into is None else into
+        return Snapshot(
+            self.state, _copied(self.weights, old.weights), _copied(self.moments, old.moments)
+        )
+
+    @property
+    def bytes(self) -> int:
+        """Of all tensors together."""
+        tensors = (*self.weights.values(), *self.moments.values())
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def _copied(tensors: Mapping[str, Tensor], old: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    copies = {}
+    for name, tensor in tensors.items():
+        place = old.get(name)
+        if place is None:
+            place = torch.empty(
+                tensor.shape, dtype=tensor.dtype, pin_memory=tensor.device.type == "cuda"
+            )
+        copies[name] = place.copy_(tensor.detach())
+    return copies
 
 
 def restore(
@@ -102,9 +155,7 @@ def restore(
 
 def save_checkpoint(
     checkpoints: Path,
-    state: TrainState,
-    module: nn.Module,
-    optimizer: torch.optim.Optimizer,
+    snapshot: Snapshot,
     *,
     extra: Mapping[str, Any],
     save_sidecars: Callable[[Path], None],
@@ -114,9 +165,7 @@ def save_checkpoint(
 
     Args:
         checkpoints: the run's folder of checkpoints.
-        state: goes into `trainer_state.json` as `progress`.
-        module: whose tensors are saved under their names.
-        optimizer: of the module.
+        snapshot: what is saved; its state goes into `trainer_state.json` as `progress`.
         extra: more of `trainer_state.json` (versions, hashes).
         save_sidecars: writes small files (config, tokenizer) into the directory it is given.
         keep: checkpoints that stay, at least 1.
@@ -124,35 +173,35 @@ def save_checkpoint(
     Raises:
         UserError: the disk is full or failing (74); the checkpoints before this one are intact.
     """
-    final = checkpoints / f"step-{state.step:06d}"
+    final = checkpoints / f"step-{snapshot.state.step:06d}"
     temporary = checkpoints / f"{TEMPORARY}{final.name}-{os.getpid()}"
-    weights, moments = module_tensors(module), optimizer_tensors(module, optimizer)
     try:
         if not final.is_dir() or verify(final) is not None:
             temporary.mkdir(parents=True)
+            if free_mib(checkpoints) * 2**20 < snapshot.bytes:  # before a slow disk finds out
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             save_sidecars(temporary)
             manifest = {
-                WEIGHTS: write_safetensors(temporary / WEIGHTS, weights),
-                OPTIMIZER: write_safetensors(temporary / OPTIMIZER, moments),
+                WEIGHTS: write_safetensors(temporary / WEIGHTS, snapshot.weights),
+                OPTIMIZER: write_safetensors(temporary / OPTIMIZER, snapshot.moments),
             }
-            write_json(temporary / STATE, {"progress": asdict(state), **extra})
+            write_json(temporary / STATE, {"progress": asdict(snapshot.state), **extra})
             _seal(temporary, manifest)
             if final.is_dir():  # one that does not verify stands in the way
                 shutil.rmtree(final)
             temporary.rename(final)
             flush_folder(checkpoints)
         write_json(checkpoints / INDEX, {"latest": final.name, "best": None})
-        _rotate(checkpoints, state.step, keep)
+        _rotate(checkpoints, snapshot.state.step, keep)
     except Exception as failure:
         shutil.rmtree(temporary, ignore_errors=True)
         if (reason := system_error(failure)) is None:
             raise
-        needed = sum(t.numel() * t.element_size() for t in (*weights.values(), *moments.values()))
         raise UserError(
             "R206",
             f"cannot write the checkpoint {final}: {reason}",
             ExitStatus.IO,
-            expected=f"{needed / 2**20:,.1f} MiB",
+            expected=f"{snapshot.bytes / 2**20:,.1f} MiB",
             got=f"{free_mib(checkpoints.parent):,.1f} MiB free",
             hint="make room and run the same command again; "
             "the checkpoints before this one are intact",

@@ -28,7 +28,7 @@ from cs336_alignment.model.loading import (
 )
 from cs336_alignment.model.policy import Policy
 from cs336_alignment.tracking.console import Console
-from cs336_alignment.training.checkpoint import TrainState, restore, save_checkpoint
+from cs336_alignment.training.checkpoint import Snapshot, TrainState, restore, save_checkpoint
 from cs336_alignment.training.export import export_model, save_sidecars
 from cs336_alignment.training.invariances import (
     Finding,
@@ -254,7 +254,8 @@ def _check_checkpoint(
 ) -> Finding:  # fmt: skip
     policy, device = subject.policy, subject.processes.device
     saved = save_checkpoint(
-        folder, TrainState(1), policy.model, torch.optim.AdamW(policy.parameters()), extra={},
+        folder, Snapshot.of(TrainState(1), policy.model, torch.optim.AdamW(policy.parameters())),
+        extra={},
         keep=1, save_sidecars=lambda path: save_sidecars(path, policy.model, tokenizer),
     )  # fmt: skip
     model = load_model(source, random_init=True, seed=1)

@@ -10,7 +10,7 @@ from pathlib import Path
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from cs336_alignment.errors import ExitStatus, UserError
-from cs336_alignment.files import flush_tree, system_error
+from cs336_alignment.files import flush_folder, flush_tree, system_error
 
 
 def save_sidecars(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -52,6 +52,7 @@ def export_model(
             shutil.rmtree(old, ignore_errors=True)
             folder.rename(old)
         temporary.rename(folder)
+        flush_folder(folder.parent)  # the new one is there for good before the old one goes
         shutil.rmtree(old, ignore_errors=True)
     except Exception as failure:
         shutil.rmtree(temporary, ignore_errors=True)

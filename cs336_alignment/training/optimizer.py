@@ -30,6 +30,22 @@ def build_optimizer(module: nn.Module, config: OptimizerConfig) -> torch.optim.A
     )
 
 
+def allocate_state(optimizer: torch.optim.AdamW) -> None:
+    """Give every parameter the state that its first step would give it, so that memory shows before
+    any time is spent.
+    """
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            if not optimizer.state[parameter]:
+                device = parameter.device if group["fused"] else torch.device("cpu")
+                zeros = torch.zeros_like(parameter, memory_format=torch.preserve_format)
+                optimizer.state[parameter] = {
+                    "step": torch.zeros((), dtype=torch.float32, device=device),
+                    "exp_avg": zeros,
+                    "exp_avg_sq": zeros.clone(),
+                }
+
+
 def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
     """Write the step's learning rate into every parameter group."""
     for group in optimizer.param_groups:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
@@ -206,6 +207,24 @@ class Processes:
         box: list[Any] = [None] * self.count
         torch.distributed.all_gather_object(box, value)
         return box
+
+    def on_main(self, work: Callable[[], None]) -> None:
+        """Do something on the main process alone, and learn on all of them how it ended.
+
+        Raises:
+            UserError: what the main process raised; on the others one that says so (its status).
+        """
+        failure: UserError | None = None
+        if self.is_main:
+            try:
+                work()
+            except UserError as error:
+                failure = error
+        told = self.agree(None if failure is None else (failure.message, failure.status))
+        if failure is not None:
+            raise failure
+        if told is not None:
+            raise UserError("R208", f"the main process failed: {told[0]}", told[1])
 
     def wait(self) -> None:
         """Wait for the other processes."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from cs336_alignment.config import DEFAULT_MICROBATCH_TOKENS, TrainerConfig
 from cs336_alignment.data.batching import Lengths, StepPlan, collate, plan_microbatches
+from cs336_alignment.data.dataset import TokenizedDataset
 from cs336_alignment.data.tokenize import TokenizedExample
 from cs336_alignment.errors import ExitStatus, UserError
 from cs336_alignment.model.attention import FLAT_ATTENTION, why_not_flat
@@ -19,6 +21,7 @@ from cs336_alignment.model.policy import Policy
 from cs336_alignment.training.step import Cut
 
 PROBE_LENGTHS = (5, 9, 9)
+STEPS_LOOKED_AT = 20_000
 LEAK_RATIO = 20  # a flat row must be this much nearer to the padded rows than one without borders
 
 
@@ -201,6 +204,102 @@ def describe_batches(
             f"{cut.microbatch_tokens:,}: it gets a microbatch of its own"
         )
     return lines
+
+
+def largest_microbatch(
+    plan: StepPlan,
+    cut: Cut,
+    lengths: Lengths,
+    steps: range,
+    *,
+    num_processes: int,
+    process_index: int,
+) -> list[int]:
+    """Find the microbatch with most tokens, padding included, of those that this process will take.
+
+    Args:
+        plan: step → example ids.
+        cut: of a step into microbatches.
+        lengths: tokens of every example, by id.
+        steps: that this run will take; of very many only the first are looked at, besides the
+            longest example of all.
+        num_processes: how many share a step.
+        process_index: which of them this is.
+    """
+
+    def size(ids: Sequence[int]) -> int:
+        if not ids:
+            return 0
+        of_each = [int(lengths[i]) for i in ids]
+        return sum(of_each) if cut.flat else len(ids) * max(of_each)
+
+    candidates: list[list[int]] = []
+    if len(steps) > STEPS_LOOKED_AT:
+        candidates.append([int(max(range(len(lengths)), key=lengths.__getitem__))])
+    for step in steps[:STEPS_LOOKED_AT]:
+        candidates += plan_microbatches(
+            plan.example_ids(step), lengths,
+            num_processes=num_processes, process_index=process_index,
+            microbatch_tokens=cut.microbatch_tokens,
+            gradient_accumulation_steps=cut.gradient_accumulation_steps, flat=cut.flat,
+        )  # fmt: skip
+    return max(candidates, key=size, default=[])
+
+
+def rehearse_microbatch(
+    policy: Policy, dataset: TokenizedDataset, ids: Sequence[int], cut: Cut
+) -> str:
+    """Run a microbatch forward and backward and throw its gradient away; returns what it took.
+
+    Raises:
+        UserError: there is not enough memory (70).
+    """
+    device = next(policy.parameters()).device
+    batch = collate([dataset[i] for i in ids], flat=cut.flat).to(device)
+    torch.manual_seed(0)  # dropout; every step seeds anew
+    try:
+        log_probs, _ = policy(batch, True)
+        log_probs.sum().backward()
+    except (RuntimeError, MemoryError) as failure:
+        if (error := out_of_memory(failure, device)) is None:
+            raise
+        raise error from failure
+    finally:
+        policy.zero_grad(set_to_none=True)
+    tokens = batch.input_ids.numel()
+    return (
+        f"{tokens:,} tokens in the largest microbatch, tried with weights, gradients and "
+        f"optimizer: peak {peak_memory_gib(device):.2f} GiB"
+    )
+
+
+def out_of_memory(failure: BaseException, device: torch.device) -> UserError | None:
+    """Turn what torch raises for want of memory into an error that says what to do; None if it is
+    something else.
+    """
+    text = str(failure)
+    if not isinstance(failure, torch.OutOfMemoryError | MemoryError) and not any(
+        sign in text for sign in ("can't allocate memory", "out of memory")
+    ):
+        return None
+    return UserError(
+        "R303",
+        f"the memory of {device.type} does not suffice for a microbatch",
+        ExitStatus.INTERNAL,
+        got=text.splitlines()[0] if text else None,
+        hint="lower trainer.microbatch_tokens or data.max_length, or set "
+        "trainer.gradient_checkpointing=true",
+    )
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """Give this process's peak memory in GiB: of the GPU, or resident on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    import resource  # not on every platform
+
+    unit = 1 if sys.platform == "darwin" else 2**10  # macOS counts in bytes, Linux in KiB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
 
 def dropout_options(policy: Policy) -> list[str]:

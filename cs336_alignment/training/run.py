@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from torch.optim import Optimizer
+from torch.optim import AdamW
 from transformers import PreTrainedTokenizerBase
 
 from cs336_alignment.config import DEFAULT_MICROBATCH_TOKENS, Config
@@ -28,9 +28,10 @@ from cs336_alignment.tracking.metrics import MetricsFile
 from cs336_alignment.tracking.tracker import RunTracker
 from cs336_alignment.tracking.wandb_logger import Logger, NullLogger, WandbLogger
 from cs336_alignment.training.checkpoint import TrainState, remove_leftovers, restore
+from cs336_alignment.training.checkpoint_writer import CheckpointWriter
 from cs336_alignment.training.export import export_model, save_sidecars
 from cs336_alignment.training.manifest import build_manifest
-from cs336_alignment.training.optimizer import build_optimizer
+from cs336_alignment.training.optimizer import allocate_state, build_optimizer
 from cs336_alignment.training.parallel import (
     Processes,
     is_main_process_before_start,
@@ -38,7 +39,13 @@ from cs336_alignment.training.parallel import (
     set_threads,
     start_processes,
 )
-from cs336_alignment.training.preflight import choose_batching, choose_cut, choose_precision
+from cs336_alignment.training.preflight import (
+    choose_batching,
+    choose_cut,
+    choose_precision,
+    largest_microbatch,
+    rehearse_microbatch,
+)
 from cs336_alignment.training.report import (
     describe_run,
     resume_command,
@@ -57,7 +64,8 @@ from cs336_alignment.training.run_folder import (
 from cs336_alignment.training.status import StatusFile
 from cs336_alignment.training.step import Cut
 from cs336_alignment.training.stop import StopNow, StopRequest
-from cs336_alignment.training.trainer import SaveOptions, Trainer, is_due
+from cs336_alignment.training.trainer import Trainer, is_due
+from cs336_alignment.training.watchdog import Watchdog
 
 
 def train(config: Config, arguments: Sequence[str]) -> ExitStatus:
@@ -187,6 +195,7 @@ class _Run:
         data, held_out = self.inputs.data.train, self.inputs.data.held_out
         optimizer = build_optimizer(policy.model, config.optimizer)
         state = self._resume(policy, optimizer, total_steps)
+        self._rehearse_memory(policy, optimizer, plan, cut, range(state.step, total_steps))
         manifest = build_manifest(
             config, old=self.folder.read_manifest(), model=policy.model, tokenizer=tokenizer,
             train=data, held_out=held_out, num_processes=self.processes.count,
@@ -199,21 +208,34 @@ class _Run:
             )
         self.processes.wait()  # nobody reads the folder any more: the main process may write
         tracker = self._open_tracker(manifest, state)
+        writer = CheckpointWriter(
+            self.folder.checkpoints, extra={"manifest": manifest},
+            save_sidecars=lambda path: save_sidecars(path, policy.model, tokenizer),
+            keep=config.trainer.save_total_limit, asynchronous=config.trainer.async_save,
+        )  # fmt: skip
+        watchdog = Watchdog(
+            self.folder.path, self.processes.index, config.trainer.watchdog_minutes,
+            self.console.warn,
+        )  # fmt: skip
+
+        def poll() -> ExitStatus | None:
+            watchdog.beat()
+            return self.stop.status
+
         trainer = Trainer(
             policy, self.processes.wrap(policy), optimizer, data.dataset, plan=plan, cut=cut,
             total_steps=total_steps, state=state, trainer=config.trainer,
             optimizer_config=config.optimizer, seed=config.seed, processes=self.processes,
-            tracker=tracker, stop=self.stop,
-            evaluate=self._evaluation(policy, cut, state.step, total_steps, tracker),
-            saving=SaveOptions(
-                self.folder.checkpoints, {"manifest": manifest},
-                lambda path: save_sidecars(path, policy.model, tokenizer),
-            ),
+            tracker=tracker, writer=writer, poll=poll,
+            evaluate=self._evaluation(policy, cut, state.step, total_steps, tracker, poll),
         )  # fmt: skip
         self.console.start(total_steps, state.step)
         outcome = ExitStatus.INTERNAL
         try:
-            outcome = trainer.fit()
+            self._rehearse_saving(writer, policy, optimizer, total_steps - state.step)
+            self.stop.wait_for_steps()
+            with watchdog:
+                outcome = trainer.fit()
             if outcome == ExitStatus.DONE:
                 self._export(policy, state)
         finally:
@@ -224,7 +246,7 @@ class _Run:
         )  # fmt: skip
         return outcome
 
-    def _resume(self, policy: Policy, optimizer: Optimizer, total_steps: int) -> TrainState:
+    def _resume(self, policy: Policy, optimizer: AdamW, total_steps: int) -> TrainState:
         state, checkpoint = TrainState(), self.decision.checkpoint
         if checkpoint is not None:
             state = restore(checkpoint, policy.model, optimizer, self.processes.device)
@@ -244,6 +266,35 @@ class _Run:
             self.console.warn(notice)
         return state
 
+    def _rehearse_memory(
+        self, policy: Policy, optimizer: AdamW, plan: StepPlan, cut: Cut, steps: range
+    ) -> None:
+        """Take the largest microbatch of the run now: for want of memory it fails here, not in the
+        last hour.
+        """
+        data = self.inputs.data.train.dataset
+        allocate_state(optimizer)
+        ids = largest_microbatch(
+            plan, cut, data.lengths, steps,
+            num_processes=self.processes.count, process_index=self.processes.index,
+        )  # fmt: skip
+        if steps:
+            text = rehearse_microbatch(policy, data, ids, cut)
+            self.console.note(f"{'memory':<10} {text}")
+
+    def _rehearse_saving(
+        self, writer: CheckpointWriter, policy: Policy, optimizer: AdamW, steps: int
+    ) -> None:
+        every = self.config.trainer.save_steps
+
+        def rehearse() -> None:
+            saves = 2 + (steps // every if every else 0)  # the last one and the export
+            if (warning := writer.rehearse(policy.model, optimizer, saves)) is not None:
+                self.console.warn(warning)
+
+        if steps:
+            self.processes.on_main(rehearse)
+
     def _evaluation(
         self,
         policy: Policy,
@@ -251,6 +302,7 @@ class _Run:
         first_step: int,
         total_steps: int,
         tracker: RunTracker,
+        poll: Callable[[], ExitStatus | None],
     ) -> Callable[[int], None]:
         """Make the function that the loop calls at every step and that knows when it is due."""
         held_out, tokenizer = self.inputs.data.held_out, self.inputs.tokenizer
@@ -268,7 +320,7 @@ class _Run:
             config=self.config.evaluation, processes=self.processes,
             microbatch_tokens=cut.microbatch_tokens or DEFAULT_MICROBATCH_TOKENS, flat=cut.flat,
             seed=self.config.seed, progress=self.console.progress,
-            asked=lambda: self.stop.status,
+            asked=poll,
         )  # fmt: skip
         eval_steps = self.config.trainer.eval_steps
         generation_steps = self.config.evaluation.generation_steps
@@ -317,9 +369,10 @@ class _Run:
         return RunTracker(self.console, metrics, logger, folder.path, self.status.running)
 
     def _export(self, policy: Policy, state: TrainState) -> None:
-        if self.processes.is_main:
+        def export() -> None:
             template = self.inputs.data.train.template
             text = "the tokenizer's chat template" if template is None else template.text
             card = write_card(self.config, state, self.folder.path, text)
             export_model(self.folder.path / EXPORT, policy.model, self.inputs.tokenizer, card)
-        self.processes.wait()
+
+        self.processes.on_main(export)

@@ -37,6 +37,8 @@ FREE = frozenset(
         "trainer.save_total_limit",
         "trainer.resume",
         "trainer.max_hours",
+        "trainer.async_save",
+        "trainer.watchdog_minutes",
         "data.eval_path",
         "data.max_eval_examples",
         "data.num_workers",
@@ -54,6 +56,8 @@ NOTICED = frozenset(
         "trainer.gradient_accumulation_steps",
         "trainer.batching",
         "trainer.gradient_checkpointing",
+        "trainer.loss_spike",
+        "trainer.loss_spike_nats",
     }
 )
 LENGTH = frozenset({"trainer.max_steps", "trainer.num_train_epochs"})

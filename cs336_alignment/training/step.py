@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -47,12 +47,14 @@ class StepResult:
         entropy: scalar float64 tensor, the summed entropy at those positions; 0 if not asked for.
         not_finite: (microbatches,) bool tensor, True where a microbatch's loss is not finite.
         microbatches: the example ids of each.
+        complete: whether all were done; if not, the gradient is to be thrown away.
     """
 
     nll: Tensor
     entropy: Tensor
     not_finite: Tensor
     microbatches: list[list[int]]
+    complete: bool
 
 
 def accumulate_gradients(
@@ -66,6 +68,7 @@ def accumulate_gradients(
     seed: int,
     step: int,
     with_entropy: bool = False,
+    give_up: Callable[[], bool] = lambda: False,
 ) -> StepResult:
     """Calls backward for every microbatch of the step; the gradient of the whole step is then in
     `.grad`.
@@ -80,6 +83,8 @@ def accumulate_gradients(
         seed: of the run.
         step: 0-based; with the seed it fixes dropout.
         with_entropy: also sum the token entropies.
+        give_up: asked before each microbatch; once it says True, only the last one is still done,
+            since the other processes wait for its reduction.
     """
     microbatches = plan_microbatches(
         example_ids,
@@ -99,12 +104,18 @@ def accumulate_gradients(
         num_processes=processes.count,
     )
     nll = torch.zeros((), dtype=torch.float64, device=processes.device)
-    entropy_sum, not_finite = torch.zeros_like(nll), []
+    entropy_sum = torch.zeros_like(nll)
+    not_finite = torch.zeros(len(microbatches), dtype=torch.bool, device=processes.device)
+    complete = True
     for index, members in enumerate(microbatches):
+        last = index == len(microbatches) - 1
+        if give_up() and not last:
+            complete = False
+            continue
         batch = collate([dataset[i] for i in members], flat=cut.flat).to(processes.device)
         # Dropout is a function of where the run stands, so a resumed run draws the same.
         torch.manual_seed(mix_seed(seed, step, index, processes.index))
-        with processes.no_sync(policy, active=index < len(microbatches) - 1):
+        with processes.no_sync(policy, active=not last):
             log_probs, entropy = policy(batch, with_entropy)
             mask, constant = loss_weights(
                 trainer.loss_normalization, batch, counts, trainer.normalize_constant
@@ -115,5 +126,5 @@ def accumulate_gradients(
         nll -= masked_normalize(log_probs.detach().double(), batch.response_mask)
         if entropy is not None:
             entropy_sum += masked_normalize(entropy.double(), batch.response_mask)
-        not_finite.append(~loss.detach().isfinite())
-    return StepResult(nll, entropy_sum, torch.stack(not_finite), microbatches)
+        not_finite[index] = ~loss.detach().isfinite()
+    return StepResult(nll, entropy_sum, not_finite, microbatches, complete)

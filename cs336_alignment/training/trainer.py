@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import sys
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import astuple, dataclass
 from typing import Any, Protocol
 
 import torch
@@ -17,12 +15,17 @@ from cs336_alignment.data.batching import StepPlan
 from cs336_alignment.data.dataset import TokenizedDataset
 from cs336_alignment.errors import ExitStatus, UserError
 from cs336_alignment.model.policy import Policy
-from cs336_alignment.training.checkpoint import TrainState, save_checkpoint
+from cs336_alignment.training.checkpoint import TrainState
+from cs336_alignment.training.checkpoint_writer import CheckpointWriter
 from cs336_alignment.training.optimizer import set_learning_rate
 from cs336_alignment.training.parallel import Processes
+from cs336_alignment.training.preflight import peak_memory_gib
 from cs336_alignment.training.schedule import learning_rate
+from cs336_alignment.training.spike import SPIKE_WINDOW, is_spike
 from cs336_alignment.training.step import Cut, StepResult, accumulate_gradients
-from cs336_alignment.training.stop import StopNow, StopRequest
+from cs336_alignment.training.stop import StopNow
+
+IDS_SHOWN = 32
 
 
 class Tracker(Protocol):
@@ -37,20 +40,21 @@ class Tracker(Protocol):
     def saved(self, step: int, seconds: float) -> None:
         """Take notice of a checkpoint."""
 
+    def warn(self, text: str) -> None:
+        """Tell people of something that is not as it should be."""
+
 
 @dataclass(frozen=True)
-class SaveOptions:
-    """What a checkpoint needs beside the trainer's own state.
+class _Sums:
+    """What is added over the processes at each step; the flags count processes."""
 
-    Attributes:
-        checkpoints: the run's folder of checkpoints.
-        extra: goes into `trainer_state.json`.
-        save_sidecars: writes config and tokenizer into a checkpoint.
-    """
-
-    checkpoints: Path
-    extra: Mapping[str, Any]
-    save_sidecars: Callable[[Path], None]
+    nll: Any
+    entropy: Any
+    not_finite: Any
+    asked: Any
+    interrupted: Any
+    incomplete: Any
+    written: Any
 
 
 class Trainer:
@@ -73,8 +77,8 @@ class Trainer:
         tracker: takes metrics.
         evaluate: called with the state's step at the start and with every step done; it knows
             itself when it is due, and raises StopNow, on all processes, if one is asked to stop.
-        saving: where checkpoints go.
-        stop: a request to stop.
+        writer: of checkpoints.
+        poll: called at every microbatch; gives the exit status of a request to stop, or None.
     """
 
     def __init__(
@@ -94,8 +98,8 @@ class Trainer:
         processes: Processes,
         tracker: Tracker,
         evaluate: Callable[[int], None],
-        saving: SaveOptions,
-        stop: StopRequest,
+        writer: CheckpointWriter,
+        poll: Callable[[], ExitStatus | None],
     ) -> None:
         self.policy = policy
         self.wrapped = wrapped
@@ -111,8 +115,9 @@ class Trainer:
         self.processes = processes
         self.tracker = tracker
         self.evaluate = evaluate
-        self.saving = saving
-        self.stop = stop
+        self.writer = writer
+        self._writing: int | None = None  # the step whose checkpoint is being written
+        self.poll = poll
 
     def fit(self) -> ExitStatus:
         """Train to the last step; returns DONE, or the status of the request that stopped the run.
@@ -122,30 +127,40 @@ class Trainer:
                 checkpoint that cannot be written (74).
         """
         self.wrapped.train()
-        self.stop.wait_for_steps()
-        saved = self.state.step
+        self._saved = self.state.step
+        outcome = ExitStatus.DONE
         try:
-            self.evaluate(self.state.step)
-            while self.state.step < self.total_steps:
-                metrics, asked = self.train_step()
-                step, last = self.state.step, self.state.step == self.total_steps
-                self.tracker.step(step, metrics, log=is_due(self.config.logging_steps, step))
-                # Before the evaluation, which can take long: what is trained is safe.
-                if last or asked is not None or is_due(self.config.save_steps, step):
-                    self.save()
-                    saved = step
-                if asked is not None and not last:
-                    return asked
-                self.evaluate(step)
-        except StopNow as request:
-            if saved != self.state.step:
+            try:
+                self._take_steps()
+            except StopNow as request:
+                outcome = request.status
+            if self._saved != self.state.step:
                 self.save()
-            return request.status
-        return ExitStatus.DONE
+            self.settle()
+        finally:
+            self.writer.close()
+        return outcome
+
+    def _take_steps(self) -> None:
+        self.evaluate(self.state.step)
+        while self.state.step < self.total_steps:
+            metrics, asked = self.train_step()
+            step, last = self.state.step, self.state.step == self.total_steps
+            self.tracker.step(step, metrics, log=is_due(self.config.logging_steps, step))
+            if asked is not None and not last:
+                raise StopNow(asked)
+            # Before the evaluation, which can take long: what is trained is safe.
+            if last or is_due(self.config.save_steps, step):
+                self.save()
+            self.evaluate(step)
 
     def train_step(self) -> tuple[dict[str, float], ExitStatus | None]:
         """Take one optimizer step; returns its metrics and a request to stop that any process
         received.
+
+        Raises:
+            StopNow: on all processes, if the request came while one of them still had microbatches
+                to do: the step is given up.
         """
         start, step = time.perf_counter(), self.state.step
         example_ids = self.plan.example_ids(step)
@@ -163,23 +178,33 @@ class Trainer:
             seed=self.seed,
             step=step,
             with_entropy=log,
+            give_up=lambda: self.poll() is not None,
         )
         grad_norm = nn.utils.clip_grad_norm_(
             self.policy.parameters(), self.optimizer_config.max_grad_norm
         )
-        nll, entropy, bad, stopped, interrupted = self._sum(result, grad_norm)
-        if bad:
+        sums = self._sum(result, grad_norm)
+        asked = None
+        if sums.asked:
+            asked = ExitStatus.INTERRUPTED if sums.interrupted else ExitStatus.STOPPED
+            if sums.incomplete:
+                raise StopNow(asked)
+        if sums.written:
+            self.settle()
+        if sums.not_finite:
             self._refuse(result, grad_norm)
-        self.optimizer.step()
         ids = list(example_ids)
         num_response_tokens = int(self.dataset.response_lengths[ids].sum())
         num_tokens = int(self.dataset.lengths[ids].sum())
+        loss = sums.nll / num_response_tokens
+        if self._is_sound(loss, ids):
+            self.optimizer.step()
         self.state.step += 1
         self.state.tokens_seen += num_tokens
         self.state.response_tokens_seen += num_response_tokens
         seconds = time.perf_counter() - start
         metrics = {
-            "train/loss": nll / num_response_tokens,
+            "train/loss": loss,
             "train/grad_norm": float(grad_norm),
             "train/learning_rate": rate,
             "train/epoch": self.state.step / self.plan.steps_per_epoch,
@@ -190,21 +215,56 @@ class Trainer:
             "perf/peak_memory_gib": peak_memory_gib(self.processes.device),
         }
         if log:
-            metrics["train/token_entropy"] = entropy / num_response_tokens
-        if interrupted:
-            return metrics, ExitStatus.INTERRUPTED
-        return metrics, ExitStatus.STOPPED if stopped else None
+            metrics["train/token_entropy"] = sums.entropy / num_response_tokens
+        if self.config.loss_spike == "skip":
+            metrics["train/skipped_steps"] = self.state.skipped_steps
+        return metrics, asked
 
-    def _sum(self, result: StepResult, grad_norm: Tensor) -> list[float]:
-        """One reduction a step: loss, entropy, and whether any process met trouble or was asked to
-        stop.
-        """
-        asked = self.stop.status
-        bad = result.not_finite.any() | ~grad_norm.isfinite()
-        flags = [asked == ExitStatus.STOPPED, asked == ExitStatus.INTERRUPTED]
-        sums = torch.stack([result.nll, result.entropy, bad.to(result.nll)])
-        sums = torch.cat([sums, torch.tensor(flags, dtype=sums.dtype, device=sums.device)])
-        return self.processes.sum(sums).tolist()  # type: ignore[no-any-return]
+    def _sum(self, result: StepResult, grad_norm: Tensor) -> _Sums:
+        """One reduction a step, of all that the processes must know of each other."""
+        asked = self.poll()
+        of_this_process = _Sums(
+            nll=result.nll,
+            entropy=result.entropy,
+            not_finite=result.not_finite.any() | ~grad_norm.isfinite(),
+            asked=asked is not None,
+            interrupted=asked == ExitStatus.INTERRUPTED,
+            incomplete=not result.complete,
+            written=self._writing is not None and self.writer.has_ended,
+        )
+        values = [
+            torch.as_tensor(value, dtype=torch.float64, device=self.processes.device)
+            for value in astuple(of_this_process)
+        ]
+        return _Sums(*self.processes.sum(torch.stack(values)).tolist())
+
+    def _is_sound(self, loss: float, example_ids: Sequence[int]) -> bool:
+        """Compare a step's loss with those before it; False: the step is to be left out."""
+        recent, policy = self.state.recent_losses, self.config.loss_spike
+        spiked = policy != "off" and is_spike(loss, recent, self.config.loss_spike_nats)
+        recent.append(loss)
+        del recent[:-SPIKE_WINDOW]
+        if not spiked:
+            return True
+        step = self.state.step + 1
+        text = (
+            f"loss spike at step {step}: {loss:.4f} nats a token, more than "
+            f"{self.config.loss_spike_nats:g} above the median of the steps before; examples "
+            f"(counted from 0 in the data) {show_ids(sorted(example_ids))}"
+        )
+        if policy == "stop":
+            raise UserError(
+                "R302",
+                text,
+                ExitStatus.INTERNAL,
+                hint=f"the weights are those of step {step - 1}. Look at these examples, lower "
+                "optimizer.learning_rate, or leave such steps out: trainer.loss_spike=skip",
+            )
+        if policy == "skip":
+            self.state.skipped_steps += 1
+            text += "; the step is left out"
+        self.tracker.warn(text)
+        return policy != "skip"
 
     def _refuse(self, result: StepResult, grad_norm: Tensor) -> None:
         bad = [
@@ -221,48 +281,36 @@ class Trainer:
             f"step {self.state.step}",
             ExitStatus.INTERNAL,
             got=f"gradient norm {float(grad_norm)}; examples (counted from 0 in the data) "
-            f"{', '.join(map(str, shown[:32]))}{' …' if len(shown) > 32 else ''}",
+            f"{show_ids(shown)}",
             hint="lower optimizer.learning_rate, or look at these examples",
         )
 
     def save(self) -> None:
-        """Write a checkpoint; what goes wrong on the main process is raised on all of them."""
-        start = time.perf_counter()
-        failure: UserError | None = None
+        """Write a checkpoint, or begin to, once the one before is written."""
+        self.settle()
+        self._writing = self._saved = self.state.step
         if self.processes.is_main:
             self.tracker.sync()
-            try:
-                save_checkpoint(
-                    self.saving.checkpoints,
-                    self.state,
-                    self.policy.model,
-                    self.optimizer,
-                    extra=self.saving.extra,
-                    save_sidecars=self.saving.save_sidecars,
-                    keep=self.config.save_total_limit,
-                )
-            except UserError as error:
-                failure = error
-        text = self.processes.agree(None if failure is None else str(failure))
-        if failure is not None:
-            raise failure
-        if text is not None:
-            raise UserError(
-                "R208", "the main process could not write the checkpoint", ExitStatus.IO
-            )
-        self.tracker.saved(self.state.step, time.perf_counter() - start)
+            self.writer.begin(self.state, self.policy.model, self.optimizer)
+        if not self.writer.asynchronous:
+            self.settle()
+
+    def settle(self) -> None:
+        """Wait for the checkpoint that is being written, if one is; what goes wrong on the main
+        process is raised on all of them.
+        """
+        if self._writing is None:
+            return
+        step, self._writing = self._writing, None
+        self.processes.on_main(lambda: self.tracker.saved(step, self.writer.finish()))
+
+
+def show_ids(example_ids: Sequence[int]) -> str:
+    """Write the first of some example ids down."""
+    more = " …" if len(example_ids) > IDS_SHOWN else ""
+    return ", ".join(map(str, example_ids[:IDS_SHOWN])) + more
 
 
 def is_due(every: int, step: int) -> bool:
     """Tell whether something that comes every so many steps (0: never) comes at this step."""
     return every > 0 and step % every == 0
-
-
-def peak_memory_gib(device: torch.device) -> float:
-    """Give this process's peak memory in GiB: of the GPU, or resident on a CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    import resource  # not on every platform
-
-    unit = 1 if sys.platform == "darwin" else 2**10  # macOS counts in bytes, Linux in KiB
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30

@@ -20,8 +20,8 @@ LAYERS = [
     {"cores", "errors", "files", "microbatch"}, {"config"}, {"config_check", "config_names"},
     {"compose_errors", "compose", "data", "model", "training.loss"},
     {"training.parallel", "training.optimizer", "training.schedule", "training.checkpoint",
-     "training.step", "training.stop", "training.preflight", "training.safetensors_file",
-     "training.status"},
+     "training.checkpoint_writer", "training.step", "training.stop", "training.spike",
+     "training.preflight", "training.safetensors_file", "training.status", "training.watchdog"},
     {"tracking"}, {"evaluation"},
     {"training.run_folder", "training.export", "training.manifest", "training.report",
      "training.trainer", "training.run", "training.doctor", "training.invariances",
@@ -165,5 +165,5 @@ def test_size() -> None:
             if name_of(path).split(".")[0] in packages
         )  # fmt: skip
 
-    assert lines("config", "data", "model", "training") <= 6500
+    assert lines("config", "data", "model", "training") <= 7000
     assert lines("evaluation", "tracking", "cli") <= 3000

@@ -7,11 +7,8 @@ import hashlib
 import json
 import os
 import pickle
-import resource
 import shutil
-import signal
 import stat
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import nn
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -34,6 +31,7 @@ from cs336_alignment.errors import ExitStatus, UserError
 from cs336_alignment.model.loading import load_tokenizer, resolve_model
 from cs336_alignment.training import checkpoint as module
 from cs336_alignment.training.checkpoint import (
+    Snapshot,
     TrainState,
     find_latest,
     list_checkpoints,
@@ -46,69 +44,9 @@ from cs336_alignment.training.checkpoint import (
 from cs336_alignment.training.export import export_model, save_sidecars
 from cs336_alignment.training.optimizer import build_optimizer
 from cs336_alignment.training.safetensors_file import DTYPE_NAMES, write_safetensors
+from tests.checkpoints import FILES, Tiny, build, save, sidecars, take_step
 
 CPU = torch.device("cpu")
-FILES = (
-    "model.safetensors",
-    "optimizer.safetensors",
-    "trainer_state.json",
-    "manifest.json",
-    "config.json",
-    "templates/tool.jinja",
-)
-
-
-class Tiny(nn.Module):
-    """An embedding tied to the output, biases, a saved buffer and one that is not saved."""
-
-    def __init__(self, seed: int) -> None:
-        super().__init__()
-        torch.manual_seed(seed)
-        self.embedding = nn.Embedding(11, 6)
-        self.norm = nn.BatchNorm1d(6)
-        self.middle = nn.Linear(6, 6)
-        self.head = nn.Linear(6, 11, bias=False)
-        self.head.weight = self.embedding.weight
-        self.register_buffer("scratch", torch.full((3,), float(seed)), persistent=False)
-
-    def forward(self, ids: Tensor) -> Tensor:
-        return self.head(self.middle(self.norm(self.embedding(ids))))  # type: ignore[no-any-return]
-
-
-def build(seed: int = 0) -> tuple[Tiny, torch.optim.AdamW]:
-    tiny = Tiny(seed)
-    return tiny, build_optimizer(tiny, OptimizerConfig(learning_rate=0.01, weight_decay=0.1))
-
-
-def take_step(tiny: Tiny, optimizer: torch.optim.Optimizer, step: int) -> None:
-    ids = (torch.arange(11) * (step + 2)) % 11
-    optimizer.zero_grad(set_to_none=True)
-    nn.functional.cross_entropy(tiny(ids), ids.roll(1)).backward()
-    optimizer.step()
-
-
-def sidecars(folder: Path) -> None:
-    (folder / "config.json").write_text('{"hidden_size": 6}\n')
-    (folder / "templates").mkdir()
-    (folder / "templates" / "tool.jinja").write_text("{{ tools }}")
-
-
-def save(checkpoints: Path, step: int, keep: int = 9, **options: Any) -> Path:
-    """Save a module that has really taken so many steps."""
-    tiny, optimizer = build()
-    for number in range(step):
-        take_step(tiny, optimizer, number)
-    return save_checkpoint(
-        checkpoints, TrainState(step, 10 * step, 5 * step), tiny, optimizer,
-        **({"extra": {"note": "n"}, "save_sidecars": sidecars, "keep": keep} | options),
-    )  # fmt: skip
-
-
-def fingerprint(folder: Path) -> str:
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()
-
-
 # The format.
 
 
@@ -151,7 +89,7 @@ def test_the_step_after_a_restore_is_bit_identical(tmp_path: Path) -> None:
     for step in range(3):
         take_step(tiny, optimizer, step)
     folder = save_checkpoint(
-        tmp_path, TrainState(3, 30, 15), tiny, optimizer,
+        tmp_path, Snapshot.of(TrainState(3, 30, 15), tiny, optimizer),
         extra={}, save_sidecars=sidecars, keep=1,
     )  # fmt: skip
     other, other_optimizer = build(seed=1)
@@ -196,7 +134,10 @@ def test_a_checkpoint_lists_all_its_files_and_is_the_latest(tmp_path: Path) -> N
     assert verify(folder) is None
     assert json.loads((tmp_path / "index.json").read_text())["latest"] == "step-000007"
     state = json.loads((folder / "trainer_state.json").read_text())
-    assert state["progress"] == {"step": 7, "tokens_seen": 70, "response_tokens_seen": 35}
+    assert state["progress"] == {
+        "step": 7, "tokens_seen": 70, "response_tokens_seen": 35, "skipped_steps": 0,
+        "recent_losses": [],
+    }  # fmt: skip
     assert state["note"] == "n"
     assert {path.name for path in tmp_path.iterdir()} == {"step-000007", "index.json"}
 
@@ -374,179 +315,7 @@ def test_leftovers_are_removed_and_nothing_else(tmp_path: Path) -> None:
     remove_leftovers(tmp_path / "nowhere")
 
 
-# Faults at every operation of a save: SQLite's method.
-
-
-class Faults:
-    """Counts the operations of a child process on a folder, and does something at the k-th.
-
-    Args:
-        folder: whose operations count.
-        at: which of them, counted from 1.
-        fault: what happens there.
-        lasting: happens at all later ones too.
-        writes_only: deleting goes on, as on a full disk.
-    """
-
-    def __init__(
-        self, folder: Path, at: int, fault: Callable[[Path], None], *,
-        lasting: bool = False, writes_only: bool = False,
-    ) -> None:  # fmt: skip
-        self.folder, self.at, self.fault = str(folder), at, fault
-        self.lasting, self.writes_only = lasting, writes_only
-        self.count = 0
-        self._sync = os.fsync
-
-    def install(self) -> None:
-        """From here on; an audit hook stays for the life of its process."""
-        sys.addaudithook(self._hook)
-        os.fsync = self._fsync
-
-    def _hook(self, event: str, args: tuple[Any, ...]) -> None:
-        if event not in ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir"):
-            return
-        deletes = event in ("os.remove", "os.rmdir")
-        reads = event == "open" and not args[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
-        if not (self.writes_only and (deletes or reads)):
-            self._operation(args[0])
-
-    def _fsync(self, descriptor: int) -> None:
-        self._operation(os.readlink(f"/proc/self/fd/{descriptor}"))
-        self._sync(descriptor)
-
-    def _operation(self, path: Any) -> None:
-        if isinstance(path, str | Path) and str(path).startswith(self.folder):
-            self.count += 1
-            if self.count == self.at or (self.lasting and self.count > self.at):
-                self.fault(Path(path))
-
-
-def in_child(work: Callable[[], None]) -> int:
-    """Run in a forked child; its exit status: 0 or that of its UserError, 1 for another error."""
-    child = os.fork()
-    if child == 0:
-        status = 1
-        try:
-            work()
-            status = 0
-        except UserError as error:
-            status = int(error.status)
-        finally:
-            os._exit(status)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-
-
-KILLED, NO_FAULT = 137, 100
-
-
-def kill(path: Path) -> None:
-    os._exit(KILLED)
-
-
-def kill_and_lose_what_was_not_synced(path: Path) -> None:
-    if path.is_file():
-        os.truncate(path, path.stat().st_size // 2)
-    os._exit(KILLED)
-
-
-def save_under_faults(checkpoints: Path, keep: int, faults: Faults) -> int:
-    """Save step 2 in a child; NO_FAULT if it had fewer operations than the fault's number."""
-
-    def work() -> None:
-        tiny, optimizer = build()
-        for number in range(2):
-            take_step(tiny, optimizer, number)
-        faults.install()
-        save_checkpoint(
-            checkpoints, TrainState(2, 20, 10), tiny, optimizer,
-            extra={"note": "n"}, save_sidecars=sidecars, keep=keep,
-        )  # fmt: skip
-        if faults.count < faults.at:
-            os._exit(NO_FAULT)
-
-    return in_child(work)
-
-
-@pytest.mark.parametrize(
-    ("fault", "keep", "damaged"),
-    [
-        (kill, 1, False),
-        (kill_and_lose_what_was_not_synced, 2, False),
-        (kill_and_lose_what_was_not_synced, 1, True),
-    ],
-)
-def test_a_kill_at_any_operation_leaves_the_old_or_the_new_one(
-    tmp_path: Path, fault: Callable[[Path], None], keep: int, damaged: bool
-) -> None:
-    first, second = save(tmp_path / "want", 1), save(tmp_path / "want", 2)
-    wanted = {"step-000001": fingerprint(first), "step-000002": fingerprint(second)}
-    found = set()
-    for at in range(1, 200):
-        checkpoints = tmp_path / f"kill-{at}"
-        shutil.copytree(first, checkpoints / first.name)
-        if damaged:  # one of the same step stands in the way
-            shutil.copytree(second, checkpoints / second.name)
-            (checkpoints / second.name / "model.safetensors").write_bytes(b"")
-        status = save_under_faults(checkpoints, keep, Faults(checkpoints, at, fault))
-        latest, _ = find_latest(checkpoints)
-        assert latest is not None, f"nothing is left after a kill at operation {at}"
-        assert fingerprint(latest) == wanted[latest.name]
-        state = restore(latest, *build(seed=5), CPU)
-        assert state.step == int(latest.name[-1])
-        found.add(latest.name)
-        assert save(checkpoints, 2, keep=keep).name == "step-000002"  # the next start goes on
-        remove_leftovers(checkpoints)
-        kept = {"step-000002"} if keep == 1 else wanted.keys()
-        assert {path.name for path in checkpoints.iterdir()} == {*kept, "index.json"}
-        assert json.loads((checkpoints / "index.json").read_text())["latest"] == "step-000002"
-        shutil.rmtree(checkpoints)
-        if status == NO_FAULT:
-            break
-        assert status == KILLED
-    else:
-        pytest.fail("no save completed")
-    assert at > 20
-    assert found == wanted.keys()
-
-
-@pytest.mark.parametrize("lasting", [False, True])
-def test_a_full_disk_at_any_operation_costs_the_new_one_only(tmp_path: Path, lasting: bool) -> None:
-    def fail(path: Path) -> None:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
-
-    first = save(tmp_path / "want", 1)
-    old = fingerprint(first)
-    for at in range(1, 200):
-        checkpoints = tmp_path / f"full-{at}"
-        shutil.copytree(first, checkpoints / first.name)
-        faults = Faults(checkpoints, at, fail, lasting=lasting, writes_only=True)
-        status = save_under_faults(checkpoints, 2, faults)
-        assert fingerprint(checkpoints / "step-000001") == old
-        latest, skipped = find_latest(checkpoints)
-        assert latest is not None
-        assert skipped == []
-        assert not [p for p in checkpoints.iterdir() if p.name.startswith(".")]
-        if status == NO_FAULT:
-            break
-        assert status == ExitStatus.IO
-        assert save(checkpoints, 2).name == "step-000002"
-        assert verify(checkpoints / "step-000002") is None
-        shutil.rmtree(checkpoints)
-    else:
-        pytest.fail("no save completed")
-    assert at > 15
-
-
-def test_a_file_that_the_system_cuts_off_is_a_failure(tmp_path: Path) -> None:
-    def work() -> None:
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (600, 600))
-        save(tmp_path, 2)
-
-    old = save(tmp_path, 1)
-    assert in_child(work) == ExitStatus.IO
-    assert find_latest(tmp_path) == (old, [])
-    assert {path.name for path in tmp_path.iterdir()} == {"step-000001", "index.json"}
+# A disk that refuses.
 
 
 def test_the_error_of_a_full_disk_tells_the_path_the_need_and_the_room(tmp_path: Path) -> None:
@@ -641,7 +410,8 @@ def test_a_checkpoint_and_an_export_load_with_transformers(
     tokenizer.chat_template = {"default": "{{ messages }}", "tool_use": "{{ tools }}"}
     try:
         folder = save_checkpoint(
-            tmp_path / "checkpoints", TrainState(1), model, build_optimizer(model, OptimizerConfig()),
+            tmp_path / "checkpoints",
+            Snapshot.of(TrainState(1), model, build_optimizer(model, OptimizerConfig())),
             extra={}, save_sidecars=lambda path: save_sidecars(path, model, tokenizer), keep=1,
         )  # fmt: skip
         old = tmp_path / "model"
@@ -664,21 +434,3 @@ def test_a_checkpoint_and_an_export_load_with_transformers(
     assert modes == {0o666 & ~umask}
     # By its mode: root may enter any folder.
     assert (old / "additional_chat_templates").stat().st_mode & stat.S_IXUSR
-
-
-@pytest.mark.parametrize("limit", [600, 5000])  # cuts the config off, or the weights
-def test_an_export_to_a_full_disk_leaves_the_old_one(
-    tmp_path: Path, tokenizer: PreTrainedTokenizerBase, limit: int
-) -> None:
-    model, folder = build_llama(tokenizer), tmp_path / "model"
-    export_model(folder, model, tokenizer, "old")
-    old = fingerprint(folder)
-
-    def work() -> None:
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-        export_model(folder, model, tokenizer, "new")
-
-    assert in_child(work) == ExitStatus.IO
-    assert fingerprint(folder) == old
-    assert [path.name for path in tmp_path.iterdir()] == ["model"]

@@ -16,7 +16,7 @@ from torch import nn
 from cs336_alignment.config import ALL_KEYS, Config, DataConfig, ModelConfig, flatten
 from cs336_alignment.errors import ExitStatus, Place, UserError
 from cs336_alignment.training import run_folder as module
-from cs336_alignment.training.checkpoint import TrainState, save_checkpoint
+from cs336_alignment.training.checkpoint import Snapshot, TrainState, save_checkpoint
 from cs336_alignment.training.run_folder import RunFolder, compare
 
 
@@ -37,7 +37,7 @@ def make_config(root: Path, **changes: Any) -> Config:
 def save(checkpoints: Path, step: int) -> Path:
     layer = nn.Linear(2, 2)
     return save_checkpoint(
-        checkpoints, TrainState(step), layer, torch.optim.AdamW(layer.parameters()),
+        checkpoints, Snapshot.of(TrainState(step), layer, torch.optim.AdamW(layer.parameters())),
         extra={}, save_sidecars=lambda folder: None, keep=9,
     )  # fmt: skip
 
@@ -188,12 +188,14 @@ def test_an_explicit_checkpoint_starts_again_a_run_that_has_none(tmp_path: Path)
 
 FREE = {
     "run_name", "output_root", "trainer.logging_steps", "trainer.eval_steps", "trainer.save_steps",
-    "trainer.save_total_limit", "trainer.resume", "trainer.max_hours", "data.eval_path",
+    "trainer.save_total_limit", "trainer.resume", "trainer.max_hours", "trainer.async_save",
+    "trainer.watchdog_minutes", "data.eval_path",
     "data.max_eval_examples", "data.num_workers", "data.cache_dir", "parallel.num_processes",
 }  # fmt: skip
 NOTICED = {
     "trainer.max_steps", "trainer.num_train_epochs", "trainer.microbatch_tokens",
     "trainer.gradient_accumulation_steps", "trainer.batching", "trainer.gradient_checkpointing",
+    "trainer.loss_spike", "trainer.loss_spike_nats",
 }  # fmt: skip
 CUT = {"trainer.microbatch_tokens", "trainer.gradient_accumulation_steps", "trainer.batching"}
 

@@ -1,0 +1,157 @@
+"""Checkpoints on the spot, or in a thread of their own while training goes on."""
+
+from __future__ import annotations
+
+import shutil
+import threading
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from cs336_alignment.errors import ExitStatus, UserError
+from cs336_alignment.files import free_mib
+from cs336_alignment.training.checkpoint import (
+    TEMPORARY,
+    Snapshot,
+    TrainState,
+    list_checkpoints,
+    save_checkpoint,
+    verify,
+)
+
+
+class CheckpointWriter:
+    """Writes a run's checkpoints, one at a time; only the main process has something to write.
+
+    Args:
+        checkpoints: the run's folder of them.
+        extra: goes into `trainer_state.json`.
+        save_sidecars: writes config and tokenizer into a checkpoint.
+        keep: checkpoints that stay.
+        asynchronous: copy the tensors, which takes their size in memory once more, and write the
+            copy in a thread.
+    """
+
+    def __init__(
+        self,
+        checkpoints: Path,
+        *,
+        extra: Mapping[str, Any],
+        save_sidecars: Callable[[Path], None],
+        keep: int,
+        asynchronous: bool,
+    ) -> None:
+        self.asynchronous = asynchronous
+        self._checkpoints = checkpoints
+        self._extra = extra
+        self._save_sidecars = save_sidecars
+        self._keep = keep
+        self._copy: Snapshot | None = None
+        self._thread: threading.Thread | None = None
+        self._failure: BaseException | None = None
+        self._seconds = 0.0
+
+    def rehearse(
+        self, module: nn.Module, optimizer: torch.optim.Optimizer, saves: int
+    ) -> str | None:
+        """Write and verify a checkpoint of one tensor, before hours are spent on what cannot be
+        kept.
+
+        Args:
+            module: to be saved later.
+            optimizer: of the module, its state allocated.
+            saves: how many checkpoints are still to come, the export among them.
+
+        Returns:
+            A warning where the disk will not hold all that are to be kept at once, else None.
+
+        Raises:
+            UserError: a checkpoint cannot be written, or there is no room for one (74).
+        """
+        whole = Snapshot.of(TrainState(), module, optimizer)
+        folder = self._checkpoints / f"{TEMPORARY}rehearsal"
+        name, tensor = min(whole.weights.items(), key=lambda item: item[1].numel())
+        shutil.rmtree(folder, ignore_errors=True)
+        try:
+            written = save_checkpoint(
+                folder, Snapshot(whole.state, {name: tensor}, {}),
+                extra=self._extra, save_sidecars=self._save_sidecars, keep=1,
+            )  # fmt: skip
+            if (reason := verify(written)) is not None:
+                raise UserError(
+                    "R210",
+                    f"what is written to {self._checkpoints} does not read back: {reason}",
+                    ExitStatus.IO,
+                    hint="the disk or its driver is failing; choose another output_root=…",
+                )
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+        free, needed = free_mib(self._checkpoints), whole.bytes / 2**20
+        if free < needed:
+            raise UserError(
+                "R206",
+                f"there is no room for a checkpoint in {self._checkpoints}",
+                ExitStatus.IO,
+                expected=f"{needed:,.1f} MiB",
+                got=f"{free:,.1f} MiB free",
+                hint="make room, or choose an output_root=… on another disk",
+            )
+        # The new one is whole before the oldest goes.
+        most = min(saves, self._keep + 1 - len(list_checkpoints(self._checkpoints)))
+        if free < most * needed:
+            return (
+                f"{free:,.0f} MiB are free, and the checkpoints to come may take "
+                f"{most * needed:,.0f} MiB at once: make room, or lower trainer.save_total_limit"
+            )
+        return None
+
+    def begin(self, state: TrainState, module: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        """Write a checkpoint of this moment, or begin to; `finish` must have been called for the
+        one before.
+        """
+        start = time.perf_counter()
+        snapshot = Snapshot.of(state, module, optimizer)
+        if not self.asynchronous:
+            self._write(snapshot, start)
+            return
+        snapshot = self._copy = snapshot.copied(self._copy)
+        self._thread = threading.Thread(
+            target=self._write, args=(snapshot, start), name=f"checkpoint of step {state.step}"
+        )
+        self._thread.start()
+
+    def _write(self, snapshot: Snapshot, start: float) -> None:
+        try:
+            save_checkpoint(
+                self._checkpoints, snapshot,
+                extra=self._extra, save_sidecars=self._save_sidecars, keep=self._keep,
+            )  # fmt: skip
+        except BaseException as failure:
+            self._failure = failure
+        self._seconds = time.perf_counter() - start
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether the thread is done and `finish` has not been called for it."""
+        return self._thread is not None and not self._thread.is_alive()
+
+    def finish(self) -> float:
+        """Wait for the checkpoint that was begun; returns the seconds that it took.
+
+        Raises:
+            UserError: the disk is full or failing (74); the checkpoints before are intact.
+        """
+        self.close()
+        self._thread, failure, self._failure = None, self._failure, None
+        if failure is not None:
+            raise failure
+        return self._seconds
+
+    def close(self) -> None:
+        """Wait for what is being written, whatever comes of it: an error is on its way already."""
+        if self._thread is not None:
+            self._thread.join()

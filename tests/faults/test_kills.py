@@ -1,0 +1,294 @@
+"""T2 to T5, T27, T30: runs that are killed or asked to stop, at any moment, and go on.
+
+Every test ends a run by its process id and gives the same command again; what the run leaves must
+be what an uninterrupted one leaves, bit for bit. The long ones are a campaign: `make faults-long`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import GPT2Config
+
+from cs336_alignment.model.loading import load_tokenizer, resolve_model
+from tests.conftest import TINY, Sft, clean_environment, without_times
+from tests.faults.conftest import Tally
+from tests.zygote import Zygote
+
+STEPS = 60
+LOOP_BEGINS = "largest microbatch"  # what the start prints last
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small GPT-2 with dropout everywhere, so that random numbers matter."""
+    folder = tmp_path_factory.mktemp("gpt2")
+    tokenizer = load_tokenizer(resolve_model("builtin:arithmetic", None, False))
+    config = GPT2Config(
+        vocab_size=len(tokenizer), n_embd=32, n_layer=2, n_head=2, n_positions=512,
+        attn_pdrop=0.1, embd_pdrop=0.1, resid_pdrop=0.1,
+        bos_token_id=None, eos_token_id=tokenizer.eos_token_id,
+    )  # fmt: skip
+    config.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def command(model: Path, rows: Path) -> list[str]:
+    """A run of a few seconds in which everything happens often."""
+    return [
+        "train", *TINY, f"model.name_or_path={model}", f"data.train_path={rows}",
+        f"data.eval_path={rows}", f"trainer.max_steps={STEPS}", "trainer.eval_steps=7",
+        "trainer.num_train_epochs=99", "trainer.save_steps=4", "evaluation.generation_steps=15", "evaluation.max_new_tokens=8",
+        "evaluation.num_prompts=4", "optimizer.learning_rate=1e-3",
+        "trainer.gradient_accumulation_steps=3",
+    ]  # fmt: skip
+
+
+def what_is_left(run: Path) -> dict[str, Any]:
+    """All of a run that must be the same however often it was ended."""
+    last = run / f"checkpoints/step-{STEPS:06d}"
+    status = json.loads((run / "status.json").read_text())
+    return {
+        "weights": (run / "model/model.safetensors").read_bytes(),
+        "moments": (last / "optimizer.safetensors").read_bytes(),
+        "progress": json.loads((last / "trainer_state.json").read_text())["progress"],
+        "metrics": without_times(run / "metrics.jsonl"),
+        "generations": {p.name: p.read_text() for p in sorted((run / "generations").iterdir())},
+        "status": (status["state"], status["step"], status["exit_code"]),
+        "checkpoints": sorted(path.name for path in (run / "checkpoints").iterdir()),
+    }
+
+
+def differences(run: Path, whole: dict[str, Any]) -> list[str]:
+    found = what_is_left(run)
+    return [name for name in whole if found[name] != whole[name]]
+
+
+Start = Callable[[list[str]], int]
+
+
+@pytest.fixture
+def start(zygote: Zygote, tmp_path: Path) -> Start:
+    """Start a command and give its process id at once."""
+    return lambda command: zygote.start(command, tmp_path, tmp_path)
+
+
+def when(moment: Callable[[], bool], process_id: int) -> bool:
+    """Wait for a moment in the life of a process; False if it ended before."""
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        if moment():
+            return True
+        if not os.path.exists(f"/proc/{process_id}/stat") or is_zombie(process_id):
+            return False
+        time.sleep(0.001)
+    raise AssertionError("the moment did not come")
+
+
+def is_zombie(process_id: int) -> bool:
+    return Path(f"/proc/{process_id}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+
+
+def metrics_hold(run: Path, step: int) -> Callable[[], bool]:
+    path = run / "metrics.jsonl"
+    return lambda: path.is_file() and f'"step": {step}, '.encode() in path.read_bytes()
+
+
+@pytest.mark.parametrize("asynchronous", ["false", "true"])
+@pytest.mark.fault("T2 SIGKILL at a step, the same command again")
+def test_a_kill_at_a_step_changes_nothing(
+    asynchronous: str, command: list[str], start: Start, sft: Sft, zygote: Zygote, tmp_path: Path,
+    tally: Tally,
+) -> None:  # fmt: skip
+    command = [*command, f"trainer.async_save={asynchronous}"]
+    assert sft(*command, "run_name=whole").returncode == 0
+    whole = what_is_left(tmp_path / "outputs/whole")
+    run = tmp_path / "outputs/cut"
+    for step in (1, 17, 33, 52):
+        with tally.point(f"step {step}"):
+            process_id = start([*command, "run_name=cut"])
+            assert when(metrics_hold(run, step), process_id)
+            os.kill(process_id, signal.SIGKILL)
+            assert zygote.wait(process_id) == -signal.SIGKILL
+    done = sft(*command, "run_name=cut")
+    with tally.point("the end"):
+        assert done.returncode == 0, done.stderr
+        assert not differences(run, whole)
+
+
+@pytest.mark.fault("T3 SIGKILL while it loads, again and again")
+def test_kills_while_a_run_resumes_change_nothing(
+    command: list[str], start: Start, sft: Sft, zygote: Zygote, tmp_path: Path, tally: Tally
+) -> None:
+    assert sft(*command, "run_name=whole").returncode == 0
+    whole = what_is_left(tmp_path / "outputs/whole")
+    run, printed = tmp_path / "outputs/cut", tmp_path / "stdout"
+    process_id = start([*command, "run_name=cut"])
+    assert when(metrics_hold(run, 20), process_id)
+    os.kill(process_id, signal.SIGKILL)
+    zygote.wait(process_id)
+    for words in ("reading", "format", "loading", "loss", LOOP_BEGINS):
+        with tally.point(f"after it printed {words}"):
+            printed.unlink(missing_ok=True)
+            process_id = start([*command, "run_name=cut"])
+            assert when(lambda w=words: printed.is_file() and w in printed.read_text(), process_id)  # type: ignore[misc]
+            os.kill(process_id, signal.SIGKILL)
+            assert zygote.wait(process_id) == -signal.SIGKILL
+    done = sft(*command, "run_name=cut")
+    with tally.point("the end"):
+        assert done.returncode == 0, done.stderr
+        assert not differences(run, whole)
+
+
+MOMENTS: dict[str, Callable[[Path], Callable[[], bool]]] = {
+    "a step": lambda run: metrics_hold(run, 10),
+    "an evaluation": lambda run: (run / "generations/step-000000.jsonl").is_file,
+    "a save": lambda run: lambda: any((run / "checkpoints").glob(".tmp-step*")),
+}
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
+@pytest.mark.fault("T4 SIGTERM or SIGINT, once or twice, the same command again")
+def test_a_request_to_stop_saves_and_goes_on(
+    number: signal.Signals, code: int, command: list[str], start: Start, sft: Sft, zygote: Zygote,
+    tmp_path: Path, tally: Tally,
+) -> None:  # fmt: skip
+    assert sft(*command, "run_name=whole").returncode == 0
+    whole = what_is_left(tmp_path / "outputs/whole")
+    for name, moment in MOMENTS.items():
+        run = tmp_path / "outputs" / name.replace(" ", "-")
+        mine = [*command, f"run_name={run.name}"]
+        with tally.point(name):
+            process_id = start(mine)
+            assert when(moment(run), process_id)
+            asked = time.monotonic()
+            os.kill(process_id, number)
+            assert zygote.wait(process_id) == code
+            assert time.monotonic() - asked < 10
+            status = json.loads((run / "status.json").read_text())
+            assert (status["state"], status["exit_code"]) == ("preempted", code)
+            assert not list(run.glob("checkpoints/.tmp*"))
+            assert sft(*mine).returncode == 0
+            assert not differences(run, whole)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
+@pytest.mark.fault("T30 a second signal leaves at once")
+def test_a_second_signal_leaves_at_once_and_nothing_is_lost(
+    number: signal.Signals, code: int, command: list[str], start: Start, sft: Sft, zygote: Zygote,
+    tmp_path: Path, tally: Tally,
+) -> None:  # fmt: skip
+    # One batch of generation that takes long: the first request is not read before the second.
+    slow = [*command, "evaluation.num_prompts=40", "evaluation.batch_size=40",
+            "evaluation.max_new_tokens=350", "evaluation.stop=[]"]  # fmt: skip
+    slow = [*slow, "trainer.max_steps=14", "evaluation.generation_steps=0"]
+    run, printed = tmp_path / "outputs/cut", tmp_path / "stdout"
+    with tally.point("in a generation"):
+        process_id = start([*slow, "run_name=cut"])
+        assert when(lambda: printed.is_file() and LOOP_BEGINS in printed.read_text(), process_id)
+        time.sleep(0.5)
+        os.kill(process_id, number)
+        time.sleep(2.2)
+        assert not is_zombie(process_id), "the generation was too short"
+        asked = time.monotonic()
+        os.kill(process_id, number)
+        assert zygote.wait(process_id) == code
+        assert time.monotonic() - asked < 1
+        assert json.loads((run / "status.json").read_text())["state"] == "preempted"
+
+
+# The campaign.
+
+
+def end_group(process: subprocess.Popen[bytes]) -> None:
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+@pytest.mark.long
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("asynchronous", ["false", "true"])
+@pytest.mark.fault("T2 SIGKILL at a random moment, one process (campaign)")
+def test_fifty_random_kills(
+    asynchronous: str, command: list[str], start: Start, sft: Sft, zygote: Zygote, tmp_path: Path,
+    tally: Tally,
+) -> None:  # fmt: skip
+    command = [*command, f"trainer.async_save={asynchronous}"]
+    begin = time.monotonic()
+    assert sft(*command, "run_name=whole").returncode == 0
+    took = time.monotonic() - begin
+    whole = what_is_left(tmp_path / "outputs/whole")
+    rng = random.Random(f"kills {asynchronous}")
+    kills, places, runs = 0, Counter[str](), 0
+    while kills < 50:
+        runs += 1
+        run = tmp_path / f"outputs/cut-{runs}"
+        lives = 0
+        with tally.point(f"run {runs}"):
+            while True:
+                process_id = start([*command, f"run_name={run.name}"])
+                # The longer a run resists, the longer it may live: it comes to its end.
+                time.sleep(rng.uniform(0, took * (0.6 + 0.05 * lives)))
+                os.kill(process_id, signal.SIGKILL)
+                if (code := zygote.wait(process_id)) == 0:
+                    break
+                assert code == -signal.SIGKILL, (tmp_path / "stderr").read_text()
+                kills, lives = kills + 1, lives + 1
+                printed = (tmp_path / "stdout").read_text()
+                saving = any(run.glob("checkpoints/.tmp*"))
+                places["save" if saving else "loop" if LOOP_BEGINS in printed else "load"] += 1
+            assert not differences(run, whole)
+        tally.tried += lives - 1
+    print(f"{kills} kills in {runs} runs: {dict(places)}")
+
+
+@pytest.mark.long
+@pytest.mark.timeout(1800)
+@pytest.mark.fault("T2 SIGKILL at a random moment, two processes (campaign)")
+def test_twenty_random_kills_of_two_processes(
+    command: list[str], tmp_path: Path, tally: Tally
+) -> None:
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node",
+                "2", "-m", "cs336_alignment.cli", *command]  # fmt: skip
+
+    def begin(name: str) -> subprocess.Popen[bytes]:
+        return subprocess.Popen(
+            [*launcher, f"run_name={name}"], cwd=tmp_path, env=clean_environment(),
+            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
+        )  # fmt: skip
+
+    started = time.monotonic()
+    assert begin("whole").wait(120) == 0
+    took = time.monotonic() - started
+    whole = what_is_left(tmp_path / "outputs/whole")
+    rng = random.Random("two processes")
+    kills = runs = 0
+    while kills < 20:
+        runs += 1
+        lives = 0
+        with tally.point(f"run {runs}"):
+            while True:
+                process = begin(f"cut-{runs}")
+                try:
+                    code = process.wait(rng.uniform(0.4 * took, took * (1 + 0.05 * lives)))
+                except subprocess.TimeoutExpired:
+                    end_group(process)
+                    kills, lives = kills + 1, lives + 1
+                    continue
+                assert code == 0
+                break
+            assert not differences(tmp_path / f"outputs/cut-{runs}", whole)
+        tally.tried += lives - 1
