@@ -6,7 +6,7 @@ STAMP := $(VENV)/installed
 export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
-.PHONY: help install train test test-all faults faults-long lint typecheck format smollm2 build hooks clean
+.PHONY: help install train test test-all faults faults-long guards lint typecheck format smollm2 build hooks clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -29,10 +29,13 @@ test-all: install ## run every test that this machine can, but for the campaign 
 	$(BIN)/python -m pytest -q -n 2 --dist worksteal -m "not long"
 
 faults: install ## break runs in every way that is known and print what survived (minutes)
-	$(BIN)/python -m pytest -q -n 2 --dist worksteal tests/faults -m "not long"
+	$(BIN)/python -m pytest -q -n 2 --dist worksteal tests -m "fault and not long"
 
 faults-long: install ## kill runs a hundred times at random and compare them with whole ones (a quarter of an hour)
-	$(BIN)/python -m pytest -q -s tests/faults -m long
+	$(BIN)/python -m pytest -q -s tests -m long
+
+guards: install ## take each guard out of a copy of the code and see that a test notices (minutes)
+	$(BIN)/python scripts/check_guards.py
 
 lint: install ## check style
 	$(BIN)/ruff check .

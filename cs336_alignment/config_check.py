@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +23,11 @@ FORMATS = (
     "auto", "messages", "sharegpt", "prompt_response", "question_answer", "alpaca", "tokens",
     "text",
 )  # fmt: skip
+SECRET_WORDS = {"token", "key", "secret", "password", "passwd", "credential", "credentials"}
+SECRET_LENGTH = 8  # shorter ones are found in ordinary words
+SECRET_SHAPE = re.compile(  # Hugging Face, GitHub, OpenAI and others, AWS; a password in a URL
+    r"\b(hf_\w{16,}|gh[pousr]_\w{16,}|sk-[\w-]{16,}|AKIA[0-9A-Z]{16})\b|://[^/\s:@]+:[^/\s@]+@"
+)
 SELECTIONS = ("first", "longest", "random", "findings")
 LEVELS = ("error", "warning", "off")
 SCHEDULES = ("cosine", "linear", "constant", "warmup_stable_decay")
@@ -139,6 +145,28 @@ _RULES = (
 )
 
 
+def _secrets(values: Mapping[str, Any], environment: Mapping[str, str]) -> Iterator[UserError]:
+    """Find keys, tokens and passwords: a config goes into files, to wandb and onto screens."""
+    known = {
+        value: name
+        for name, value in environment.items()
+        if len(value) >= SECRET_LENGTH
+        and value[0] not in "/~"  # where a key lies, not the key
+        and SECRET_WORDS & set(re.split(r"[^a-z]+", name.lower()))
+    }
+    for key, value in values.items():
+        text = str(value)
+        name = next((known[secret] for secret in known if secret in text), None)
+        if name is not None or SECRET_SHAPE.search(text):
+            yield UserError(
+                "C116",
+                f"{key} holds a secret" + (f", the value of {name}" if name else ""),
+                ExitStatus.BAD_CONFIG,
+                hint="secrets belong into the environment (HF_TOKEN, WANDB_API_KEY), where the "
+                "libraries find them; what a config holds is written to files",
+            )
+
+
 def check(config: Config) -> None:
     """Refuse values out of range and options that do not combine.
 
@@ -149,6 +177,8 @@ def check(config: Config) -> None:
         UserErrors: every mistake at once, exit status 78.
     """
     values = dict(flatten(config))
+    if errors := list(_secrets(values, os.environ)):
+        raise UserErrors(errors)  # alone: the others would show values
     errors = [
         UserError(
             "C103",

@@ -32,6 +32,11 @@ from cs336_alignment.config import ParallelConfig
 from cs336_alignment.data.dataset import TokenizedDataset
 from cs336_alignment.data.tokenize import TokenRow
 from cs336_alignment.training.parallel import Processes, start_processes
+from tests.faults.tally import (  # noqa: F401  hooks and a fixture
+    pytest_runtest_makereport,
+    pytest_terminal_summary,
+    tally,
+)
 from tests.zygote import Zygote
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -36,6 +36,9 @@ GENERATION_TAG = re.compile(r"\{%-?\s*generation\s*-?%\}")
 PROBE = "xyzzyQ7"  # a content that no template writes by itself
 ASKED = {"role": "user", "content": "a"}
 EXCERPT = 40
+# Templates come from strangers. Real ones have up to 20,000 characters and add little to a text.
+MOST_TEMPLATE = 2**20  # characters
+MOST_RENDERED = 2**27
 TEMPLATE_ERRORS = (
     jinja2.TemplateError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError,
 )  # fmt: skip
@@ -86,6 +89,15 @@ class ChatRenderer:
                 ExitStatus.BAD_CONFIG,
                 hint="use the instruct model's tokenizer, put a chat_template.jinja into its "
                 "folder, or choose a data.prompt_template other than chat",
+            )
+        if len(str(tokenizer.chat_template)) > MOST_TEMPLATE:
+            raise UserError(
+                "D409",
+                "the tokenizer's chat template is too large to be one",
+                ExitStatus.BAD_CONFIG,
+                expected=f"at most {MOST_TEMPLATE:,} characters",
+                got=f"{len(str(tokenizer.chat_template)):,}",
+                hint="look at its chat_template.jinja",
             )
         self.tokenizer: Any = tokenizer  # transformers' own types leave out half of what it takes
         self.train_on = train_on
@@ -169,6 +181,9 @@ class ChatRenderer:
                 add_generation_prompt=prompt,
             )
             assert isinstance(text, str)
+            if len(text) > MOST_RENDERED:
+                raise wrong("D409", "the chat template makes too long a text of it", chat.place,
+                            found=f"{len(text):,} characters")  # fmt: skip
             text.encode()
         except UnicodeEncodeError as error:
             raise wrong("D405", "the text holds half of a surrogate pair", chat.place,

@@ -258,12 +258,9 @@ def rehearse_microbatch(
     batch = collate([dataset[i] for i in ids], flat=cut.flat).to(device)
     torch.manual_seed(0)  # dropout; every step seeds anew
     try:
-        log_probs, _ = policy(batch, True)
-        log_probs.sum().backward()
-    except (RuntimeError, MemoryError) as failure:
-        if (error := out_of_memory(failure, device)) is None:
-            raise
-        raise error from failure
+        with telling_out_of_memory(device):
+            log_probs, _ = policy(batch, True)
+            log_probs.sum().backward()
     finally:
         policy.zero_grad(set_to_none=True)
     tokens = batch.input_ids.numel()
@@ -273,23 +270,25 @@ def rehearse_microbatch(
     )
 
 
-def out_of_memory(failure: BaseException, device: torch.device) -> UserError | None:
-    """Turn what torch raises for want of memory into an error that says what to do; None if it is
-    something else.
-    """
-    text = str(failure)
-    if not isinstance(failure, torch.OutOfMemoryError | MemoryError) and not any(
-        sign in text for sign in ("can't allocate memory", "out of memory")
-    ):
-        return None
-    return UserError(
-        "R303",
-        f"the memory of {device.type} does not suffice for a microbatch",
-        ExitStatus.INTERNAL,
-        got=text.splitlines()[0] if text else None,
-        hint="lower trainer.microbatch_tokens or data.max_length, or set "
-        "trainer.gradient_checkpointing=true",
-    )
+@contextlib.contextmanager
+def telling_out_of_memory(device: torch.device) -> Iterator[None]:
+    """Turn what torch raises for want of memory into an error that says what to do (70)."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as failure:  # torch.OutOfMemoryError is a RuntimeError
+        text = str(failure)
+        if not isinstance(failure, torch.OutOfMemoryError | MemoryError) and not any(
+            sign in text for sign in ("can't allocate memory", "out of memory")
+        ):
+            raise
+        raise UserError(
+            "R303",
+            f"the memory of the {device.type} does not suffice for a microbatch",
+            ExitStatus.INTERNAL,
+            got=text.splitlines()[0] if text else None,
+            hint="lower trainer.microbatch_tokens or data.max_length, or set "
+            "trainer.gradient_checkpointing=true",
+        ) from failure
 
 
 def peak_memory_gib(device: torch.device) -> float:

@@ -45,6 +45,7 @@ from cs336_alignment.training.preflight import (
     choose_precision,
     largest_microbatch,
     rehearse_microbatch,
+    telling_out_of_memory,
 )
 from cs336_alignment.training.report import (
     describe_run,
@@ -234,7 +235,7 @@ class _Run:
         try:
             self._rehearse_saving(writer, policy, optimizer, total_steps - state.step)
             self.stop.wait_for_steps()
-            with watchdog:
+            with watchdog, telling_out_of_memory(self.processes.device):
                 outcome = trainer.fit()
             if outcome == ExitStatus.DONE:
                 self._export(policy, state)

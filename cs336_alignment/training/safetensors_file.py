@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -30,8 +29,8 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, in
     """Write tensors in the safetensors format, one at a time, and give size and sha256 of the file.
 
     The library's own writer wants all bytes at once or hides the system's error text; this one
-    streams, and a full disk is an OSError. The format: 8 bytes of little-endian header length, a
-    JSON header, the data.
+    streams, and a full disk is an OSError. The caller brings the file to the disk. The format: 8
+    bytes of little-endian header length, a JSON header, the data.
     """
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
@@ -55,6 +54,4 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, in
             file.write(data)
             digest.update(data)
             size += len(data)
-        file.flush()
-        os.fsync(file.fileno())
     return {"bytes": size, "sha256": digest.hexdigest()}

@@ -23,7 +23,7 @@ from transformers import GPT2Config
 
 from cs336_alignment.model.loading import load_tokenizer, resolve_model
 from tests.conftest import TINY, Sft, clean_environment, without_times
-from tests.faults.conftest import Tally
+from tests.faults.tally import Tally
 from tests.zygote import Zygote
 
 STEPS = 60
@@ -210,12 +210,99 @@ def test_a_second_signal_leaves_at_once_and_nothing_is_lost(
         assert json.loads((run / "status.json").read_text())["state"] == "preempted"
 
 
-# The campaign.
+# Two processes.
 
 
 def end_group(process: subprocess.Popen[bytes]) -> None:
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
+
+
+def launch_two(command: list[str], folder: Path) -> subprocess.Popen[bytes]:
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    return subprocess.Popen(
+        [sys.executable, *launcher, "-m", "cs336_alignment.cli", *command], cwd=folder,
+        env=clean_environment(), stdout=subprocess.DEVNULL,
+        stderr=(folder / "stderr-of-two").open("wb"), start_new_session=True,
+    )  # fmt: skip
+
+
+def process_of(launcher: subprocess.Popen[bytes], rank: int) -> int:
+    """Find the process that the launcher gave this rank."""
+    children = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()
+    for child in map(int, children):
+        if f"\0RANK={rank}\0".encode() in Path(f"/proc/{child}/environ").read_bytes():
+            return child
+    raise AssertionError(f"no process has rank {rank}")
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(
+    ("rank", "number"),
+    [
+        pytest.param(
+            1, signal.SIGTERM, marks=pytest.mark.fault("T5 SIGTERM to one process of two")
+        ),
+        pytest.param(1, signal.SIGKILL, marks=pytest.mark.fault("T27 one process of two dies")),
+        pytest.param(0, signal.SIGKILL, marks=pytest.mark.fault("T27 one process of two dies")),
+    ],
+)
+def test_what_one_of_two_processes_gets_ends_both_and_costs_nothing(
+    rank: int, number: signal.Signals, command: list[str], tmp_path: Path, tally: Tally
+) -> None:
+    assert launch_two([*command, "run_name=whole"], tmp_path).wait(120) == 0
+    whole = what_is_left(tmp_path / "outputs/whole")
+    run = tmp_path / "outputs/cut"
+    with tally.point(f"rank {rank}"):
+        launcher = launch_two([*command, "run_name=cut"], tmp_path)
+        assert when(metrics_hold(run, 10), launcher.pid)
+        os.kill(process_of(launcher, rank), number)
+        assert launcher.wait(60) != 0
+        if number == signal.SIGTERM:
+            status = json.loads((run / "status.json").read_text())
+            assert (status["state"], status["exit_code"]) == ("preempted", 75)
+            assert 0 < status["step"] < STEPS
+        again = launch_two([*command, "run_name=cut"], tmp_path)
+        assert again.wait(120) == 0, (tmp_path / "stderr-of-two").read_text()[-2000:]
+        assert not differences(run, whole)
+
+
+@pytest.mark.distributed
+@pytest.mark.fault("T22 another number of processes at each start")
+def test_the_number_of_processes_may_change(
+    rows: Path, sft: Sft, tmp_path: Path, tally: Tally
+) -> None:
+    command = ["train", *TINY, f"data.train_path={rows}", "optimizer.learning_rate=1e-3"]
+    assert sft(*command, "trainer.max_steps=15", "run_name=whole").returncode == 0
+    run = tmp_path / "outputs/cut"
+    for steps, processes in ((5, 1), (10, 2), (15, 1)):
+        with tally.point(f"{processes} process(es) from step {steps - 5} on"):
+            # The schedule's length does not change: the run is ended, not made shorter.
+            mine = [*command, "trainer.max_steps=15", "trainer.save_steps=5", "run_name=cut"]
+            if processes == 2:
+                launcher = launch_two(mine, tmp_path)
+                ended = launcher.pid
+            else:
+                launcher = subprocess.Popen(
+                    [sys.executable, "-m", "cs336_alignment.cli", *mine], cwd=tmp_path,
+                    env=clean_environment(), stdout=subprocess.DEVNULL, start_new_session=True,
+                )  # fmt: skip
+                ended = launcher.pid
+            if steps < 15:
+                assert when((run / f"checkpoints/step-{steps:06d}").is_dir, ended)
+                end_group(launcher)
+            else:
+                assert launcher.wait(120) == 0
+    with tally.point("the same losses"):
+        want = without_times(tmp_path / "outputs/whole/metrics.jsonl")
+        found = without_times(run / "metrics.jsonl")
+        assert [row["step"] for row in found] == [row["step"] for row in want]
+        for row, other in zip(found, want, strict=True):
+            assert row["train/num_tokens"] == other["train/num_tokens"]
+            assert row["train/loss"] == pytest.approx(other["train/loss"], rel=1e-6)
+
+
+# The campaign.
 
 
 @pytest.mark.long
@@ -261,17 +348,8 @@ def test_fifty_random_kills(
 def test_twenty_random_kills_of_two_processes(
     command: list[str], tmp_path: Path, tally: Tally
 ) -> None:
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node",
-                "2", "-m", "cs336_alignment.cli", *command]  # fmt: skip
-
-    def begin(name: str) -> subprocess.Popen[bytes]:
-        return subprocess.Popen(
-            [*launcher, f"run_name={name}"], cwd=tmp_path, env=clean_environment(),
-            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
-        )  # fmt: skip
-
     started = time.monotonic()
-    assert begin("whole").wait(120) == 0
+    assert launch_two([*command, "run_name=whole"], tmp_path).wait(120) == 0
     took = time.monotonic() - started
     whole = what_is_left(tmp_path / "outputs/whole")
     rng = random.Random("two processes")
@@ -281,7 +359,7 @@ def test_twenty_random_kills_of_two_processes(
         lives = 0
         with tally.point(f"run {runs}"):
             while True:
-                process = begin(f"cut-{runs}")
+                process = launch_two([*command, f"run_name=cut-{runs}"], tmp_path)
                 try:
                     code = process.wait(rng.uniform(0.4 * took, took * (1 + 0.05 * lives)))
                 except subprocess.TimeoutExpired:

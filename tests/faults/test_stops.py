@@ -29,7 +29,7 @@ from cs336_alignment.training.parallel import Processes
 from cs336_alignment.training.step import Cut
 from cs336_alignment.training.trainer import Trainer
 from tests.conftest import build_dataset, build_model
-from tests.faults.conftest import Tally
+from tests.faults.tally import Tally
 
 STEPS = 6
 OPTIMIZER = OptimizerConfig(learning_rate=0.01)

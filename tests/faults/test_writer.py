@@ -28,8 +28,8 @@ from cs336_alignment.training.checkpoint import (
 from cs336_alignment.training.checkpoint_writer import CheckpointWriter
 from cs336_alignment.training.export import export_model
 from tests.checkpoints import build, fingerprint, save, sidecars, take_step
-from tests.faults.conftest import Tally
 from tests.faults.injection import FAULTS, Outcome, folder_names, run, series
+from tests.faults.tally import Tally
 
 CPU = torch.device("cpu")
 NAMES = {"kill": "T1 kill", "power": "T1 loss of power", "full": "T6 disk full"}

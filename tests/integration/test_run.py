@@ -64,6 +64,7 @@ def test_twenty_steps_equal_ten_and_ten(sft: Sft, rows: Path, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
+@pytest.mark.fault("T4 SIGTERM or SIGINT, once or twice, the same command again")
 def test_a_signal_before_the_first_step_leaves_a_run_that_goes_on(
     number: signal.Signals, code: int, sft: Sft, rows: Path, tmp_path: Path
 ) -> None:
@@ -232,6 +233,7 @@ def test_what_is_missing_gets_its_status(
     assert text in done.stderr and done.stderr.count("error[") == 1
 
 
+@pytest.mark.fault("T25 token ids beyond the embedding")
 def test_a_tokenizer_beyond_the_embedding_is_refused(sft: Sft, rows: Path, tmp_path: Path) -> None:
     from cs336_alignment.model.loading import resolve_model
 
@@ -246,6 +248,7 @@ def test_a_tokenizer_beyond_the_embedding_is_refused(sft: Sft, rows: Path, tmp_p
     assert done.returncode == 78 and "ids below 200" in done.stderr
 
 
+@pytest.mark.fault("T16 a loss or gradient that is not finite, at each step")
 def test_a_loss_that_is_not_finite_stops_before_the_weights(
     sft: Sft, rows: Path, tmp_path: Path
 ) -> None:

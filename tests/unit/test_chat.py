@@ -203,6 +203,7 @@ def has_tools(shape: str, template: str) -> list[Any] | None:
 @pytest.mark.parametrize("bos_added", [False, True])
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("template", CASES)
+@pytest.mark.fault("T24 chat templates of every behaviour")
 def test_the_matrix(template: str, shape: str, bos_added: bool) -> None:
     tokenizer = byte_tokenizer(template, bos_added=bos_added)
     writes, refused = CASES[template]
@@ -367,6 +368,7 @@ def test_reasoning_inside_the_content_is_not_lost_unseen() -> None:
     assert rendered.changed_characters == len("<think>2</think>4")
 
 
+@pytest.mark.fault("T24 chat templates of every behaviour")
 def test_no_template_and_ignored_tools() -> None:
     backend = byte_tokenizer("chatml").backend_tokenizer
     bare = wrap(backend, "", "<|im_start|>", IMEND)

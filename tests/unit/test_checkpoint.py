@@ -157,6 +157,7 @@ DAMAGES: dict[str, Callable[[bytes], bytes | None]] = {
 
 @pytest.mark.parametrize("name", FILES)
 @pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.fault("T7 a file missing, emptied or of another length")
 def test_damage_is_noticed_and_the_one_before_is_used(
     tmp_path: Path, name: str, damage: str
 ) -> None:
@@ -194,6 +195,7 @@ def test_damage_is_noticed_and_the_one_before_is_used(
         {"config.json": {"bytes": "18"}},
     ],
 )
+@pytest.mark.fault("T9 a manifest that is wrong or leads outside")
 def test_a_manifest_with_a_wrong_entry_is_refused(
     tmp_path: Path, entry: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -212,12 +214,14 @@ def test_a_manifest_with_a_wrong_entry_is_refused(
 
 
 @pytest.mark.parametrize("content", ["[]", "{}", "null", '{"model.safetensors": {}}', "\udcff"])
+@pytest.mark.fault("T9 a manifest that is wrong or leads outside")
 def test_a_manifest_of_another_kind_is_refused(tmp_path: Path, content: str) -> None:
     folder = save(tmp_path, 1)
     (folder / "manifest.json").write_bytes(content.encode(errors="surrogateescape"))
     assert "manifest.json" in (verify(folder) or "")
 
 
+@pytest.mark.fault("T7 a file that cannot be read")
 def test_a_file_that_the_system_cannot_read_is_damage(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -235,6 +239,7 @@ def test_a_file_that_the_system_cannot_read_is_damage(
     assert "Input/output error" in skipped
 
 
+@pytest.mark.fault("T29 shuffled times of checkpoints")
 def test_the_newest_is_chosen_by_its_step_not_by_its_time(tmp_path: Path) -> None:
     for step, time in ((2, 3e9), (9, 2e9), (10, 1e9)):
         os.utime(save(tmp_path, step), (time, time))
@@ -262,6 +267,7 @@ class Trap:
 
 @pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors"])
 @pytest.mark.parametrize("through", ["pickle", "torch"])
+@pytest.mark.fault("T10 a malicious pickle in place of a tensor file")
 def test_no_pickle_is_ever_loaded(tmp_path: Path, name: str, through: str) -> None:
     folder, canary = save(tmp_path / "checkpoints", 1), tmp_path / "canary"
     if through == "torch":
@@ -288,6 +294,7 @@ def test_the_newest_stay(tmp_path: Path) -> None:
     assert {folder.name for folder in list_checkpoints(tmp_path)} == {"step-000003", "step-000010"}
 
 
+@pytest.mark.fault("T7 a damaged later checkpoint in rotation")
 def test_a_later_damaged_one_does_not_push_out_a_whole_one(tmp_path: Path) -> None:
     save(tmp_path, 1)
     damaged = save(tmp_path, 3)
@@ -365,6 +372,7 @@ def test_everything_is_on_the_disk_before_the_name_is(
     assert happened[here + 1] == tmp_path.name
 
 
+@pytest.mark.fault("T32 files left open over many saves")
 def test_many_saves_leave_no_files_open(tmp_path: Path) -> None:
     save(tmp_path, 1)
     before = len(os.listdir("/proc/self/fd"))

@@ -88,6 +88,7 @@ def test_prompt_with_its_prefix_then_response_with_eos(run: Run) -> None:
 @pytest.mark.parametrize(
     "options", [{}, {"pad": None}, {"pad": "</s>"}, {"template": "<s> $A </s>"}]
 )
+@pytest.mark.fault("T24 tokenizers without pad or EOS, pad = EOS")
 def test_eos_is_trained_whatever_the_pad_token_is(
     options: dict[str, Any], run: Run, tokenizer_of: TokenizerOf
 ) -> None:
@@ -106,6 +107,7 @@ def test_without_eos_and_prefix(run: Run) -> None:
     assert data.ledger.ends_with_stop == 0
 
 
+@pytest.mark.fault("T24 tokenizers without pad or EOS, pad = EOS")
 def test_a_tokenizer_without_eos_is_refused_unless_none_is_wanted(
     run: Run, tokenizer_of: TokenizerOf
 ) -> None:
@@ -142,6 +144,7 @@ def test_overlong_examples_are_truncated_without_eos(run: Run) -> None:
     assert data.ledger.dropped == {"prompt_fills_max_length": 1}
 
 
+@pytest.mark.fault("T15 a response that max_length leaves nothing of")
 def test_a_prompt_that_fills_max_length(run: Run) -> None:
     rows = [pair(n, 3) for n in (5, 6, 7, 8, 9)]  # prompts of 6 to 10 tokens
     data = run(rows, max_length=8, overlong="truncate")
@@ -149,6 +152,7 @@ def test_a_prompt_that_fills_max_length(run: Run) -> None:
     assert data.ledger.dropped == {"prompt_fills_max_length": 3}
 
 
+@pytest.mark.fault("T15 a response that max_length leaves nothing of")
 def test_overlong_examples_are_all_named(run: Run) -> None:
     with pytest.raises(UserErrors) as caught:
         run(LONG, max_length=8, overlong="error")
@@ -162,6 +166,7 @@ def test_overlong_examples_are_all_named(run: Run) -> None:
 
 
 @pytest.mark.parametrize("overlong", ["drop", "truncate"])
+@pytest.mark.fault("T15 a response that max_length leaves nothing of")
 def test_nothing_left_is_65(overlong: str, run: Run) -> None:
     with pytest.raises(UserError, match=r"no example of .*rows\.jsonl is left") as caught:
         run(LONG, max_length=3, overlong=overlong)
@@ -170,6 +175,7 @@ def test_nothing_left_is_65(overlong: str, run: Run) -> None:
 
 
 @pytest.mark.parametrize("content", [b"", b"\n\n", b"\xef\xbb\xbf"])
+@pytest.mark.fault("T12 lines that are no JSON, no UTF-8, cut off, doubled keys")
 def test_an_empty_file_is_65(content: bytes, run: Run) -> None:
     with pytest.raises(UserError, match="no row in") as caught:
         run(content)
@@ -224,6 +230,7 @@ WHERE = [
 
 
 @pytest.mark.parametrize("newline", [b"\n", b"\r\n"])
+@pytest.mark.fault("T11 empty, blank, null or other fields, wrong columns")
 def test_every_bad_row_is_named_in_the_order_of_the_file(
     newline: bytes, run: Run, tmp_path: Path
 ) -> None:

@@ -70,6 +70,7 @@ def test_a_row_is_read_as_it_stands(path: Path) -> None:
 @pytest.mark.parametrize(
     "text", ["2024-01-31", "2024-01-31T12:00:00", "12:30", "007", "1e5", "true", "nan"]
 )
+@pytest.mark.fault("T13 dates and digits that stay text")
 def test_text_that_looks_like_something_else_stays_text(path: Path, text: str) -> None:
     row = json.dumps({"prompt": text, "response": text})
     path.write_text(f"{row}\n{row}\n")
@@ -94,6 +95,7 @@ ACCEPTED = {
 
 
 @pytest.mark.parametrize("name", ACCEPTED)
+@pytest.mark.fault("T12 lines that are no JSON, no UTF-8, cut off, doubled keys")
 def test_what_is_accepted_keeps_its_physical_line(path: Path, name: str) -> None:
     content, lines = ACCEPTED[name]
     path.write_bytes(content)
@@ -122,6 +124,7 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("name", BROKEN)
+@pytest.mark.fault("T12 lines that are no JSON, no UTF-8, cut off, doubled keys")
 def test_a_line_that_cannot_be_read_is_named(path: Path, name: str) -> None:
     line, message = BROKEN[name]
     path.write_bytes(GOOD + b"\n\n" + line + b"\n" + GOOD + b"\n")
@@ -134,6 +137,7 @@ def test_a_line_that_cannot_be_read_is_named(path: Path, name: str) -> None:
     assert len(str(error)) < 500, "no data in the log"
 
 
+@pytest.mark.fault("T12 lines that are no JSON, no UTF-8, cut off, doubled keys")
 def test_a_truncated_last_line_is_named(path: Path) -> None:
     path.write_bytes(GOOD + b"\n" + GOOD[:-5])
     result = read(path)
@@ -141,6 +145,7 @@ def test_a_truncated_last_line_is_named(path: Path) -> None:
     assert str(result.errors[0].place) == f"{path}:2"
 
 
+@pytest.mark.fault("T12 lines that are no JSON, no UTF-8, cut off, doubled keys")
 def test_every_broken_line_is_collected(path: Path) -> None:
     lines = [GOOD if number % 3 else b"{" for number in range(1, 101)]
     path.write_bytes(b"\n".join(lines))
@@ -311,6 +316,7 @@ def write_table(path: Path) -> list[int]:
 
 @pytest.mark.parametrize("compression", ["", ".gz", ".zst"])
 @pytest.mark.parametrize("kind", ["jsonl", "ndjson", "json", "csv", "tsv", "parquet"])
+@pytest.mark.fault("T13 dates and digits that stay text")
 def test_every_container_gives_the_same_text(kind: str, compression: str, tmp_path: Path) -> None:
     if kind == "parquet" and compression:
         pytest.skip("Parquet has compression of its own")
@@ -516,6 +522,7 @@ def test_names_in_errors_are_short_and_can_be_written(path: Path) -> None:
 @pytest.mark.parametrize(
     "row", ['{"a": "%s"}', '{"a": [1, {"b": "%s"}]}', '{"%s": 1}', '{"a": {"%s": 1}}']
 )
+@pytest.mark.fault("T12 lines that are no JSON, no UTF-8, cut off, doubled keys")
 def test_half_a_character_is_named(path: Path, row: str, text: str) -> None:
     path.write_text('{"a": "\\ud83d\\ude00 \\\\ud800"}\n' + row % text)
     result = read(path)
@@ -628,6 +635,7 @@ def test_rows_are_streamed(kind: str, tmp_path: Path) -> None:
     assert count == 3000 and peak < 3e6  # of 27 MB
 
 
+@pytest.mark.fault("T14 a row of 20 MB")
 def test_a_row_of_twenty_megabytes(path: Path) -> None:
     path.write_bytes(
         json.dumps({"prompt": "a", "response": "word " * 4_000_000}).encode() + b"\n" + GOOD
@@ -641,6 +649,7 @@ def test_a_row_of_twenty_megabytes(path: Path) -> None:
     assert len(first.fields["response"]) == 20_000_000 and peak < 1e8
 
 
+@pytest.mark.fault("T28 a hub that cannot be reached")
 def test_a_hub_id_offline_is_one_clear_error(tmp_path: Path) -> None:
     """In another process, because the libraries look at the environment when they are imported."""
     names = ["someone/nothing", "someone/nothing:main:train@v1", "nothing"]

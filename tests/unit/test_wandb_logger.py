@@ -103,6 +103,7 @@ def assert_offline_run_is_whole(folder: Path) -> None:
     assert "exit" in run["types"]
 
 
+@pytest.mark.fault("T18 wandb without login, network or package")
 def test_without_a_login_everything_is_kept_offline(tmp_path: Path) -> None:
     done = run_program(tmp_path, CANARY)
     assert done.returncode == 0, done.stderr
@@ -117,6 +118,7 @@ def test_without_a_login_everything_is_kept_offline(tmp_path: Path) -> None:
     assert [path for path in files if CANARY.encode() in path.read_bytes()] == []
 
 
+@pytest.mark.fault("T18 wandb without login, network or package")
 def test_an_unreachable_server_costs_a_warning(tmp_path: Path) -> None:
     assert module.INIT_SECONDS <= 20
     begin = time.monotonic()
@@ -164,6 +166,7 @@ class _Server(BaseHTTPRequestHandler):
         self.wfile.write(text)
 
 
+@pytest.mark.fault("T18 wandb without login, network or package")
 def test_a_server_that_goes_away_delays_the_end_by_its_time_limit_only(tmp_path: Path) -> None:
     assert module.FINISH_SECONDS <= 30
     server = ThreadingHTTPServer(("127.0.0.1", 0), _Server)
@@ -253,6 +256,7 @@ def use(stub: _Stub | None, monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 @pytest.mark.parametrize("call", ["log", "finish"])
+@pytest.mark.fault("T18 wandb without login, network or package")
 def test_a_call_that_fails_warns_once_and_ends_the_logging(
     call: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -265,6 +269,7 @@ def test_a_call_that_fails_warns_once_and_ends_the_logging(
 
 @pytest.mark.parametrize("failing", [("setup",), ("login", "init"), ("define_metric",),
                                      ("init", "teardown")])  # fmt: skip
+@pytest.mark.fault("T18 wandb without login, network or package")
 def test_a_start_that_fails_twice_leaves_the_run_without_wandb(
     failing: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -296,6 +301,7 @@ def test_the_second_start_is_offline_and_after_a_teardown(monkeypatch: pytest.Mo
     assert stub.calls.count("finish") == 1
 
 
+@pytest.mark.fault("T31 a secret in the environment or in the config")
 def test_nothing_but_metrics_is_uploaded(monkeypatch: pytest.MonkeyPatch) -> None:
     stub = _Stub()
     assert use(stub, monkeypatch) == []
@@ -318,6 +324,7 @@ def test_an_interrupt_is_not_swallowed(monkeypatch: pytest.MonkeyPatch) -> None:
         use(stub, monkeypatch)
 
 
+@pytest.mark.fault("T18 wandb without login, network or package")
 def test_without_wandb_installed_there_is_one_warning(monkeypatch: pytest.MonkeyPatch) -> None:
     (warning,) = use(None, monkeypatch)
     assert "not installed" in warning

@@ -1,9 +1,13 @@
-"""What every fault reports: how many points were tried, how many the run survived."""
+"""The table of faults: how many points were tried, how many the run survived.
+
+A test with the marker `fault(name)` is a line of the table, or a part of one: a single point, or as
+many as it counts with the fixture `tally`.
+"""
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -45,6 +49,18 @@ def tally(request: pytest.FixtureRequest) -> Iterator[Tally]:
     )
     assert counted.tried, "no point was tried"
     assert not counted.lost, "\n\n".join(counted.lost)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item, call: Any
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Count a test without a tally as one point."""
+    report = yield
+    marker = item.get_closest_marker("fault")
+    if report.when == "call" and marker and "tally" not in getattr(item, "fixturenames", ()):
+        item.user_properties.append((PROPERTY, (marker.args[0], 1, int(report.failed))))
+    return report
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:

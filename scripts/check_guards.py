@@ -1,0 +1,173 @@
+"""Take each guard out of a copy of the code and see that a test notices.
+
+    python scripts/check_guards.py [WORD ...]
+
+A guard that can go without a failing test is not guarded itself. With words, only guards whose name
+holds one of them. Prints a table; exit status 1 if a guard went unnoticed.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+ROOT = Path(__file__).resolve().parent.parent
+COPIED = ("cs336_alignment", "configs", "scripts", "tests", "pyproject.toml")
+LIMIT_SECONDS = 240
+
+
+@dataclass(frozen=True)
+class Guard:
+    """A piece of code that keeps a promise.
+
+    Attributes:
+        name: what it does.
+        file: under the package.
+        code: as it stands; once in the file.
+        without: what stands in its place when it is gone.
+        tests: what must fail then, as arguments of pytest.
+    """
+
+    name: str
+    file: str
+    code: str
+    without: str
+    tests: str
+
+
+WRITER = "tests/faults/test_writer.py"
+STOPS = "tests/faults/test_stops.py"
+GUARDS = (
+    Guard("finite loss and gradient", "training/trainer.py",
+          "if sums.not_finite:", "if False:", f"{STOPS} -k finite"),
+    Guard("a step under way is given up", "training/trainer.py",
+          "            if sums.incomplete:\n                raise StopNow(asked)\n", "",
+          f"{STOPS} -k microbatch"),
+    Guard("a failed write behind the training stops it", "training/parallel.py",
+          "        if failure is not None:\n            raise failure\n", "", f"{STOPS} -k behind"),
+    Guard("spikes are left out", "training/trainer.py",
+          'return policy != "skip"', "return True", f"{STOPS} -k spike"),
+    Guard("random numbers follow from the step", "training/step.py",
+          "torch.manual_seed(mix_seed(seed, step, index, processes.index))", "pass",
+          f"{STOPS} -k microbatch"),
+    Guard("normalizer of the whole step", "training/step.py",
+          "token_weight=float(dataset.token_weights[ids].sum())",
+          "token_weight=float(dataset.token_weights[ids[:1]].sum())",
+          "tests/integration/test_cuts.py -k dense_gradient"),
+    Guard("gradients reduced once", "training/step.py",
+          "loss.backward()", "loss.backward(retain_graph=True); loss.backward()",
+          "tests/integration/test_cuts.py -k dense_gradient"),
+    Guard("sha256 of every file", "training/checkpoint.py",
+          'if sha256_of(path) != entry.get("sha256"):', "if False:", f"{WRITER} -k flipped"),
+    Guard("size of every file", "training/checkpoint.py",
+          'if path.stat().st_size != entry.get("bytes"):', "if False:",
+          "tests/unit/test_checkpoint.py -k wrong_entry"),
+    Guard("entries stay inside the checkpoint", "training/checkpoint.py",
+          'or ".." in Path(name).parts', "", "tests/unit/test_checkpoint.py -k wrong_entry"),
+    Guard("files flushed before the manifest", "files.py",
+          "            with path.open(\"rb\") as file:\n                os.fsync(file.fileno())\n",
+          "            pass\n", f"{WRITER} -k old_checkpoint"),
+    Guard("the rename flushed before the oldest goes", "training/checkpoint.py",
+          "            flush_folder(checkpoints)\n", "", f"{WRITER} -k old_checkpoint"),
+    Guard("the export flushed before the old one goes", "training/export.py",
+          "flush_folder(folder.parent)", "pass", f"{WRITER} -k half_of_one"),
+    Guard("small files flushed before they take their place", "files.py",
+          "os.fsync(file.fileno())\n        temporary.replace", "pass\n        temporary.replace",
+          f"{WRITER} -k status_file"),
+    Guard("one rename at the end", "training/checkpoint.py",
+          "            temporary.rename(final)\n",
+          "            shutil.copytree(temporary, final)\n            shutil.rmtree(temporary)\n",
+          f"{WRITER} -k old_checkpoint"),
+    Guard("room is looked for before writing", "training/checkpoint.py",
+          "if free_mib(checkpoints) * 2**20 < snapshot.bytes:", "if False:", f"{STOPS} -k behind"),
+    Guard("a later damaged one does not count in rotation", "training/checkpoint.py",
+          "if _step_of(folder) <= step]", "]", "tests/unit/test_checkpoint.py -k push_out"),
+    Guard("leftovers are removed", "training/checkpoint.py",
+          'checkpoints.glob(f"{TEMPORARY}*")', "()", f"{WRITER} -k old_checkpoint"),
+    Guard("what a rehearsal writes is read back", "training/checkpoint_writer.py",
+          "if (reason := verify(written)) is not None:", "if (reason := None) is not None:",
+          "tests/unit/test_rehearsal.py -k lies"),
+    Guard("metrics end where the checkpoint does", "training/run.py",
+          "metrics.truncate_after(", "int(", "tests/faults/test_kills.py -k at_a_step"),
+    Guard("one run in a folder", "training/run_folder.py",
+          "fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)", "pass",
+          "tests/unit/test_run_folder.py -k second_process"),
+    Guard("changed options are refused", "training/run_folder.py",
+          '        "trainer.async_save",\n', '        "trainer.async_save",\n        "seed",\n',
+          "tests/unit/test_run_folder.py -k each_key"),
+    Guard("no start from zero beside damaged checkpoints", "training/run_folder.py",
+          "if checkpoint is None and not skipped:", "if checkpoint is None:",
+          "tests/unit/test_run_folder.py -k from_zero"),
+    Guard("secrets are refused", "config_check.py",
+          "if errors := list(_secrets(values, os.environ)):", "if errors := []:",
+          "tests/faults/test_surroundings.py -k secrets"),
+    Guard("the watchdog is armed", "training/watchdog.py",
+          "faulthandler.dump_traceback_later(self._seconds, repeat=True, file=self._file)", "pass",
+          "tests/faults/test_surroundings.py -k hangs"),
+    Guard("reducers go before the process group", "training/parallel.py",
+          "wrapped.reducer = wrapped.logger = None  # type: ignore[assignment]", "pass",
+          "tests/distributed -k leaving"),
+)  # fmt: skip
+
+
+def is_noticed(guard: Guard) -> bool:
+    """Whether the tests of a guard fail without it; they must pass with it, which CI sees."""
+    with tempfile.TemporaryDirectory() as scratch:
+        copy = Path(scratch)
+        for name in COPIED:
+            if (ROOT / name).is_dir():
+                ignored = shutil.ignore_patterns("__pycache__")
+                shutil.copytree(ROOT / name, copy / name, ignore=ignored)
+            else:
+                shutil.copy(ROOT / name, copy / name)
+        path = copy / "cs336_alignment" / guard.file
+        text = path.read_text(encoding="utf-8")
+        if text.count(guard.code) != 1:
+            raise SystemExit(
+                f"{guard.name}: its code stands {text.count(guard.code)} times in {path.name}"
+            )
+        path.write_text(text.replace(guard.code, guard.without), encoding="utf-8")
+        command = [sys.executable, "-m", "pytest", "-q", "-x", *_words(guard.tests)]
+        try:
+            done = subprocess.run(
+                command, cwd=copy, capture_output=True, text=True, timeout=LIMIT_SECONDS,
+                env={**os.environ, "PYTHONPATH": str(copy)},
+            )  # fmt: skip
+        except subprocess.TimeoutExpired:
+            return True
+        if done.returncode not in (0, 1):  # 5: no such test, 2: does not even import
+            raise SystemExit(f"{guard.name}: {done.stdout[-2000:]}{done.stderr[-2000:]}")
+        return done.returncode == 1
+
+
+def _words(tests: str) -> list[str]:
+    return [*tests.split(), "-m", "not long"]
+
+
+def main(words: list[str]) -> int:
+    """Check the guards, print the table."""
+    chosen = [g for g in GUARDS if not words or any(word in g.name for word in words)]
+    table = Table("guard taken out", "in", "tests", "noticed", "s", title="guards")
+    missed = 0
+    for guard in track(chosen, "guards", console=Console(stderr=True)):
+        start = time.monotonic()
+        noticed = is_noticed(guard)
+        missed += not noticed
+        row = (guard.name, guard.file, guard.tests, "yes" if noticed else "NO")
+        table.add_row(*row, f"{time.monotonic() - start:.0f}")
+    Console(width=140).print(table, f"{len(chosen) - missed} of {len(chosen)} noticed")
+    return 1 if missed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
