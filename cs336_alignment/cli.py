@@ -15,7 +15,7 @@ from pathlib import Path
 from cs336_alignment.config import Config
 from cs336_alignment.config_names import FLAGS, VALUE_FLAGS, nearest_key
 from cs336_alignment.errors import ExitStatus, UserError
-from cs336_alignment.training.stop import StopNow, StopRequest
+from cs336_alignment.training.stop import StopNow, StopRequest, end_with_launcher
 
 FILE_FLAGS = {"--config", "--config_file", "--config-file", "--yaml"}
 
@@ -186,6 +186,7 @@ def _verb_hint(arguments: Sequence[str]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line and leave with its exit status."""
+    end_with_launcher()
     try:
         with StopRequest():  # of a training run's own in its time; importing torch takes time, too
             status = run(list(sys.argv[1:] if argv is None else argv))

@@ -8,6 +8,7 @@ from dataclasses import fields
 from pathlib import Path
 
 from hydra.errors import MissingConfigException, OverrideParseException
+from omegaconf.errors import InterpolationResolutionError
 
 from cs336_alignment.config import ALL_KEYS, ColumnsConfig, SourceConfig
 from cs336_alignment.config_names import nearest_key
@@ -85,6 +86,15 @@ def translate(failure: Exception) -> UserError:
         if re.search(r"object_type=(Source|Columns)Config", text) and not key.startswith("data."):
             return _no_such_key_of_source(key, place)
         return no_such_key(key, place)
+    if isinstance(failure, InterpolationResolutionError):
+        return UserError(
+            "C117",
+            f"{failure.full_key or 'a key'} refers to something that is not there",
+            ExitStatus.BAD_CONFIG,
+            place=place,
+            got=text.splitlines()[0],
+            hint="${section.key} is the value of a key, ${oc.env:NAME} that of a variable",
+        )
     if match := re.search(r"full_key: (\S+)", text):
         key = match[1]
         reason = next(

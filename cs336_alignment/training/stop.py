@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
+import sys
 import time
 from collections.abc import Callable
 from types import FrameType
@@ -11,7 +13,21 @@ from types import FrameType
 from cs336_alignment.errors import ExitStatus
 
 REPEAT_SECONDS = 2.0
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
 TOLD = b"\nstopping: what is trained is saved first; once more to leave at once\n"
+
+
+def end_with_launcher() -> None:
+    """Ask the system to kill this process when the launcher that started it dies.
+
+    torchrun starts its workers in sessions of their own. If it is killed, they would stay, wait for
+    each other and hold the run's lock, and the same command could not go on. Linux alone can do it.
+    """
+    if "TORCHELASTIC_RUN_ID" not in os.environ or not sys.platform.startswith("linux"):
+        return
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() == 1:  # it died before
+        os._exit(ExitStatus.STOPPED)
 
 
 class StopNow(BaseException):

@@ -214,8 +214,21 @@ def test_a_second_signal_leaves_at_once_and_nothing_is_lost(
 
 
 def end_group(process: subprocess.Popen[bytes]) -> None:
+    """Kill a launcher; its workers, in sessions of their own, must not outlive it."""
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
+    deadline = time.monotonic() + 5
+    while alive := [child for child in children if is_alive(int(child))]:
+        assert time.monotonic() < deadline, f"processes {alive} outlive their launcher"
+        time.sleep(0.01)
+
+
+def is_alive(process_id: int) -> bool:
+    try:
+        return not is_zombie(process_id)
+    except FileNotFoundError:
+        return False
 
 
 def launch_two(command: list[str], folder: Path) -> subprocess.Popen[bytes]:
@@ -265,6 +278,19 @@ def test_what_one_of_two_processes_gets_ends_both_and_costs_nothing(
         again = launch_two([*command, "run_name=cut"], tmp_path)
         assert again.wait(120) == 0, (tmp_path / "stderr-of-two").read_text()[-2000:]
         assert not differences(run, whole)
+
+
+@pytest.mark.distributed
+@pytest.mark.fault("T27 the launcher of two processes dies")
+def test_no_process_outlives_its_launcher(command: list[str], tmp_path: Path, tally: Tally) -> None:
+    run = tmp_path / "outputs/cut"
+    for moment in (run.is_dir, metrics_hold(run, 10)):
+        with tally.point("at its start" if moment == run.is_dir else "at step 10"):
+            launcher = launch_two([*command, "run_name=cut"], tmp_path)
+            assert when(moment, launcher.pid)
+            end_group(launcher)
+    with tally.point("the end"):
+        assert launch_two([*command, "run_name=cut"], tmp_path).wait(120) == 0
 
 
 @pytest.mark.distributed

@@ -29,7 +29,7 @@ LAYERS = [
     {"data_commands"}, {"cli", "sft"},
 ]  # fmt: skip
 OWNERS = {
-    "hydra": {"compose", "compose_errors"}, "omegaconf": {"compose"}, "datasets": {"data.sources"},
+    "hydra": {"compose", "compose_errors"}, "omegaconf": {"compose", "compose_errors"}, "datasets": {"data.sources"},
     "wandb": {"tracking.wandb_logger"}, "matplotlib": {"tracking.plots"}, "accelerate": {"training.parallel"},
 }  # fmt: skip
 
