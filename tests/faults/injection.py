@@ -5,8 +5,9 @@ changes a disk: opening for writing, writing, flushing, making and renaming and 
 strikes at the k-th; a write is done by half first. A series over k = 1, 2, 3 … ends where the work
 ends before the fault comes.
 
-Losing power is more than being killed: what was not flushed is gone. Files written since their last
-fsync are emptied, and renames whose folder was not flushed since are undone.
+Losing power is more than being killed, and comes after the last operation too: files written since
+their last fsync are emptied. A disk may keep the names of the day or lose them as well: then renames
+whose folder was not flushed since are undone.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from typing import Any
 
 from cs336_alignment.errors import UserError
 
-FAULTS = ("kill", "power", "full")
+FAULTS = ("kill", "power", "power and names", "full")
 KILLED = 137
 MOST_OPERATIONS = 2000  # of one piece of work: a series that goes on for ever is a mistake
 
@@ -67,6 +68,8 @@ def run(work: Callable[[], object], fault: str, k: int) -> Outcome:
         try:
             disk.install()
             work()
+            if disk.count + 1 == k and fault.startswith("power"):
+                disk.operation(creates=True)
         except UserError as raised:
             error = (raised.code, int(raised.status), str(raised))
         except BaseException:
@@ -168,16 +171,16 @@ class _Disk:
         half()
         if self.fault == "full":
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        if self.fault == "power":
-            self.lose()
+        if self.fault.startswith("power"):
+            self.lose(names=self.fault != "power")
         os._exit(KILLED)
 
-    def lose(self) -> None:
-        """Take away what no flush has brought to the disk."""
+    def lose(self, *, names: bool) -> None:
+        """Take away what no flush has brought to the disk, renames too if asked to."""
         for path in self.dirty:
             if os.path.exists(path):
                 os.truncate(path, 0)
-        for before, after, old in reversed(self.renames):
+        for before, after, old in reversed(self.renames if names else []):
             if not os.path.exists(after) or not os.path.isdir(os.path.dirname(before)):
                 continue
             _RENAME(after, before)

@@ -32,7 +32,10 @@ from tests.faults.injection import FAULTS, Outcome, folder_names, run, series
 from tests.faults.tally import Tally
 
 CPU = torch.device("cpu")
-NAMES = {"kill": "T1 kill", "power": "T1 loss of power", "full": "T6 disk full"}
+NAMES = {
+    "kill": "T1 kill", "power": "T1 loss of power", "power and names": "T1 loss of power and renames",
+    "full": "T6 disk full",
+}  # fmt: skip
 
 
 def fault_of(what: str) -> list[pytest.ParameterSet]:  # type: ignore[name-defined]
