@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from pathlib import Path
+from typing import Any
 
 MAX_SHOWN = 20
 MAX_GOT_CHARS = 80
@@ -84,6 +85,10 @@ class UserError(Exception):
         self.got = got
         self.hint = hint
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Errors cross process borders; Exception's own way gives `message` to __init__ alone.
+        return _rebuild, (type(self), self.__dict__)
+
     def __str__(self) -> str:
         lines = [f"error[{self.code}]: {self.message}"]
         if self.place is not None:
@@ -98,6 +103,12 @@ class UserError(Exception):
         if self.hint is not None:
             lines.append(f"  hint: {self.hint}")
         return "\n".join(lines)
+
+
+def _rebuild(kind: type[UserError], state: dict[str, Any]) -> UserError:
+    error = kind.__new__(kind, state["message"])
+    error.__dict__.update(state)
+    return error
 
 
 class UserErrors(UserError):

@@ -166,6 +166,19 @@ class ChatRenderer:
                 chat, refusal = other._replace(text=self._text(other)), None
         if refusal:
             raise refusal
+        for index, message in enumerate(chat.messages if has_calls else ()):
+            if not message.get("tool_calls"):
+                continue
+            bare = [*chat.messages]
+            bare[index] = {key: value for key, value in message.items() if key != "tool_calls"}
+            bare[index].setdefault("content", "")
+            without = None
+            with contextlib.suppress(UserError):  # the template needs the calls, then
+                without = self._text(chat._replace(messages=bare))
+            if without == chat.text:
+                hint = "remove the calls from the data, or use a template that writes them"
+                raise wrong("D404", f"the chat template ignores the tool calls of message {index}",
+                            place, hint=hint)  # fmt: skip
         if tools and self._text(chat._replace(tools=None)) == chat.text:
             hint = "remove the tools from the data, or use a template that writes them"
             raise wrong("D404", "the chat template ignores the tools", place, hint=hint)

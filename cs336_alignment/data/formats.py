@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from cs336_alignment.data.layout import Layout
+from cs336_alignment.data.layout import ANYWHERE, OPTIONAL, Layout
+from cs336_alignment.data.messages import WEIGHT, is_weight
 from cs336_alignment.data.row import Row
 from cs336_alignment.data.templates import PromptTemplate
 from cs336_alignment.errors import ExitStatus, Place, UserError, describe
 
 FINAL_MARK = "####"
+MOST_IDS = 2**31  # ids are kept in 32 bits
 CLOSING_TAG = "</think>"
 CALCULATOR = re.compile(r"<<[^<>]*>>")
+# GSM8K's end: a line of its own, the last one. A Markdown heading further up is none.
+FINAL_LINE = re.compile(r"(?:\A|\n)[ \t]*####(?!#)[ \t]*([^\n]*)\s*\Z")
+OPTIONAL_ROLES = {*ANYWHERE, *(role for roles in OPTIONAL.values() for role in roles)}
 IGNORED_LABEL = -100  # transformers' mark for a token that is only read
 SHAREGPT_ROLES = {
     "human": "user",
@@ -74,7 +78,7 @@ def to_example(
         UserError: a field is missing, empty, or not what its role needs (65).
     """
     for role, column in layout.columns.items():
-        if column not in row.fields and role not in ("weight", "ground_truth", "tools", "input"):
+        if column not in row.fields and role not in OPTIONAL_ROLES:
             raise _wrong(row, column, "D202", f"{column} is missing", f"columns {_columns(row)}")
     weight = _weight(row, layout)
     shape = {
@@ -178,7 +182,7 @@ def _from_text(row: Row, layout: Layout, _: PromptTemplate | None) -> Example:
 def _from_tokens(row: Row, layout: Layout, _: PromptTemplate | None) -> Example:
     column = layout.columns["labels"]
     ids, labels = row.fields[layout.columns["input_ids"]], row.fields[column]
-    if not (_are_integers(ids) and min(ids, default=-1) >= 0):
+    if not (_are_integers(ids) and min(ids, default=-1) >= 0 and max(ids) < MOST_IDS):
         raise _wrong(row, "input_ids", "D212", "input_ids are no token ids", describe(ids),
                      "a list of numbers from 0, not empty")  # fmt: skip
     if not (isinstance(labels, list) and len(labels) == len(ids)):
@@ -226,11 +230,12 @@ def _are_integers(value: Any) -> bool:
 
 
 def _shape_answer(row: Row, answer: str, *, tagged: bool) -> tuple[str, str | None]:
-    reasoning, mark, final = answer.rpartition(FINAL_MARK)
-    reasoning, final = CALCULATOR.sub("", reasoning).strip(), final.strip()
-    if not mark and not tagged:
+    found = FINAL_LINE.search(answer)
+    reasoning = CALCULATOR.sub("", answer[: found.start()]).strip() if found else ""
+    final = found[1].strip() if found else ""
+    if not tagged and not (final and reasoning):
         return answer, None
-    if not mark or not final or not reasoning:
+    if not final or not reasoning:
         raise UserError(
             "D204",
             "the answer has no reasoning and final answer to put into <think> and <answer>",
@@ -279,9 +284,8 @@ def _weight(row: Row, layout: Layout) -> float:
     value = row.fields.get(column)
     if value is None:
         return 1.0
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
-        raise _wrong(row, column, "D214", f"{column} is no weight", describe(value),
-                     "a finite number of at least 0")  # fmt: skip
+    if not is_weight(value):
+        raise _wrong(row, column, "D214", f"{column} is no weight", describe(value), WEIGHT)
     return float(value)
 
 

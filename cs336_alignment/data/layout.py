@@ -38,17 +38,20 @@ class Layout:
         columns: role → column.
         reason: why, in words.
         ignored: columns that play no role.
+        late: roles that the first row does not have and a later one may: its column is read there.
     """
 
     format: str
     columns: Mapping[str, str]
     reason: str
     ignored: tuple[str, ...]
+    late: frozenset[str] = frozenset()
 
     def __str__(self) -> str:
         roles = ", ".join(
             role if role == column else f"{role} from `{column}`"
             for role, column in self.columns.items()
+            if role not in self.late
         )
         ignored = f"; ignored: {', '.join(self.ignored)}" if self.ignored else ""
         return f"{self.format} ({roles}), {self.reason}{ignored}"
@@ -116,7 +119,12 @@ def detect(
         chosen[role] = choices[0]
     reason = "as data.format says" if wanted != "auto" else "seen from the columns of the first row"
     ignored = tuple(column for column in present if column not in chosen.values())
-    return Layout(name, chosen, reason, ignored)
+    late = {
+        role: aliases[0]
+        for role, aliases in (OPTIONAL.get(name, {}) | ANYWHERE).items()
+        if role not in chosen and aliases[0] not in (*columns.values(), *chosen.values())
+    }
+    return Layout(name, {**chosen, **late}, reason, ignored, frozenset(late))
 
 
 def _choices(

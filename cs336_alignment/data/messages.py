@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,6 +12,9 @@ ROLES = ("system", "developer", "user", "assistant", "tool")
 FLAGS = ("train", "weight")  # this project's own keys; a template never sees them
 
 Message = dict[str, Any]
+
+LEAST_WEIGHT, MOST_WEIGHT = 1e-6, 1e6
+WEIGHT = f"0, or a number from {LEAST_WEIGHT:g} to {MOST_WEIGHT:g}"
 
 
 def clean_message(message: Mapping[str, Any], place: Place, joiner: str) -> Message:
@@ -45,6 +47,13 @@ def _part(part: Any, place: Place) -> str:
                  'parts {"type": "text", "text": …}', part)  # fmt: skip
 
 
+def is_weight(value: Any) -> bool:
+    """Tell whether a value can weigh a token: 0, or what a 32-bit number holds."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    return value == 0 or LEAST_WEIGHT <= value <= MOST_WEIGHT
+
+
 def weight_of(message: Mapping[str, Any], place: Place, allowed: bool) -> float:
     """Read the flags of a message: what its tokens weigh if its turn is trained."""
     flags = {key: message[key] for key in FLAGS if message.get(key) is not None}
@@ -57,9 +66,8 @@ def weight_of(message: Mapping[str, Any], place: Place, allowed: bool) -> float:
                          hint="set data.train_on=response, or remove the key")  # fmt: skip
         if key == "train" and not isinstance(value, bool):
             raise wrong("D407", "train is no truth value", at, "true or false", value)
-        is_number = isinstance(value, int | float) and not isinstance(value, bool)
-        if key == "weight" and not (is_number and 0 <= value < math.inf):
-            raise wrong("D407", "weight is no weight", at, "a finite number of at least 0", value)
+        if key == "weight" and not is_weight(value):
+            raise wrong("D407", "weight is no weight", at, WEIGHT, value)
     return float(flags.get("weight", 1.0)) if flags.get("train", True) else 0.0
 
 

@@ -10,6 +10,9 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
+from cs336_alignment.errors import ExitStatus, UserError
+
+MOST_PASSES = 1000  # through all sources together, in one epoch
 Permutation = Callable[[int, int, int], NDArray[np.int64]]
 
 
@@ -46,7 +49,18 @@ class Mixture:
         first = self.stop == "first_exhausted"
         scale, whole = (min(epochs), math.floor) if first else (max(epochs), math.ceil)
         # Rounded first: 0.1 · 30 must count as 3, whatever floating point makes of it.
-        return tuple(max(1, whole(round(scale * weight, 6))) for weight in self.weights)
+        draws = tuple(max(1, whole(round(scale * weight, 6))) for weight in self.weights)
+        most = MOST_PASSES * sum(self.sizes)
+        if sum(draws) > most:
+            raise UserError(
+                "C123",
+                f"an epoch of this mixture would hold {sum(draws):,} examples",
+                ExitStatus.BAD_CONFIG,
+                expected=f"at most {most:,}, a thousand times those of the sources",
+                hint="bring the weights of data.sources nearer together, or use "
+                "data.mixture_stop=first_exhausted",
+            )
+        return draws
 
     def order(self, seed: int, epoch: int, permutation: Permutation | None) -> NDArray[np.int64]:
         """Give the example ids of an epoch; ids count through all sources.

@@ -11,7 +11,8 @@ import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
-from contextlib import AbstractContextManager, nullcontext
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from itertools import chain, islice
@@ -29,7 +30,7 @@ from cs336_alignment.data.layout import Layout, detect
 from cs336_alignment.data.ledger import LedgerEntry
 from cs336_alignment.data.lint import Findings, count_duplicates
 from cs336_alignment.data.sources import Row, Source, open_source
-from cs336_alignment.data.store import NOTE, Store, StoreWriter, locked
+from cs336_alignment.data.store import Store, StoreWriter, check_store, locked
 from cs336_alignment.data.templates import PromptTemplate, load_template
 from cs336_alignment.data.tokenize import tokenizer_fingerprint
 from cs336_alignment.errors import MAX_SHOWN, ExitStatus, UserError, UserErrors
@@ -72,6 +73,7 @@ def prepare_source(
     split: str,
     max_examples: int | None,
     progress: Progress = lambda *_: nullcontext(lambda _: None),
+    note_line: Callable[[str], None] = lambda _: None,
 ) -> PreparedSource:
     """Tokenize one source, or open what an earlier command tokenized.
 
@@ -87,6 +89,7 @@ def prepare_source(
         split: `train` or `test`, for sources that have splits and name none.
         max_examples: only the first so many rows; None: all.
         progress: shows a bar.
+        note_line: prints a line.
 
     Raises:
         UserErrors: bad rows: the first 20, and how many (65).
@@ -104,8 +107,13 @@ def prepare_source(
     options = _options(source, config, template, max_examples)
     key = _key(opened, tokenizer, options)
     folder = cache_folder(config) / key
-    with locked(folder):
-        if not (folder / NOTE).is_file():
+    lock = ExitStack()
+    with _telling_unwritable(folder):
+        lock.enter_context(locked(folder))
+    with lock:
+        if (damage := check_store(folder)) is not None:
+            if damage:
+                note_line(f"  prepared data of an earlier command are damaged ({damage}); anew")
             _prepare(opened, source, config, tokenizer, template, folder, max_examples, progress)
     store = Store(folder)
     note = store.note
@@ -218,6 +226,8 @@ def _detect(
         try:
             layout = detect(list(row.fields), row.place, wanted=source.format, columns=columns)
         except UserError as error:
+            if error.code in ("D209", "D210"):  # several readings: the next row does not settle it
+                raise
             first = first or error
         else:
             return layout, chain(head, rows)
@@ -272,13 +282,21 @@ def _encode_in_processes(
         workers, multiprocessing.get_context(method), _begin_worker, (encoder,)
     )
     waiting: deque[Future[Encoded]] = deque()
-    with pool:
-        for batch in chain((first,), batches):
-            waiting.append(pool.submit(_work, batch))
-            if len(waiting) > 2 * workers:  # no more: memory must not grow with the source
+    try:
+        with pool:
+            for batch in chain((first,), batches):
+                waiting.append(pool.submit(_work, batch))
+                if len(waiting) > 2 * workers:  # no more: memory must not grow with the source
+                    yield waiting.popleft().result()
+            while waiting:
                 yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
+    except BrokenProcessPool as failure:
+        raise UserError(
+            "D311",
+            "a process that tokenizes was killed: by the system for want of memory, most likely",
+            ExitStatus.INTERNAL,
+            hint="data.num_workers=1 takes least memory",
+        ) from failure
 
 
 _encoder: Encoder | None = None
@@ -359,8 +377,14 @@ def _check_train_on(layout: Layout, train_on: str) -> None:
 
 
 def _open_writer(folder: Path) -> StoreWriter:
-    try:
+    with _telling_unwritable(folder):
         return StoreWriter(folder)
+
+
+@contextmanager
+def _telling_unwritable(folder: Path) -> Iterator[None]:
+    try:
+        yield
     except OSError as failure:
         raise UserError(
             "D310",

@@ -202,7 +202,14 @@ def _prepare(
     if source.format == "auto":
         source = replace(source, format=config.format)
     prepared = prepare_source(
-        source, config, tokenizer, seed=seed, split=split, max_examples=limit, progress=progress
+        source,
+        config,
+        tokenizer,
+        seed=seed,
+        split=split,
+        max_examples=limit,
+        progress=progress,
+        note_line=note,
     )
     note(f"  format {prepared.ledger.format}")
     return prepared

@@ -17,10 +17,11 @@ from numpy.typing import NDArray
 
 from cs336_alignment.data.dataset import Chunk
 from cs336_alignment.data.encode import Encoded
-from cs336_alignment.files import flush_tree, write_json
+from cs336_alignment.files import flush_tree, sha256_of, write_json
 
 DATA = "data.arrow"
 NOTE = "prepared.json"
+DIGEST = "data_sha256"  # in the note
 SCHEMA = pa.schema([
     ("input_ids", pa.list_(pa.int32())),
     ("spans", pa.list_(pa.int32())),  # start, end, start, end …
@@ -135,7 +136,7 @@ class StoreWriter:
 
     def finish(self, note: dict[str, Any]) -> None:
         """Seal the closed store: from here on it is there for everyone."""
-        write_json(self._folder / NOTE, note)
+        write_json(self._folder / NOTE, {**note, DIGEST: sha256_of(self._folder / DATA)})
         flush_tree(self._folder)
         shutil.rmtree(self._final, ignore_errors=True)
         self._folder.rename(self._final)
@@ -144,6 +145,19 @@ class StoreWriter:
         """Remove what was written."""
         self._writer.close()
         shutil.rmtree(self._folder, ignore_errors=True)
+
+
+def check_store(folder: Path) -> str | None:
+    """Look whether a store is there and whole: None if it is, "" if there is none, else what is
+    wrong with it.
+    """
+    if not folder.exists():
+        return ""
+    try:
+        note = json.loads((folder / NOTE).read_text(encoding="utf-8"))
+        return None if sha256_of(folder / DATA) == note[DIGEST] else f"{DATA} differs"
+    except (OSError, ValueError, LookupError, TypeError) as failure:
+        return str(failure) or type(failure).__name__
 
 
 @contextmanager

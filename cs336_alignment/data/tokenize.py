@@ -110,7 +110,8 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
         model = backend.to_str()
     special = {name: str(value) for name, value in tokenizer.special_tokens_map.items()}
     parts = [type(tokenizer).__name__, model, json.dumps(special, sort_keys=True),
-             json.dumps(tokenizer.chat_template, sort_keys=True)]  # fmt: skip
+             json.dumps(tokenizer.chat_template, sort_keys=True),
+             str(getattr(tokenizer, "split_special_tokens", False))]  # fmt: skip
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
 

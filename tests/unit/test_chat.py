@@ -132,7 +132,9 @@ CASES: dict[str, tuple[Callable[[Message], str], dict[str, set[str]]]] = {
     "drops_reasoning": (thinks, {"D401": EVERY - {"single", "system", "reasoning"}}),
     "not_prefix_stable": (plain_calls, {"D401": EVERY}),
     "generation_tags": (tagged, {}),
-    "opens_think": (opened, {"D401": EVERY - {"reasoning", "reasoning_twice"}}),
+    "opens_think": (
+        opened, {"D401": EVERY - {"reasoning", "reasoning_twice", "tools"}, "D404": {"tools"}}
+    ),
 }  # fmt: skip
 
 
@@ -533,7 +535,8 @@ def test_offsets_without_their_white_space_are_seen_through(shape: str) -> None:
     trimmed.backend_tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)
     rendered = [render(exact, SHAPES[shape], tools=has_tools(shape, "mistral_like"))]
     exact.chat_template = (  # the prompt ends with a space, which belongs to the next word's token
-        "{% for m in messages %}{{ m.role + ': ' + (m.content or '') + '\n' }}{% endfor %}"
+        "{% for m in messages %}{{ m.role + ': ' + (m.content or '') }}"
+        "{% if m.tool_calls %}{{ m.tool_calls | tojson }}{% endif %}{{ '\n' }}{% endfor %}"
         "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
     )
     rendered.append(render(exact, SHAPES[shape]))

@@ -248,7 +248,8 @@ def test_the_format_is_seen_from_the_columns(
     fields: dict[str, Any], wanted: str, columns: dict[str, str], layout: tuple[str, set[str]]
 ) -> None:
     found = detect(list(fields), PLACE, wanted=wanted, columns=columns)
-    assert (found.format, set(found.columns.values())) == layout
+    seen = {column for role, column in found.columns.items() if role not in found.late}
+    assert (found.format, seen) == layout
     assert set(found.ignored) == set(fields) - layout[1]
 
 
@@ -394,3 +395,19 @@ def test_a_template_file_that_cannot_be_read_is_66(tmp_path: Path) -> None:
         with pytest.raises(UserError, match="cannot read") as caught:
             load_template(str(tmp_path / name))
         assert (caught.value.code, caught.value.status) == ("D110", 66)
+
+
+MARKDOWN = [
+    "x\n\n#### Summary\n\nSo it is <<a>> done.",
+    "#### Title\nand a text",
+    "a #### b",
+    "x\n##### 5",
+]
+
+
+@pytest.mark.parametrize("answer", MARKDOWN)
+def test_a_heading_is_no_final_answer(answer: str, r1_zero: PromptTemplate) -> None:
+    example = shape(row(question="q", answer=answer), load_template("question_only"))
+    assert (example.response, example.ground_truth) == (answer, None)
+    with pytest.raises(UserError, match="no reasoning and final answer"):
+        shape(row(question="q", answer=answer), r1_zero)

@@ -8,6 +8,7 @@ import pytest
 
 from cs336_alignment.data.batching import StepPlan
 from cs336_alignment.data.mixture import Mixture
+from cs336_alignment.errors import UserError
 
 
 def epoch(plan: StepPlan, number: int) -> list[int]:
@@ -66,3 +67,10 @@ def test_without_shuffling_sources_are_interleaved() -> None:
     for start in range(0, 30, 3):
         assert sum(i >= 20 for i in ids[start : start + 3]) == 1
     assert [i for i in ids if i < 20] == list(range(20))
+
+
+def test_an_epoch_beyond_all_measure_is_refused() -> None:
+    with pytest.raises(UserError) as caught:
+        _ = Mixture((12, 12), (1.0, 1e-9), "all_exhausted").draws
+    assert (caught.value.code, caught.value.status) == ("C123", 78)
+    assert Mixture((12, 12), (1.0, 1e-9), "first_exhausted").draws == (12, 1)

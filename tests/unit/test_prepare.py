@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import pickle
+import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import pairwise
@@ -16,7 +19,8 @@ from cs336_alignment.config import DataConfig, LintConfig, SourceConfig
 from cs336_alignment.data import prepare as module
 from cs336_alignment.data.ledger import LedgerEntry
 from cs336_alignment.data.splits import PreparedData, RunData, ledger_json, prepare_run
-from cs336_alignment.errors import ExitStatus, UserError, UserErrors
+from cs336_alignment.errors import ExitStatus, Place, UserError, UserErrors
+from cs336_alignment.model.loading import load_tokenizer, resolve_model
 
 TokenizerOf = Callable[..., PreTrainedTokenizerFast]
 BOS, EOS = 1, 2
@@ -518,3 +522,135 @@ def test_processes_give_what_one_process_gives(run: Run, monkeypatch: pytest.Mon
     assert tokens(together) == tokens(alone) and together.data.places == alone.data.places
     assert together.fingerprint == alone.fingerprint
     assert together.ledger == alone.ledger and together.findings == alone.findings
+
+
+# What only large, late or damaged data show.
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.fault("T11 bad rows far down, in the processes that tokenize")
+def test_bad_rows_far_down_are_named(
+    workers: int, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "BATCH_ROWS", 5)
+    monkeypatch.setattr(module, "ROWS_BEFORE_POOL", 10)
+    lines = [json.dumps(pair(2, 2)) for _ in range(60)]
+    lines[31], lines[47] = json.dumps({"prompt": "1", "response": ""}), '{"prompt": '
+    raw = "\n".join(lines).encode()
+    with pytest.raises(UserErrors) as caught:
+        run(raw, num_workers=workers)
+    assert [e.place and e.place.line for e in caught.value.errors] == [32, 48]
+    assert [e.code for e in caught.value.errors] == ["D203", "D201"]
+    dropped = run(raw, num_workers=workers, on_bad_row="drop", max_bad_fraction=0.1)
+    assert (dropped.ledger.kept, dropped.ledger.bad_rows) == (58, 2)
+
+
+def test_errors_cross_process_borders_whole() -> None:
+    one = UserError("D203", "m", ExitStatus.BAD_DATA, place=Place("f", 3, "x"), got="g", hint="h")
+    for error in (one, UserErrors([one, one], 7)):
+        again = pickle.loads(pickle.dumps(error))
+        assert type(again) is type(error) and str(again) == str(error)
+        assert (again.code, again.status, again.place) == (error.code, error.status, error.place)
+
+
+@pytest.mark.fault("T11 a process that tokenizes is killed")
+def test_a_killed_process_is_one_error(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "BATCH_ROWS", 5)
+    monkeypatch.setattr(module, "ROWS_BEFORE_POOL", 10)
+    monkeypatch.setattr(module, "_work", die)
+    with pytest.raises(UserError) as caught:
+        run([pair(2, 2)] * 60, num_workers=2)
+    assert (caught.value.code, caught.value.status) == ("D311", ExitStatus.INTERNAL)
+
+
+def die(batch: object) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_optional_columns_that_come_late_are_read(run: Run) -> None:
+    rows = [
+        pair(2, 3),
+        {**pair(2, 3), "weight": 0},
+        {**pair(3, 2), "weight": 0.5, "ground_truth": 7},
+    ]
+    data = run(rows)
+    assert data.ledger.kept == 2 and sum(data.ledger.dropped.values()) == 1  # nothing to train
+    assert [data.dataset[i].example_weight for i in range(2)] == [1.0, 0.5]
+    assert data.data.ground_truths == [None, "7"]
+    with pytest.raises(UserErrors, match="no weight"):
+        run([pair(2, 3), {**pair(2, 3), "weight": -3}])
+    row = {"instruction": "1 2", "output": "3"}
+    with_input = run([row, {**row, "input": "4 5"}], prompt_template="alpaca")
+    assert with_input.lengths[1] > with_input.lengths[0]
+    with pytest.raises(UserErrors, match="no place for it"):
+        run([row, {**row, "input": "4 5"}], prompt_template="question_only")
+
+
+@pytest.mark.parametrize("value", [10**400, 1e39, 1e-60, float("inf"), -1, True, "1"])
+def test_a_weight_that_32_bits_do_not_hold_is_named(value: Any, run: Run) -> None:
+    with pytest.raises(UserErrors) as caught:
+        run([pair(1, 1), {**pair(1, 1), "weight": value}])
+    assert caught.value.errors[0].code in ("D214", "D201")  # JSON has no infinity
+
+
+def test_ids_beyond_32_bits_are_named(run: Run) -> None:
+    with pytest.raises(UserErrors, match="no token ids"):
+        run([{"input_ids": [1, 3_000_000_000], "labels": [-100, 3_000_000_000]}])
+
+
+def test_several_readings_are_never_settled_by_a_later_row(run: Run) -> None:
+    both = {**pair(1, 1), "messages": [{"role": "user", "content": "1"}]}
+    with pytest.raises(UserError, match="several formats"):
+        run([both, pair(1, 1)])
+
+
+DAMAGE: dict[str, Callable[[Path], object]] = {
+    "a flipped bit": lambda folder: flip(folder / "data.arrow"),
+    "cut off": lambda folder: os.truncate(folder / "data.arrow", 100),
+    "no data": lambda folder: (folder / "data.arrow").unlink(),
+    "no note": lambda folder: (folder / "prepared.json").unlink(),
+    "half a note": lambda folder: os.truncate(folder / "prepared.json", 20),
+}
+
+
+def flip(path: Path) -> None:
+    raw = bytearray(path.read_bytes())
+    raw[len(raw) // 2] ^= 4
+    path.write_bytes(raw)
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+@pytest.mark.fault("T8 damaged prepared data")
+def test_damaged_prepared_data_are_told_and_made_anew(
+    damage: str, tmp_path: Path, tokenizer_of: TokenizerOf
+) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join(json.dumps(pair(i, 2)) for i in range(1, 30)))
+    config = DataConfig(str(path), cache_dir=str(tmp_path / "cache"))
+    lines: list[str] = []
+    tokenizer = tokenizer_of(template="<s> $A")
+    first = prepare_run(config, tokenizer, seed=0, note=lines.append)
+    (folder,) = (entry for entry in (tmp_path / "cache").iterdir() if entry.is_dir())
+    assert not [line for line in lines if "are damaged (" in line]
+    # By value: the data are mapped, and the damage would be seen through the first look.
+    want = [first.train.dataset[i].input_ids.tolist() for i in range(29)]
+    fingerprint = first.train.fingerprint
+    del first
+    DAMAGE[damage](folder)
+    again = prepare_run(config, tokenizer, seed=0, note=lines.append)
+    assert [line for line in lines if "are damaged (" in line]
+    assert again.train.fingerprint == fingerprint
+    assert [again.train.dataset[i].input_ids.tolist() for i in range(29)] == want
+
+
+def test_a_cache_that_cannot_be_made_is_one_error(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps(pair(1, 1)))
+    for folder in ("file", "file/inside"):
+        config = DataConfig(str(path), cache_dir=str(tmp_path / folder))
+        with pytest.raises(UserError) as caught:
+            prepare_run(
+                config, load_tokenizer(resolve_model("builtin:arithmetic", None, False)), seed=0
+            )
+        assert (caught.value.code, caught.value.status) == ("D310", ExitStatus.CANNOT_CREATE)
