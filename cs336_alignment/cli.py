@@ -228,6 +228,9 @@ def run(arguments: list[str]) -> ExitStatus:
         if debug:
             traceback.print_exc()
         return error.status
+    except BrokenPipeError:  # `… | head`: nobody reads on, and nothing is wrong
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return ExitStatus.DONE
     except Exception as failure:
         traceback.print_exc()
         print(f"error[X001]: internal error: {failure}", file=sys.stderr, flush=True)

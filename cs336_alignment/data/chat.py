@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import re
 from collections.abc import Mapping, Sequence
+from datetime import datetime
 from typing import Any, NamedTuple
 
 import jinja2
@@ -36,7 +38,10 @@ GENERATION_TAG = re.compile(r"\{%-?\s*generation\s*-?%\}")
 PROBE = "xyzzyQ7"  # a content that no template writes by itself
 ASKED = {"role": "user", "content": "a"}
 EXCERPT = 40
+ASKS_DATE = re.compile(r"""strftime_now\(\s*(['"])(.*?)\1\s*\)""")  # Llama 3.2's, gpt-oss's
+ASKS_DATE_SOMEHOW = re.compile(r"strftime_now\s*\(")
 # Templates come from strangers. Real ones have up to 20,000 characters and add little to a text.
+FIXED_DATE = datetime(2024, 7, 26)  # what Llama 3's templates write where they know no date
 MOST_TEMPLATE = 2**20  # characters
 MOST_RENDERED = 2**27
 TEMPLATE_ERRORS = (
@@ -58,6 +63,28 @@ class _Mismatch(NamedTuple):
 
     which: str
     text: str
+
+
+def writes_date(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Tell whether the chat template asks for the date; it gets the same one on every day, or no
+    run could be continued tomorrow.
+    """
+    return "strftime_now" in str(tokenizer.chat_template)
+
+
+def _with_fixed_date(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    template = str(tokenizer.chat_template)
+    fixed = ASKS_DATE.sub(lambda asks: repr(FIXED_DATE.strftime(asks[2])), template)
+    if ASKS_DATE_SOMEHOW.search(fixed):
+        raise UserError(
+            "D409",
+            "the chat template asks for the date in a way that cannot be given a fixed one",
+            ExitStatus.BAD_CONFIG,
+            hint="write the date itself into its chat_template.jinja",
+        )
+    pinned = copy.copy(tokenizer)
+    pinned.chat_template = fixed
+    return pinned
 
 
 class ChatRenderer:
@@ -99,6 +126,8 @@ class ChatRenderer:
                 got=f"{len(str(tokenizer.chat_template)):,}",
                 hint="look at its chat_template.jinja",
             )
+        if writes_date(tokenizer):
+            tokenizer = _with_fixed_date(tokenizer)
         self.tokenizer: Any = tokenizer  # transformers' own types leave out half of what it takes
         self.train_on = train_on
         self._end = TurnEnd(tokenizer, self._tail())

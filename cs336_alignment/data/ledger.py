@@ -13,6 +13,7 @@ from cs336_alignment.data.tokenize import TokenRow
 
 PERCENTILES = (5, 25, 50, 75, 95, 99)
 HISTOGRAM_BINS = 24
+PLACES_SHOWN = 5
 BARS = "▁▂▃▄▅▆▇█"
 
 
@@ -30,6 +31,7 @@ class LedgerEntry:
         split: rows cut into pieces.
         pieces: what they were cut into.
         dropped: reason → rows.
+        bad_places: the first bad rows that were dropped, with the code of what is wrong.
         tokens: of all examples.
         response_tokens: of these, trained ones.
         longest: tokens of the longest example.
@@ -47,6 +49,7 @@ class LedgerEntry:
     split: int = 0
     pieces: int = 0
     dropped: dict[str, int] = field(default_factory=dict)
+    bad_places: list[str] = field(default_factory=list)
     tokens: int = 0
     response_tokens: int = 0
     longest: int = 0
@@ -105,10 +108,11 @@ class LedgerEntry:
     def rows(self) -> Iterable[tuple[str, str]]:
         """Yield the lines of the table that people see."""
         yield "rows read", f"{self.rows_read:,}"
-        if self.bad_rows:
-            yield "bad rows dropped", f"{self.bad_rows:,}"
         for reason, count in self.dropped.items():
             yield f"dropped: {reason.replace('_', ' ')}", f"{count:,}"
+        if self.bad_places:
+            more = ", …" if self.bad_rows > PLACES_SHOWN else ""
+            yield "bad rows", ", ".join(self.bad_places[:PLACES_SHOWN]) + more
         if self.truncated:
             yield "truncated", f"{self.truncated:,}"
         if self.split:

@@ -331,6 +331,7 @@ def _refuse_bad_rows(ledger: LedgerEntry, errors: Sequence[UserError], config: D
     share = ledger.bad_rows / ledger.rows_read
     if config.on_bad_row == "drop" and share <= config.max_bad_fraction:
         ledger.drop("bad_row", ledger.bad_rows)
+        ledger.bad_places = [f"{error.place} ({error.code})" for error in errors]
         return
     if config.on_bad_row == "drop":
         raise UserErrors(

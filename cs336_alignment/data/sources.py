@@ -30,8 +30,9 @@ HUB_SPEC = re.compile(
 ARITHMETIC_ROWS = {"train": 20_000, "test": 1_000}
 COMPRESSED = (".gz", ".zst")
 ENDINGS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
-SAVED_BY_DATASETS = ("state.json", "dataset_info.json", "dataset_dict.json")
-DESCRIPTIONS = ("dataset_infos.json",)  # of a data set on the hub: no rows
+SAVED_BY_DATASETS = ("state.json", "dataset_dict.json")
+# The hub's and other frameworks' descriptions of data sets beside them: no rows.
+DESCRIPTIONS = ("dataset_infos.json", "dataset_info.json")
 SPLITS = {"train": ("train",), "test": ("test", "validation", "valid", "val", "dev", "eval")}
 SPLIT_NAME = re.compile(r"(?:^|[._-])(train|test|validation|valid|val|dev|eval)(?=[._-]|\d|$)")
 

@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from cs336_alignment.config import ColumnsConfig, DataConfig, SourceConfig
 from cs336_alignment.data.batching import mix_seed
+from cs336_alignment.data.chat import FIXED_DATE, writes_date
 from cs336_alignment.data.dataset import TokenizedDataset
 from cs336_alignment.data.ledger import LedgerEntry
 from cs336_alignment.data.lint import judge, overlap
@@ -212,6 +213,8 @@ def _prepare(
         note_line=note,
     )
     note(f"  format {prepared.ledger.format}")
+    if prepared.ledger.format.startswith(("messages", "sharegpt")) and writes_date(tokenizer):
+        note(f"  the chat template writes the date, here always {FIXED_DATE:%d %b %Y}: runs repeat")
     return prepared
 
 

@@ -700,3 +700,13 @@ def test_a_thousand_conversations_with_a_real_tokenizer(capsys: pytest.CaptureFi
     with capsys.disabled():
         print(f"\n1000 conversations of {tokens:.0f} tokens: {1000 / (middle - begin):.0f} rendered a second, "
               f"{1000 / (end - middle):.0f} tokenized a second")  # fmt: skip
+
+
+def test_a_template_that_writes_the_date_writes_the_same_one_every_day() -> None:
+    tokenizer = byte_tokenizer("chatml")
+    tokenizer.chat_template = "{{ strftime_now('%d %b %Y') }}" + str(tokenizer.chat_template)
+    text = render(tokenizer, SHAPES["single"]).text
+    assert text.startswith("26 Jul 2024<|im_start|>")
+    tokenizer.chat_template = "{{ strftime_now(f) }}" + str(tokenizer.chat_template)
+    with pytest.raises(UserError, match="asks for the date"):
+        render(tokenizer, SHAPES["single"])

@@ -543,6 +543,12 @@ def test_bad_rows_far_down_are_named(
     assert [e.code for e in caught.value.errors] == ["D203", "D201"]
     dropped = run(raw, num_workers=workers, on_bad_row="drop", max_bad_fraction=0.1)
     assert (dropped.ledger.kept, dropped.ledger.bad_rows) == (58, 2)
+    where = [
+        f'{tmp_path}/rows.jsonl:32, field "response" (D203)',
+        f"{tmp_path}/rows.jsonl:48 (D201)",
+    ]
+    assert dropped.ledger.bad_places == where
+    assert ("bad rows", ", ".join(where)) in list(dropped.ledger.rows())
 
 
 def test_errors_cross_process_borders_whole() -> None:
