@@ -65,6 +65,9 @@ class LintConfig:
     trained_scaffolding: str = "error"
     duplicate_rows: str = "warning"
     eval_overlap: str = "warning"
+    ignored_keys: str = "warning"
+    special_text: str = "warning"
+    empty_turn: str = "error"
 
 
 @dataclass

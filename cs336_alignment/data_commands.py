@@ -24,6 +24,7 @@ from cs336_alignment.errors import ExitStatus, UserError
 from cs336_alignment.model.loading import load_tokenizer, resolve_model
 from cs336_alignment.tracking.console import Console
 
+FIELD = ", field "  # as places name one
 TEXT_FIELDS = ("content", "value", "reasoning_content", "text")  # of a message
 
 
@@ -70,6 +71,12 @@ def inspect(config: Config, html: Path | None) -> ExitStatus:
     examples = view(data.train, chosen, tokenizer, config)
     if html is None:
         print_examples(examples, RichConsole(highlight=False, soft_wrap=True))
+        for ledger in data.train.ledgers:
+            if ledger.dropped:
+                reasons = ", ".join(
+                    f"{n:,} {why.replace('_', ' ')}" for why, n in ledger.dropped.items()
+                )
+                console.note(f"not among the examples: rows of {ledger.source} dropped ({reasons})")
         return ExitStatus.DONE
     rows = [row for ledger in data.train.ledgers for row in ledger.rows()]
     summary = [("model", config.model.name_or_path), ("train on", config.data.train_on), *rows]
@@ -124,7 +131,18 @@ def _choose(data: PreparedData, config: InspectConfig, seed: int) -> list[int]:
         return sorted(int(i) for i in generator.choice(total, count, replace=False))
     if config.select == "findings":
         found = _findings(data)
-        return [i for i, place in enumerate(data.places) if place in found][:count]
+        chosen = [i for i, place in enumerate(data.places) if place in found]
+        if not chosen:
+            raise UserError(
+                "C121",
+                "no example shows a finding of the linter",
+                ExitStatus.BAD_CONFIG,
+                got=f"findings at {', '.join(found)}: rows that are dropped"
+                if found
+                else "no findings",
+                hint="inspect.select=first, longest or random",
+            )
+        return chosen[:count]
     return list(range(count))
 
 
@@ -134,7 +152,8 @@ def _findings(data: PreparedData) -> dict[str, list[str]]:
     for source in data.sources:
         for check, places in source.findings.examples.items():
             for place in places:
-                found.setdefault(place, []).append(f"{CHECKS[check].code} {CHECKS[check].message}")
+                row = place.partition(FIELD)[0]  # some are found in one field of it
+                found.setdefault(row, []).append(f"{CHECKS[check].code} {CHECKS[check].message}")
     return found
 
 

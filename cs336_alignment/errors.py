@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
@@ -153,6 +154,9 @@ def describe(value: object) -> str:
         text = value if len(value) <= MAX_GOT_CHARS else value[:MAX_GOT_CHARS] + "…"
         shown = text.replace("\\", "\\\\").replace("\n", "\\n").replace('"', '\\"')
         return f'"{shown}" (str, length {len(value)})'
-    text = repr(value)
+    try:
+        text = json.dumps(value, ensure_ascii=False)  # as it stands in the user's file
+    except (TypeError, ValueError, RecursionError):
+        text = repr(value)
     text = text if len(text) <= MAX_GOT_CHARS else text[:MAX_GOT_CHARS] + "…"
     return f"{text} ({type(value).__name__})"

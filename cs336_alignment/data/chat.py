@@ -13,6 +13,7 @@ import jinja2
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
+from cs336_alignment.data.chat_lint import ChatLint, said
 from cs336_alignment.data.messages import (
     Message,
     clean_message,
@@ -133,6 +134,7 @@ class ChatRenderer:
         self._end = TurnEnd(tokenizer, self._tail())
         self._is_stable = self._keeps_turns()
         self._joiner = self._text_joiner()
+        self._lint = ChatLint(tokenizer)
 
     def render(
         self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Any] | None, place: Place
@@ -164,19 +166,20 @@ class ChatRenderer:
         clean = [clean_message(message, where, self._joiner) for message, where in pairs]
         weights = [weight_of(message, where, flags) for message, where in pairs]
         chat = self._whole(clean, list(tools) if tools else None, place)
-        said = [message.get(key) for message in clean for key in ("reasoning_content", "content")]
-        changed = count_changed([text for text in said if isinstance(text, str)], chat.text)
-        if self.train_on == "all":
-            return Rendered(chat.text, (Span(0, len(chat.text)),) if chat.text else (), changed)
+        changed = count_changed([text for message in clean for text in said(message)], chat.text)
         turns = [i for i, message in enumerate(clean) if message["role"] == "assistant"]
         last = turns[-1:] if self.train_on == "last_turn" else turns
         trained = [i for i in last if weights[i] > 0]
+        findings = tuple(self._lint.check(clean, places, trained))
+        if self.train_on == "all":
+            whole = (Span(0, len(chat.text)),) if chat.text else ()
+            return Rendered(chat.text, whole, changed, findings)
         spans = tuple(
             Span(start, end, weights[i])
             for i, (start, end) in zip(trained, self._find(chat, trained, turns), strict=True)
             if start < end
         )
-        return Rendered(chat.text, spans, changed)
+        return Rendered(chat.text, spans, changed, findings)
 
     def _whole(self, messages: list[Message], tools: list[Any] | None, place: Place) -> _Chat:
         """Render all of a conversation, its tool arguments spelled as the template wants them."""

@@ -70,6 +70,7 @@ class Encoder:
         self.layout = layout
         self.template = template
         self.special = special_tokens(tokenizer)
+        self._vocabulary = max(tokenizer.get_vocab().values(), default=-1) + 1
         is_chat = template is None or layout.format in ("messages", "sharegpt")
         self._renderer = ChatRenderer(tokenizer, config.train_on) if is_chat else None
 
@@ -82,16 +83,34 @@ class Encoder:
             try:
                 if isinstance(row, UserError):
                     raise row
-                examples.append(to_example(row, self.layout, self.template, self.config.train_on))
+                example = to_example(row, self.layout, self.template, self.config.train_on)
+                self._check_ids(example)
+                examples.append(example)
             except UserError as error:
                 self._refuse(error, done)
         tokens = self._tokenize(examples, done)
         for example, made in zip(examples, tokens, strict=True):
             if made is not None:
                 self._keep(example, made, done)
-        done.errors.sort(key=lambda error: error.place.line or 0 if error.place else 0)
+        # Those of `_tokenize` came last; files are read in the order of their names.
+        done.errors.sort(
+            key=lambda e: (str(e.place.path), e.place.line or 0) if e.place else ("", 0)
+        )
         done.hashes = np.array([_hashes(row) for row in done.rows], np.uint64).reshape(-1, 2)
         return done
+
+    def _check_ids(self, example: Example) -> None:
+        if example.tokens is None or (largest := max(example.tokens[0])) < self._vocabulary:
+            return
+        raise UserError(
+            "D212",
+            "the tokenizer has no such token",
+            ExitStatus.BAD_DATA,
+            place=Place(example.place.path, example.place.line, self.layout.columns["input_ids"]),
+            expected=f"ids from 0 to {self._vocabulary - 1}",
+            got=str(largest),
+            hint="use the tokenizer that made the ids",
+        )
 
     def _refuse(self, error: UserError, done: Encoded) -> None:
         done.ledger.bad_rows += 1
@@ -146,6 +165,9 @@ class Encoder:
         rendered = self._renderer.render(example.messages, example.tools, example.place)
         if rendered.changed_characters:
             done.findings.add("changed_text", example.place)
+        # A row counts once for each check, at the first place that shows it.
+        for name, place in dict(reversed(rendered.findings)).items():
+            done.findings.add(name, place)
         return rendered
 
     def _keep(self, example: Example, row: TokenRow, done: Encoded) -> None:

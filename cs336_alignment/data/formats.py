@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,10 +30,12 @@ SHAREGPT_ROLES = {
     "chatgpt": "assistant",
     "assistant": "assistant",
     "model": "assistant",
+    "bot": "assistant",
     "system": "system",
     "tool": "tool",
     "observation": "tool",
     "function_response": "tool",
+    "function_call": "assistant",  # its value is JSON: a call or a list of calls
 }
 
 
@@ -103,7 +107,11 @@ def _from_prompt(row: Row, layout: Layout, _: PromptTemplate | None) -> Example:
     prompt, response = layout.columns["prompt"], layout.columns["response"]
     if isinstance(row.fields[prompt], list) and isinstance(row.fields[response], list):
         turns = (*_messages(row, prompt), *_messages(row, response))
-        return Example(row.place, messages=turns)
+        return Example(row.place, messages=turns, tools=_tools(row, layout))
+    if (tools := _tools(row, layout)) is not None:
+        raise _wrong(row, layout.columns["tools"], "D213", "tools stand beside a prompt of text",
+                     describe(tools), "prompt and response as lists of messages, or "
+                     "data.columns.tools='' to pass the column over")  # fmt: skip
     return Example(row.place, texts=(_text(row, prompt), _text(row, response)))
 
 
@@ -164,15 +172,28 @@ def _from_sharegpt(row: Row, layout: Layout, _: PromptTemplate | None) -> Exampl
         if "from" not in turn:
             messages.append(turn)  # the column's name is ShareGPT's, its turns are messages
             continue
-        role = SHAREGPT_ROLES.get(str(turn["from"]))
-        if role is None or not isinstance(turn.get("value"), str):
+        role, value = SHAREGPT_ROLES.get(str(turn["from"])), turn.get("value")
+        calls = _calls(value) if turn["from"] == "function_call" else None
+        if role is None or not isinstance(value, str) or calls == []:
             raise _wrong(
                 row, column, "D211", f"turn {index + 1} is no turn of a conversation",
-                describe(turn), f"from: {', '.join(SHAREGPT_ROLES)}; value: text",
+                describe(turn), f"from: {', '.join(SHAREGPT_ROLES)}; value: text (of a "
+                "function_call JSON with name and arguments)",
             )  # fmt: skip
-        kept = {key: turn[key] for key in ("train", "weight") if key in turn}
-        messages.append({"role": role, "content": turn["value"], **kept})
+        said = {"content": value} if calls is None else {"content": None, "tool_calls": calls}
+        # Keys of no meaning here stay: the chat template may read them, and the linter looks.
+        kept = {key: each for key, each in turn.items() if key not in ("from", "value")}
+        messages.append({"role": role, **said, **kept})
     return Example(row.place, messages=tuple(messages), tools=_tools(row, layout))
+
+
+def _calls(value: Any) -> list[Any]:
+    """Read the calls of a ShareGPT turn as `tool_calls`; none if they are not readable."""
+    calls = _parsed(value)
+    calls = calls if isinstance(calls, list) else [calls]
+    if not all(isinstance(call, dict) and isinstance(call.get("name"), str) for call in calls):
+        return []
+    return [{"type": "function", "function": call} for call in calls]
 
 
 def _from_text(row: Row, layout: Layout, _: PromptTemplate | None) -> Example:
@@ -181,7 +202,7 @@ def _from_text(row: Row, layout: Layout, _: PromptTemplate | None) -> Example:
 
 def _from_tokens(row: Row, layout: Layout, _: PromptTemplate | None) -> Example:
     column = layout.columns["labels"]
-    ids, labels = row.fields[layout.columns["input_ids"]], row.fields[column]
+    ids, labels = _parsed(row.fields[layout.columns["input_ids"]]), _parsed(row.fields[column])
     if not (_are_integers(ids) and min(ids, default=-1) >= 0 and max(ids) < MOST_IDS):
         raise _wrong(row, "input_ids", "D212", "input_ids are no token ids", describe(ids),
                      "a list of numbers from 0, not empty")  # fmt: skip
@@ -201,8 +222,18 @@ def _from_tokens(row: Row, layout: Layout, _: PromptTemplate | None) -> Example:
     return Example(row.place, tokens=(ids, [float(label != IGNORED_LABEL) for label in labels]))
 
 
+def _parsed(value: Any) -> Any:
+    """Read a list or object that stands as JSON in a cell of text; all else stays as it is."""
+    if not isinstance(value, str) or not value.lstrip().startswith(("[", "{")):
+        return value
+    try:
+        return json.loads(value)
+    except (ValueError, RecursionError):
+        return value
+
+
 def _messages(row: Row, column: str) -> tuple[Mapping[str, Any], ...]:
-    value = row.fields[column]
+    value = _parsed(row.fields[column])
     if not isinstance(value, list) or not value or not all(isinstance(m, dict) for m in value):
         raise _wrong(row, column, "D211", f"{column} is no conversation", describe(value),
                      "a list of messages, not empty")  # fmt: skip
@@ -214,7 +245,7 @@ def _as_context(message: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _tools(row: Row, layout: Layout) -> Sequence[Any] | None:
-    tools = row.fields.get(layout.columns.get("tools", ""))
+    tools = _parsed(row.fields.get(layout.columns.get("tools", "")))
     if tools in (None, [], ""):
         return None
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
@@ -282,8 +313,11 @@ def _ground_truth(row: Row, layout: Layout) -> str | None:
 def _weight(row: Row, layout: Layout) -> float:
     column = layout.columns.get("weight", "")
     value = row.fields.get(column)
-    if value is None:
+    if value is None or value == "":  # an empty cell of a CSV file
         return 1.0
+    if isinstance(value, str):  # nor can a number be told from text there
+        with suppress(ValueError):
+            value = float(value)
     if not is_weight(value):
         raise _wrong(row, column, "D214", f"{column} is no weight", describe(value), WEIGHT)
     return float(value)

@@ -24,6 +24,7 @@ FORMATS: dict[str, dict[str, tuple[str, ...]]] = {
 OPTIONAL: dict[str, dict[str, tuple[str, ...]]] = {
     "messages": {"tools": ("tools",)},
     "sharegpt": {"tools": ("tools",), "system": ("system",)},
+    "prompt_response": {"tools": ("tools",)},
     "alpaca": {"input": ("input",)},
 }
 ANYWHERE = {"weight": ("weight",), "ground_truth": ("ground_truth",)}
@@ -69,14 +70,14 @@ def detect(
         present: columns of the first row.
         place: of that row.
         wanted: a format, or `auto`.
-        columns: role → column, as the user maps them.
+        columns: role → column, as the user maps them; "": no column plays this role.
 
     Raises:
         UserError: none fits, several do, or several columns can play one role (65); a mapped column
             is not there (78).
     """
     for role, column in columns.items():
-        if column not in present:
+        if column and column not in present:
             raise UserError(
                 "C120",
                 f"data.columns maps {role} to `{column}`, and there is no such column",
@@ -122,7 +123,8 @@ def detect(
     late = {
         role: aliases[0]
         for role, aliases in (OPTIONAL.get(name, {}) | ANYWHERE).items()
-        if role not in chosen and aliases[0] not in (*columns.values(), *chosen.values())
+        if role not in (*chosen, *columns)
+        and aliases[0] not in (*columns.values(), *chosen.values())
     }
     return Layout(name, {**chosen, **late}, reason, ignored, frozenset(late))
 
@@ -137,7 +139,8 @@ def _choices(
     """For each role the columns that can play it; None if a role has none and all must have."""
     found = {}
     for role, aliases in roles.items():
-        mapped = [columns[role]] if role in columns else [a for a in aliases if a in present]
+        given = [columns[role]] if columns.get(role) else []
+        mapped = given if role in columns else [a for a in aliases if a in present]
         # A column that the user gave another role cannot play this one.
         free = [c for c in mapped if role in columns or c not in columns.values()]
         if free:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import product
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -61,6 +63,18 @@ CHECKS = {
     "eval_overlap": Check(
         "L108", "the prompt is in the training data and in the evaluation data",
         "take these rows out of one of the two, or results will flatter the model",
+    ),
+    "ignored_keys": Check(
+        "L109", "the chat template does not read a key of a message, so it has no effect",
+        "remove the key, or use a template that writes it",
+    ),
+    "special_text": Check(
+        "L110", "a message spells a special token, which becomes that token, not text",
+        "take such text out of the messages, or set split_special_tokens for the tokenizer",
+    ),
+    "empty_turn": Check(
+        "L111", "an assistant's turn without text is trained, so saying nothing is learned",
+        'give the turn its text, or "train": false',
     ),
 }  # fmt: skip
 
@@ -147,23 +161,35 @@ def count_duplicates(hashes: NDArray[np.uint64]) -> NDArray[np.intp]:
     return np.flatnonzero(repeated)
 
 
-def judge(findings: Findings, config: LintConfig, rows: int, source: str) -> list[str]:
+class Judged(NamedTuple):
+    """What was found in one place, to be judged.
+
+    Attributes:
+        findings: of the linter.
+        rows: among which they were found, for the share.
+        where: in words.
+    """
+
+    findings: Findings
+    rows: int
+    where: str
+
+
+def judge(parts: Iterable[Judged], config: LintConfig) -> list[str]:
     """Turn findings into warnings, or refuse to go on.
 
     Args:
-        findings: of a source.
+        parts: what was found.
         config: the level of each check.
-        rows: of the source, for the share.
-        source: its name.
 
     Returns:
         A line for each warning.
 
     Raises:
-        UserErrors: checks at level `error` found something (65).
+        UserErrors: checks at level `error` found something (65): all of them.
     """
     warnings, errors = [], []
-    for name, check in CHECKS.items():
+    for (findings, rows, source), (name, check) in product(parts, CHECKS.items()):
         count, level = findings.counts.get(name, 0), getattr(config, name)
         if not count or level == "off":
             continue

@@ -29,6 +29,8 @@ def clean_message(message: Mapping[str, Any], place: Place, joiner: str) -> Mess
     only_calls = role == "assistant" and content is None and calls
     if not isinstance(content, str) and not only_calls:
         wanted = "a string or a list of text parts"
+        if role == "assistant" and content is None:
+            wanted += ", or tool_calls beside no content"
         raise wrong("D405", "content is no text", inside(place, "content"), wanted, content)
     is_list = isinstance(calls, list) and all(isinstance(call, Mapping) for call in calls)
     if calls is not None and not is_list:

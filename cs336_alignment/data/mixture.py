@@ -76,10 +76,10 @@ class Mixture:
             positions = np.arange(epoch * draws, (epoch + 1) * draws)
             drawn = positions % size
             if permutation is not None:
-                for number in np.unique(positions // size):
-                    here = positions // size == number
+                for number in range(positions[0] // size, positions[-1] // size + 1):
+                    here = slice(*(np.array([number, number + 1]) * size - positions[0]).clip(0))
                     # Of each source its own stream of orders.
-                    stream = int(number) * len(self.sizes) + source
+                    stream = number * len(self.sizes) + source
                     drawn[here] = permutation(size, seed + 1, stream)[drawn[here]]
             ids.append(first + drawn)
             places.append((np.arange(draws) + 0.5) / draws)

@@ -37,8 +37,16 @@ from cs336_alignment.errors import MAX_SHOWN, ExitStatus, UserError, UserErrors
 
 BATCH_ROWS = 1_000
 BATCH_CHARACTERS = 2**22  # so that a batch of huge rows is no larger in memory than one of small
+NUMBER_CHARACTERS = 8  # as much memory as a number of a list takes
 ROWS_BEFORE_POOL = 8 * BATCH_ROWS  # below, starting processes costs more than they save
 ROWS_TO_DETECT = 100
+LEFT_OUT = {  # why rows are not trained on, and what to do
+    "overlong": "raise data.max_length (now {}), or set data.overlong=truncate or split",
+    "prompt_fills_max_length": "raise data.max_length (now {}): the prompts alone fill it",
+    "no_trained_token": "give the rows a response or an assistant turn that is trained",
+    "weight_is_zero": "give some row a weight above 0",
+    "bad_row": "mend the bad rows",
+}
 Progress = Callable[[str, int | None], AbstractContextManager[Callable[[int], None]]]
 
 
@@ -104,12 +112,15 @@ def prepare_source(
             hint="choose a tokenizer with one, or set data.append_eos=false",
         )
     opened = open_source(source.path, seed=seed, default_split=split)
+    for line in opened.notes:
+        note_line(line)
     options = _options(source, config, template, max_examples)
     key = _key(opened, tokenizer, options)
     folder = cache_folder(config) / key
     lock = ExitStack()
     with _telling_unwritable(folder):
-        lock.enter_context(locked(folder))
+        waiting = "  another command is preparing the same data; waiting for it"
+        lock.enter_context(locked(folder, lambda: note_line(waiting)))
     with lock:
         if (damage := check_store(folder)) is not None:
             if damage:
@@ -243,12 +254,29 @@ def _batches(rows: Iterable[Row | UserError]) -> Iterator[list[Row | UserError]]
     for row in rows:
         batch.append(row)
         if isinstance(row, Row):
-            characters += sum(len(v) for v in row.fields.values() if isinstance(v, str))
+            characters += _size(row.fields)
         if len(batch) == BATCH_ROWS or characters > BATCH_CHARACTERS:
             yield batch
             batch, characters = [], 0
     if batch:
         yield batch
+
+
+def _size(value: Any) -> int:
+    """Estimate the characters of a value, those of a number as one token's."""
+    size, parts = 0, [value]
+    while parts:  # no recursion: a row may be deep
+        part = parts.pop()
+        if isinstance(part, str):
+            size += len(part)
+        elif isinstance(part, dict):
+            parts += part.values()
+        elif isinstance(part, list):
+            if part and isinstance(part[0], int):
+                size += NUMBER_CHARACTERS * len(part)
+            else:
+                parts += part
+    return size
 
 
 def encode_all(
@@ -354,8 +382,13 @@ def _nothing_left(ledger: LedgerEntry, config: DataConfig) -> UserError:
         "D301",
         f"no example of {ledger.source} is left",
         ExitStatus.BAD_DATA,
-        got=f"{ledger.rows_read} rows read, dropped: {ledger.dropped or 'none'}",
-        hint=f"data.max_length is {config.max_length}; look at the rows with `cs336-sft inspect`",
+        got=f"{ledger.rows_read:,} rows read; dropped: "
+        + (", ".join(f"{count:,} {name}" for name, count in ledger.dropped.items()) or "none"),
+        hint=", ".join(
+            hint.format(config.max_length)
+            for name, hint in LEFT_OUT.items()
+            if name in ledger.dropped
+        ),
     )
 
 

@@ -32,6 +32,7 @@ COMPRESSED = (".gz", ".zst")
 ENDINGS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
 SAVED_BY_DATASETS = ("state.json", "dataset_dict.json")
 # The hub's and other frameworks' descriptions of data sets beside them: no rows.
+NAMES_SHOWN = 5
 DESCRIPTIONS = ("dataset_infos.json", "dataset_info.json")
 SPLITS = {"train": ("train",), "test": ("test", "validation", "valid", "val", "dev", "eval")}
 SPLIT_NAME = re.compile(r"(?:^|[._-])(train|test|validation|valid|val|dev|eval)(?=[._-]|\d|$)")
@@ -48,12 +49,14 @@ class Source:
         fingerprint: sha256 of the content.
         revision: the hub's commit, if one was named.
         read: yields its rows, see `rows`.
+        notes: lines that say which files of a folder are read and which are left out.
     """
 
     path: str
     fingerprint: str
     revision: str | None
     read: Callable[[], Iterator[Row | UserError]]
+    notes: tuple[str, ...] = ()
 
     def rows(self) -> Iterator[Row | UserError]:
         """Yield the rows in order, streamed, as often as asked; an error stands for a row that
@@ -85,7 +88,7 @@ def open_source(path: str, *, seed: int, default_split: str) -> Source:
     try:
         files = _find_files(path, default_split)
         if files is not None:
-            return _files(path, files)
+            return _files(path, files, _left_out(path, files))
     except OSError as failure:
         raise _unreadable(Path(path), failure) from failure
     return _with_datasets(path, default_split)
@@ -146,7 +149,9 @@ def _of_split(files: Sequence[Path], split: str, folder: str) -> Sequence[Path]:
             hint=f"name the files that are meant, as a glob: '{folder}/*{ending_of(files[0])}'",
         )
     wanted = SPLITS.get(split, (split,))
-    chosen = [file for file, name in named.items() if name in wanted]
+    # One of these names, the first that is there: test and validation rows are two things.
+    used = next((name for name in wanted if name in named.values()), None)
+    chosen = [file for file, name in named.items() if name == used]
     if not chosen:
         raise UserError(
             "D109",
@@ -175,24 +180,57 @@ def _builtin(path: str, seed: int, default_split: str) -> Source:
     return Source(path, digest, None, lambda: iter(placed))
 
 
-def _files(path: str, files: Sequence[Path]) -> Source:
+def _left_out(path: str, files: Sequence[Path]) -> tuple[str, ...]:
+    """Say which files of a folder or glob are read, and what of the folder is not."""
+    folder = Path(os.path.expanduser(path))
+    if len(files) == 1 and not folder.is_dir():
+        return ()
+    names = [file.name for file in files]
+    lines = [f"  {len(files)} files: {_first(names)}"]
+    others = [
+        f"{entry.name}/" if entry.is_dir() else entry.name
+        for entry in (sorted(folder.iterdir()) if folder.is_dir() else ())
+        if entry not in files and entry.name[0] != "."
+    ]
+    return (*lines, *([f"  not read: {_first(others)}"] if others else ()))
+
+
+def _first(names: Sequence[str]) -> str:
+    return ", ".join(names[:NAMES_SHOWN]) + (", …" if len(names) > NAMES_SHOWN else "")
+
+
+def _files(path: str, files: Sequence[Path], notes: tuple[str, ...]) -> Source:
     for file in files:
         if not file.is_file():
             raise _missing(f"there is no file {file}")
         if ending_of(file) not in ENDINGS:
             raise _unknown_kind(file, file.suffix or "a file without ending")
     digest = hashlib.sha256()
+    states = {}
     for file in files:
+        states[file] = _state(file)
         with file.open("rb") as opened:
             content = hashlib.file_digest(opened, "sha256")
-        # The ending too: it says how the bytes are read.
-        digest.update(content.digest() + ending_of(file).encode())
+        # The name too: its ending says how the bytes are read, and places of rows show it.
+        digest.update(content.digest() + str(file).encode())
 
     def read() -> Iterator[Row | UserError]:
         for file in files:
             yield from _read_file(file)
+            if _state(file) != states[file]:
+                raise UserError(
+                    "D113",
+                    f"{file} was changed while it was read",
+                    ExitStatus.BAD_DATA,
+                    hint="wait until what writes it is done, then run the command again",
+                )
 
-    return Source(path, digest.hexdigest(), None, read)
+    return Source(path, digest.hexdigest(), None, read, notes)
+
+
+def _state(file: Path) -> tuple[int, int, int]:
+    found = file.stat()
+    return found.st_ino, found.st_size, found.st_mtime_ns
 
 
 def _read_file(path: Path) -> Iterator[Row | UserError]:

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from cs336_alignment.data.tokenize import tokenize_plain
-from cs336_alignment.errors import ExitStatus, UserError
+from cs336_alignment.errors import ExitStatus, Place, UserError
 
 
 @dataclass(frozen=True)
@@ -39,11 +39,13 @@ class Rendered:
         spans: what is trained, in order, none empty, never overlapping.
         changed_characters: how many characters of the messages the template lost or changed;
             trimmed white space counts.
+        findings: the linter's checks that the messages show, and where.
     """
 
     text: str
     spans: tuple[Span, ...]
     changed_characters: int
+    findings: tuple[tuple[str, Place], ...] = ()
 
 
 class TokenizedText(NamedTuple):

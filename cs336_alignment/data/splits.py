@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 
@@ -17,10 +17,11 @@ from cs336_alignment.data.batching import mix_seed
 from cs336_alignment.data.chat import FIXED_DATE, writes_date
 from cs336_alignment.data.dataset import TokenizedDataset
 from cs336_alignment.data.ledger import LedgerEntry
-from cs336_alignment.data.lint import judge, overlap
+from cs336_alignment.data.lint import MAX_EXAMPLES, Findings, Judged, judge, overlap
 from cs336_alignment.data.mixture import Mixture
 from cs336_alignment.data.prepare import PreparedSource, Progress, prepare_source
 from cs336_alignment.data.templates import PromptTemplate
+from cs336_alignment.errors import UserErrors
 
 SPLIT_STREAM = 7  # of the seeds mixed from the run's, one that no epoch uses
 
@@ -131,9 +132,9 @@ def prepare_run(
     """
     sources = config.sources or [SourceConfig(config.train_path)]
     limit = config.max_train_examples
-    prepared = tuple(
-        _prepare(source, config, tokenizer, seed, "train", limit, progress, note)
-        for source in sources
+    prepared = _prepare_all(
+        sources,
+        lambda source: _prepare(source, config, tokenizer, seed, "train", limit, progress, note),
     )
     train = PreparedData.of(prepared, mixture=_mixture(sources, prepared, config.mixture_stop))
     held_out = None
@@ -142,6 +143,22 @@ def prepare_run(
     elif config.eval_fraction:
         train, held_out = split_off(train, config.eval_fraction, seed)
     return RunData(train, held_out, tuple(_judge(train, held_out, config)))
+
+
+def _prepare_all(
+    sources: Sequence[SourceConfig], prepare: Callable[[SourceConfig], PreparedSource]
+) -> tuple[PreparedSource, ...]:
+    """Prepare every source, so that the bad rows of all of them are told at once."""
+    prepared, errors, total = [], [], 0
+    for source in sources:
+        try:
+            prepared.append(prepare(source))
+        except UserErrors as found:
+            errors += found.errors
+            total += found.total
+    if errors:
+        raise UserErrors(errors, total)
+    return tuple(prepared)
 
 
 def prepare_evaluation(
@@ -154,7 +171,7 @@ def prepare_evaluation(
 ) -> tuple[PreparedData, list[str]]:
     """Prepare evaluation data alone; returns it with the linter's warnings."""
     data = _held_out(config, tokenizer, seed, progress, note)
-    return data, [line for part in data.sources for line in _judge_source(part, config)]
+    return data, judge([_found_in(part) for part in data.sources], config.lint)
 
 
 def split_off(data: PreparedData, fraction: float, seed: int) -> tuple[PreparedData, PreparedData]:
@@ -215,7 +232,22 @@ def _prepare(
     note(f"  format {prepared.ledger.format}")
     if prepared.ledger.format.startswith(("messages", "sharegpt")) and writes_date(tokenizer):
         note(f"  the chat template writes the date, here always {FIXED_DATE:%d %b %Y}: runs repeat")
+    if unused := _unused(prepared, config):
+        note(f"  without effect on these rows: {', '.join(unused)}")
     return prepared
+
+
+def _unused(prepared: PreparedSource, config: DataConfig) -> list[str]:
+    """Name the options that were set and say nothing for rows of this kind."""
+    kind = prepared.ledger.format.partition(" ")[0]
+    asks = kind in ("question_answer", "alpaca")
+    is_chat = kind in ("messages", "sharegpt") or (asks and prepared.template is None)
+    names = [] if asks else ["prompt_template"]
+    names += ["append_eos", "add_special_tokens"] if is_chat or kind == "tokens" else []
+    default, set_ = DataConfig(), {name: getattr(config, name) for name in names}
+    return [
+        f"data.{name}={value}" for name, value in set_.items() if value != getattr(default, name)
+    ]
 
 
 def _mixture(
@@ -231,15 +263,34 @@ def _judge(train: PreparedData, held_out: PreparedData | None, config: DataConfi
     parts = list(train.sources)
     if held_out is not None and config.eval_path is not None:
         parts += held_out.sources
-    lines = [line for part in parts for line in _judge_source(part, config)]
+    judged = [_found_in(part) for part in parts]
+    if len(train.sources) > 1:
+        repeated = _repeated_across(train.sources)
+        judged.append(Judged(repeated, len(train.dataset), "all sources together"))
     if held_out is not None and config.lint.eval_overlap != "off":
         found = overlap(train.prompt_hashes, held_out.prompt_hashes, held_out.places)
-        lines += judge(found, config.lint, len(held_out.dataset), "the evaluation data")
-    return lines
+        judged.append(Judged(found, len(held_out.dataset), "the evaluation data"))
+    return judge(judged, config.lint)
 
 
-def _judge_source(part: PreparedSource, config: DataConfig) -> list[str]:
-    return judge(part.findings, config.lint, part.ledger.rows_read, part.ledger.source)
+def _repeated_across(sources: Sequence[PreparedSource]) -> Findings:
+    """Find the examples of a source that an earlier one has, too."""
+    findings, seen = Findings(), np.zeros(0, np.uint64)
+    for source in sources:
+        hashes = source.store.row_hashes
+        again = np.flatnonzero(np.isin(hashes, seen))
+        for number in again[:MAX_EXAMPLES].tolist():
+            findings.add("duplicate_rows", source.store.place(number))
+        if len(again) > MAX_EXAMPLES:
+            findings.counts["duplicate_rows"] += len(again) - MAX_EXAMPLES
+        seen = np.union1d(seen, hashes)
+    return findings
+
+
+def _found_in(part: PreparedSource) -> Judged:
+    # A row of which pieces were kept is one row read and several examples, and these can repeat.
+    rows = max(part.ledger.rows_read, part.ledger.kept)
+    return Judged(part.findings, rows, part.ledger.source)
 
 
 def ledger_json(data: RunData) -> dict[str, dict[str, object]]:
@@ -254,6 +305,8 @@ def ledger_json(data: RunData) -> dict[str, dict[str, object]]:
         for ledger in split.ledgers:
             total.merge(ledger)
         total.source = ", ".join(ledger.source for ledger in split.ledgers)
+        total.format = "; ".join(dict.fromkeys(ledger.format for ledger in split.ledgers))
+        total.bad_places = [place for ledger in split.ledgers for place in ledger.bad_places]
         total.measure(split.dataset.lengths)
         sources = [
             {**part.ledger.as_dict(), "findings": asdict(part.findings)} for part in split.sources

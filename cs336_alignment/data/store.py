@@ -6,7 +6,7 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -161,12 +161,21 @@ def check_store(folder: Path) -> str | None:
 
 
 @contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Hold a store against other processes: one prepares, the rest wait and find it done."""
+def locked(folder: Path, tell_waiting: Callable[[], None] = lambda: None) -> Iterator[None]:
+    """Hold a store against other processes: one prepares, the rest wait and find it done.
+
+    Args:
+        folder: of the store.
+        tell_waiting: called before waiting, if another process holds it.
+    """
     folder.parent.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(folder.with_name(folder.name + ".lock"), os.O_RDWR | os.O_CREAT, 0o644)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            tell_waiting()
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield
     finally:
         os.close(descriptor)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -64,6 +65,10 @@ def _check_header(names: list[str], place: Place) -> list[str]:
         raise _bad("invalid UTF-8 in the header", place, "UTF-8 text")
     if len(set(names)) != len(names) or "" in names:
         raise _bad("the header has empty or repeated names", place, "names, each once")
+    if len(names) == 1 and (found := re.search(r"[;\t|,]", names[0])):
+        sign = {"\t": "tabs"}.get(found[0], f"`{found[0]}`")
+        raise _bad(f"the cells seem to be divided by {sign}", place,
+                   "commas, or tabs in a file called .tsv")  # fmt: skip
     return names
 
 
@@ -111,7 +116,7 @@ def _rows_of(batch: Any, path: Path, before: int) -> Iterator[Row | UserError]:
         yield from _rows_one_by_one(batch, path, before)
         return
     for number, fields in enumerate(rows, start=before + 1):
-        yield Row(fields, Place(path, number))
+        yield Row(_present(fields), Place(path, number))
 
 
 def _rows_one_by_one(batch: Any, path: Path, before: int) -> Iterator[Row | UserError]:
@@ -126,7 +131,24 @@ def _rows_one_by_one(batch: Any, path: Path, before: int) -> Iterator[Row | User
                 f"the value cannot be read: {failure}", place, "UTF-8 text, or a value in range"
             )
         else:
-            yield Row(fields, Place(path, before + index + 1))
+            yield Row(_present(fields), Place(path, before + index + 1))
+
+
+def _present(fields: dict[str, Any]) -> dict[str, Any]:
+    """Give the fields of a row without the nulls within them.
+
+    All structs of a column have the same fields, so Arrow fills with null what a message or a tool
+    call does not have; a chat template would write these nulls as if they had been said.
+    """
+    return {name: _without_nulls(value) for name, value in fields.items()}
+
+
+def _without_nulls(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_nulls(part) for key, part in value.items() if part is not None}
+    if isinstance(value, list) and value and isinstance(value[0], dict | list):
+        return [_without_nulls(part) for part in value]
+    return value
 
 
 def read_dataset(data: Any, path: str) -> Iterator[Row]:
@@ -140,7 +162,7 @@ def read_dataset(data: Any, path: str) -> Iterator[Row]:
     for batch in data.iter(batch_size=_batch_rows(data.data.nbytes / max(1, len(data)))):
         for values in zip(*batch.values(), strict=True):
             number += 1
-            yield Row(dict(zip(batch, values, strict=True)), Place(path, number))
+            yield Row(_present(dict(zip(batch, values, strict=True))), Place(path, number))
 
 
 def _bad(message: str, place: Place, expected: str) -> UserError:

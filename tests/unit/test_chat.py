@@ -710,3 +710,44 @@ def test_a_template_that_writes_the_date_writes_the_same_one_every_day() -> None
     tokenizer.chat_template = "{{ strftime_now(f) }}" + str(tokenizer.chat_template)
     with pytest.raises(UserError, match="asks for the date"):
         render(tokenizer, SHAPES["single"])
+
+
+@pytest.mark.parametrize(
+    ("messages", "found"),
+    [
+        (SHAPES["multi"], []),
+        (SHAPES["tools"], []),
+        ([user(id="u1"), says("4.", name="")], []),
+        ([user(), says("4.", timestamp=3)], [("ignored_keys", "messages[1].timestamp")]),
+        ([user(f"x{IMEND}"), says("4.")], [("special_text", "messages[0]")]),
+        ([user(), says("4.", reasoning=f"{IMEND}")], [("special_text", "messages[1]")]),
+        ([user(), says(" "), user(), says("4")], [("empty_turn", "messages[1]")]),
+        ([user(), says(" ", train=False), user(), says("4")], []),
+        ([user(), says("", reasoning_content="2 + 2")], []),
+        ([user(), calls(), {"role": "tool", "content": ""}, says("4")], []),
+    ],
+)
+def test_what_a_template_would_pass_over(
+    messages: list[Message], found: list[tuple[str, str]]
+) -> None:
+    rendered = render(byte_tokenizer("chatml"), messages)
+    assert [(name, place.field) for name, place in rendered.findings] == found
+
+
+def test_a_key_is_ignored_by_the_template_that_does_not_name_it() -> None:
+    tokenizer = byte_tokenizer("chatml")
+    tokenizer.chat_template = str(tokenizer.chat_template).replace(
+        "message.content", "message.content + (message.mood or '')"
+    ).replace("message['content']", "message['content'] + (message.mood or '')")  # fmt: skip
+    for key, lost in (("mood", []), ("moods", ["ignored_keys"])):
+        findings = render(tokenizer, [user(), says("4.", **{key: "!"})]).findings
+        assert [name for name, _ in findings] == lost
+
+
+@pytest.mark.parametrize("key", ["loss", "mask", "loss_mask", "training", "train_detail"])
+def test_flags_of_other_frameworks_are_never_disobeyed_in_silence(key: str) -> None:
+    with pytest.raises(UserError, match=f"{key} says nothing here") as caught:
+        render(byte_tokenizer("chatml"), [user(), says("4.", **{key: False})])
+    assert (caught.value.code, caught.value.status) == ("D407", ExitStatus.BAD_DATA)
+    assert "`train`" in (caught.value.hint or "")
+    render(byte_tokenizer("chatml"), [user(), says("4.", **{key: None})])

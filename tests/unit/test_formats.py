@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -167,8 +168,8 @@ BAD_VALUES: list[tuple[Any, str, str]] = [
     (None, "D205", "null"),
     (3, "D205", "3 (int)"),
     (0.5, "D205", "0.5 (float)"),
-    (True, "D205", "True (bool)"),
-    (["a"], "D205", "['a'] (list)"),
+    (True, "D205", "true (bool)"),
+    (["a"], "D205", '["a"] (list)'),
     ({"text": "a"}, "D205", "(dict)"),
 ]
 
@@ -292,6 +293,54 @@ def test_sharegpt_becomes_messages() -> None:
     assert plain.messages == ({"role": "user", "content": "a"},)
 
 
+def test_sharegpt_calls_become_tool_calls() -> None:
+    call = {"name": "add", "arguments": {"a": 1}}
+    for value in (json.dumps(call), json.dumps([call])):
+        example = example_of(
+            conversations=[{"from": "function_call", "value": value, "train": False}]
+        )
+        assert example.messages == (
+            {"role": "assistant", "content": None, "train": False,
+             "tool_calls": [{"type": "function", "function": call}]},
+        )  # fmt: skip
+
+
+def test_keys_of_sharegpt_turns_stay_for_the_linter() -> None:
+    example = example_of(conversations=[{"from": "gpt", "value": "b", "loss": False}])
+    assert example.messages == ({"role": "assistant", "content": "b", "loss": False},)
+
+
+def test_lists_may_stand_as_json_in_a_cell_of_text() -> None:
+    turns = [{"role": "user", "content": "[1]"}, {"role": "assistant", "content": "b"}]
+    tools = [{"type": "function", "function": {"name": "add"}}]
+    example = example_of(messages=json.dumps(turns), tools=json.dumps(tools))
+    assert example.messages == tuple(turns) and example.tools == tools
+    assert example_of(messages=json.dumps(turns), tools="").tools is None
+    ids = example_of(input_ids="[4, 5]", labels="[-100, 5]")
+    assert ids.tokens == ([4, 5], [0.0, 1.0])
+    assert example_of(prompt="[1]", response="[2]").texts == ("[1]", "[2]")
+
+
+@pytest.mark.parametrize(("cell", "weight"), [("", 1.0), ("0.5", 0.5), ("0", 0.0), (2, 2.0)])
+def test_a_weight_may_stand_as_text(cell: Any, weight: float) -> None:
+    assert example_of(prompt="a", response="b", weight=cell).weight == weight
+
+
+def test_tools_beside_a_prompt_of_messages_reach_the_template() -> None:
+    tools = [{"type": "function", "function": {"name": "add"}}]
+    ask, answer = [{"role": "user", "content": "a"}], [{"role": "assistant", "content": "b"}]
+    assert example_of(prompt=ask, completion=answer, tools=tools).tools == tools
+
+
+def test_an_empty_name_takes_the_role_from_a_column() -> None:
+    fields = {"prompt": "a", "response": "b", "weight": 0.5, "tools": [{"name": "f"}]}
+    layout = detect(list(fields), PLACE, wanted="auto", columns={"weight": "", "tools": ""})
+    assert set(layout.ignored) == {"weight", "tools"} and not {"weight", "tools"} & {
+        *layout.columns
+    }
+    assert to_example(row(**fields), layout, None).weight == 1.0
+
+
 def test_without_a_template_a_question_is_a_users_turn() -> None:
     example = example_of(question="q", answer="why <<1>>\n#### 3")
     assert [m["content"] for m in example.messages or ()] == [
@@ -317,6 +366,10 @@ def test_a_prompt_of_messages_is_context() -> None:
         ({"messages": [1]}, "D211"),
         ({"conversations": [{"from": "alien", "value": "x"}]}, "D211"),
         ({"conversations": [{"from": "human", "value": 3}]}, "D211"),
+        ({"conversations": [{"from": "function_call", "value": "add(1)"}]}, "D211"),
+        ({"conversations": [{"from": "function_call", "value": '[{"arguments": {}}]'}]}, "D211"),
+        ({"messages": '[{"role": "user"'}, "D211"),
+        ({"prompt": "a", "response": "b", "tools": [{"name": "f"}]}, "D213"),
         ({"messages": [{"role": "user", "content": "x"}], "tools": "calculator"}, "D213"),
         ({"input_ids": [1, 2], "labels": [1]}, "D212"),
         ({"input_ids": [1, 2], "labels": [-100, 3]}, "D212"),

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections import Counter
 
+import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from cs336_alignment.data.batching import StepPlan
 from cs336_alignment.data.mixture import Mixture
@@ -74,3 +76,23 @@ def test_an_epoch_beyond_all_measure_is_refused() -> None:
         _ = Mixture((12, 12), (1.0, 1e-9), "all_exhausted").draws
     assert (caught.value.code, caught.value.status) == ("C123", 78)
     assert Mixture((12, 12), (1.0, 1e-9), "first_exhausted").draws == (12, 1)
+
+
+def test_passes_of_a_small_source_are_whole() -> None:
+    """Pass after pass through all of it, each in the order of that pass, across epochs."""
+    mixture = Mixture((7, 40), (1.0, 1.0), "all_exhausted")
+    calls = []
+
+    def permutation(size: int, seed: int, number: int) -> NDArray[np.int64]:
+        calls.append((size, seed, number))
+        return np.random.Generator(np.random.PCG64([seed, number])).permutation(size)
+
+    drawn: list[int] = []
+    for number in range(3):
+        mixed = mixture.order(5, number, permutation)
+        joined = permutation(80, 5, number).argsort()
+        drawn += [int(i) for i in mixed[joined] if i < 7]
+    assert len(drawn) == 120
+    for start in range(0, 119, 7):
+        expected = permutation(7, 6, 2 * (start // 7))
+        assert drawn[start : start + 7] == expected[: len(drawn[start : start + 7])].tolist()

@@ -18,7 +18,9 @@ from transformers import PreTrainedTokenizerFast
 from cs336_alignment.config import DataConfig, LintConfig, SourceConfig
 from cs336_alignment.data import prepare as module
 from cs336_alignment.data.ledger import LedgerEntry
+from cs336_alignment.data.row import Row
 from cs336_alignment.data.splits import PreparedData, RunData, ledger_json, prepare_run
+from cs336_alignment.data.store import locked
 from cs336_alignment.errors import ExitStatus, Place, UserError, UserErrors
 from cs336_alignment.model.loading import load_tokenizer, resolve_model
 
@@ -175,7 +177,8 @@ def test_nothing_left_is_65(overlong: str, run: Run) -> None:
     with pytest.raises(UserError, match=r"no example of .*rows\.jsonl is left") as caught:
         run(LONG, max_length=3, overlong=overlong)
     assert (caught.value.code, caught.value.status) == ("D301", 65)
-    assert "4 rows read, dropped: {" in (caught.value.got or "")
+    assert "4 rows read; dropped: 4 " in (caught.value.got or "")
+    assert "data.max_length (now 3)" in (caught.value.hint or "")
 
 
 @pytest.mark.parametrize("content", [b"", b"\n\n", b"\xef\xbb\xbf"])
@@ -471,6 +474,103 @@ def test_several_sources_are_joined(run: Run, tmp_path: Path) -> None:
     assert data.data.mixture is not None and data.data.mixture.draws == (2, 6)
 
 
+def test_what_is_wrong_in_any_source_is_told_at_once(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "more.jsonl").write_text('{"prompt": "3", "response": ""}\n{')
+    sources = [SourceConfig(str(tmp_path / f"{name}.jsonl")) for name in ("rows", "more")]
+    with pytest.raises(UserErrors) as caught:
+        run([pair(1, 1), {"prompt": "1"}], sources=sources)
+    assert [str(error.place).rsplit("/")[-1] for error in caught.value.errors] == [
+        'rows.jsonl:2, field "response"', 'more.jsonl:1, field "response"', "more.jsonl:2"
+    ]  # fmt: skip
+    assert caught.value.total == 3
+    (tmp_path / "more.jsonl").write_text(json.dumps({"prompt": "</s> 3", "response": "<pad> 4"}))
+    strict = LintConfig(no_stop_token="error", duplicate_rows="error")
+    with pytest.raises(UserErrors) as caught:
+        run([pair(1, 1), {"prompt": "3", "response": "<pad> 4"}], sources=sources, lint=strict)
+    assert [(e.code, str(e.message).rsplit("/")[-1][:10]) for e in caught.value.errors] == [
+        ("L106", "rows.jsonl"), ("L106", "more.jsonl")
+    ]  # fmt: skip
+
+
+def test_rows_that_two_sources_have_are_found(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "more.jsonl").write_text("\n".join(map(json.dumps, [pair(9, 1), pair(1, 1)])))
+    sources = [SourceConfig(str(tmp_path / f"{name}.jsonl")) for name in ("rows", "more")]
+    rows = [pair(1, 1), pair(2, 2)]
+    found = run(rows, sources=sources, lint=LintConfig()).everything.warnings
+    assert [line.split(": the same")[0] for line in found] == [
+        "L107 1 of 4 rows of all sources together"
+    ]
+    assert "more.jsonl:2" in found[0]
+    (tmp_path / "more.jsonl").write_text(json.dumps(pair(9, 1)))
+    assert not run(rows, sources=sources, lint=LintConfig()).everything.warnings
+
+
+def test_the_sum_of_a_ledger_names_formats_and_bad_rows(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "more.jsonl").write_text('{"question": "3", "response": "1"}\n{')
+    sources = [SourceConfig(str(tmp_path / f"{name}.jsonl")) for name in ("rows", "more")]
+    lenient = {"on_bad_row": "drop", "max_bad_fraction": 0.5, "prompt_template": "question_only"}
+    total = ledger_json(run([pair(1, 1)], sources=sources, **lenient).everything)["train"]
+    assert "prompt_response" in total["format"] and "question_answer" in total["format"]
+    assert len(total["bad_places"]) == 1
+
+
+def test_ids_that_the_tokenizer_has_not_are_named(run: Run) -> None:
+    with pytest.raises(UserErrors, match="no such token") as caught:
+        run([{"input_ids": [1, 20, 21], "response_mask": [0, 1, 1]}])
+    assert caught.value.errors[0].got == "21"
+    assert 'field "input_ids"' in str(caught.value.errors[0].place)
+    run([{"input_ids": [1, 20], "response_mask": [0, 1]}])
+
+
+@pytest.mark.parametrize(
+    ("rows", "options", "told"),
+    [
+        (pair(1, 1), {"prompt_template": "alpaca"}, "data.prompt_template=alpaca"),
+        (pair(1, 1), {"append_eos": False}, None),
+        (
+            {"input_ids": [1, 2], "labels": [-100, 2]},
+            {"append_eos": False},
+            "data.append_eos=False",
+        ),
+        ({"question": "1", "response": "2"}, {"prompt_template": "question_only"}, None),
+    ],
+)
+def test_options_without_effect_are_told(
+    rows: dict[str, Any], options: dict[str, Any], told: str | None, tmp_path: Path,
+    tokenizer_of: TokenizerOf,
+) -> None:  # fmt: skip
+    (tmp_path / "rows.jsonl").write_text(json.dumps(rows))
+    lines: list[str] = []
+    data = DataConfig(str(tmp_path / "rows.jsonl"), cache_dir=str(tmp_path), **options)
+    prepare_run(data, tokenizer_of(template="<s> $A"), seed=0, note=lines.append)
+    found = [line for line in lines if "without effect" in line]
+    assert found == ([] if told is None else [f"  without effect on these rows: {told}"])
+
+
+def test_a_batch_holds_as_much_of_any_kind_of_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "BATCH_CHARACTERS", 1_000)
+    text = "x" * 300
+    for fields in (
+        {"prompt": text},
+        {"messages": [{"role": "user", "content": [{"type": "text", "text": text}]}]},
+        {"input_ids": [7] * 38},
+    ):
+        rows = [Row(fields, Place("rows.jsonl", i)) for i in range(8)]
+        assert [len(batch) for batch in module._batches(rows)] == [4, 4]
+
+
+def test_waiting_for_another_command_is_told(run: Run, tmp_path: Path) -> None:
+    folder, told = tmp_path / "cache" / "key", []
+    with locked(folder, lambda: told.append(1)):
+        assert not told
+        with pytest.raises(TimeoutError), locked(folder, lambda: _raise(TimeoutError())):
+            pass
+
+
+def _raise(error: Exception) -> None:
+    raise error
+
+
 def test_the_cache_serves_what_is_the_same_and_nothing_else(
     run: Run, tokenizer_of: TokenizerOf, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -592,7 +692,7 @@ def test_optional_columns_that_come_late_are_read(run: Run) -> None:
         run([row, {**row, "input": "4 5"}], prompt_template="question_only")
 
 
-@pytest.mark.parametrize("value", [10**400, 1e39, 1e-60, float("inf"), -1, True, "1"])
+@pytest.mark.parametrize("value", [10**400, 1e39, 1e-60, float("inf"), -1, True, "a", "nan"])
 def test_a_weight_that_32_bits_do_not_hold_is_named(value: Any, run: Run) -> None:
     with pytest.raises(UserErrors) as caught:
         run([pair(1, 1), {**pair(1, 1), "weight": value}])

@@ -159,8 +159,13 @@ def test_fingerprint_is_that_of_the_bytes(path: Path, tmp_path: Path) -> None:
     path.write_bytes(content)
     other = tmp_path / "copy.jsonl"
     other.write_bytes(content)
-    assert read(other).fingerprint == read(path).fingerprint
+    before = read(other).fingerprint
+    other.write_bytes(content)  # at another time
+    assert read(other).fingerprint == before
     other.write_bytes(content + b"\n")
+    assert read(other).fingerprint != before
+    other.write_bytes(content)
+    # Places of rows show the name, so it counts.
     assert read(other).fingerprint != read(path).fingerprint
     whole = [tmp_path / "two" / name for name in ("a.jsonl", "b.jsonl")]
     whole[0].parent.mkdir()
@@ -702,3 +707,66 @@ def test_a_hub_id_names_config_split_and_revision(
     result = read(name)
     assert calls == [asked]
     assert result.revision == asked[3] and str(result.rows[2].place) == f"{name}:3"
+
+
+def test_test_and_validation_rows_are_not_mixed(tmp_path: Path) -> None:
+    for name in ("train", "validation", "test"):
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps({"name": name}))
+    assert [r.fields["name"] for r in read(tmp_path, split="test").rows] == ["test"]
+    (tmp_path / "test.jsonl").unlink()
+    assert [r.fields["name"] for r in read(tmp_path, split="test").rows] == ["validation"]
+
+
+def test_what_is_read_of_a_folder_and_what_is_not_is_said(tmp_path: Path) -> None:
+    for name in ("a.jsonl", "b.jsonl", "notes.txt", "c.jsonl.bz2"):
+        (tmp_path / name).write_bytes(GOOD)
+    (tmp_path / "more").mkdir()
+    (tmp_path / ".hidden").write_bytes(GOOD)
+    notes = open_source(str(tmp_path), seed=0, default_split="train").notes
+    assert notes == ("  2 files: a.jsonl, b.jsonl", "  not read: c.jsonl.bz2, more/, notes.txt")
+    found = open_source(str(tmp_path / "*.jsonl"), seed=0, default_split="train").notes
+    assert found == notes[:1]
+    assert open_source(str(tmp_path / "a.jsonl"), seed=0, default_split="train").notes == ()
+
+
+@pytest.mark.fault("T12 a file that is written to while it is read")
+def test_a_file_that_changes_while_it_is_read_is_refused(path: Path) -> None:
+    path.write_bytes(GOOD + b"\n" + GOOD)
+    rows = open_source(str(path), seed=0, default_split="train").rows()
+    next(rows)
+    with path.open("ab") as file:
+        file.write(b"\n" + GOOD)
+    with pytest.raises(UserError, match="was changed while it was read") as caught:
+        list(rows)
+    assert (caught.value.code, caught.value.status) == ("D113", ExitStatus.BAD_DATA)
+
+
+@pytest.mark.parametrize(
+    ("name", "header", "sign"),
+    [("a.csv", b"prompt;response", "`;`"), ("a.csv", b"prompt\tresponse", "tabs"),
+     ("a.tsv", b"prompt,response", "`,`")],
+)  # fmt: skip
+def test_cells_divided_by_another_sign(name: str, header: bytes, sign: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(header + b"\na" + header[6:7] + b"b\n")
+    with pytest.raises(UserError, match=f"seem to be divided by {sign}"):
+        read(tmp_path / name)
+
+
+@pytest.mark.parametrize("kind", ["parquet", "datasets"])
+def test_fields_that_a_struct_lacks_stay_absent(kind: str, folder: Path) -> None:
+    """Arrow gives all structs of a column the same fields, and null where there was none."""
+    calls = [
+        {"name": "f", "arguments": {"a": 1}},
+        {"name": "g", "arguments": {"b": [{"c": "x"}, {"d": 0}]}},
+    ]
+    rows = [
+        {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "tool_calls": calls}]}
+    ]
+    if kind == "parquet":
+        parquet.write_table(pa.Table.from_pylist(rows), folder / "rows.parquet")
+        assert pa.Table.from_pylist(rows).to_pylist() != rows
+        source: Path = folder / "rows.parquet"
+    else:
+        source = folder / "saved"
+        datasets.Dataset.from_list(rows).save_to_disk(str(source))
+    assert [row.fields for row in read(source).rows] == rows

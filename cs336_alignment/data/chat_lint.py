@@ -1,0 +1,79 @@
+"""What a chat template would pass over without a word: keys, texts, turns of a conversation."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from cs336_alignment.data.messages import inside, wrong
+from cs336_alignment.errors import Place
+
+# transformers fills each of these from the others before a template sees the message.
+REASONING = ("reasoning_content", "thinking", "reasoning")
+# `tool_calls` that are not written are refused; ids only tie a result to its call.
+CHECKED_ELSEWHERE = frozenset({"role", "content", "tool_calls", "tool_call_id", "id", *REASONING})
+# What other frameworks call `train` and `weight`.
+FLAGS_ELSEWHERE = ("loss", "loss_mask", "mask", "training", "train_detail", "trainable")
+WORD = re.compile(r"[A-Za-z_]\w*")
+NOTHING: tuple[Any, ...] = (None, "", [], {})
+
+
+class ChatLint:
+    """Looks for what is lost or dangerous in messages that render without complaint.
+
+    Args:
+        tokenizer: with a chat template.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._words = frozenset(WORD.findall(str(tokenizer.chat_template)))
+        splits = getattr(tokenizer, "split_special_tokens", False)
+        names = [] if splits else sorted(_special_texts(tokenizer), key=len, reverse=True)
+        self._special = re.compile("|".join(map(re.escape, names)) or "(?!)")
+
+    def check(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        places: Sequence[Place],
+        trained: Collection[int],
+    ) -> Iterator[tuple[str, Place]]:
+        """Yield the names of linter checks that a conversation shows, and where.
+
+        Args:
+            messages: checked ones.
+            places: of each.
+            trained: the numbers of the trained ones.
+
+        Raises:
+            UserError: a message has another framework's flag for what is trained (65).
+        """
+        for index, (message, place) in enumerate(zip(messages, places, strict=True)):
+            for key in message.keys() - CHECKED_ELSEWHERE - self._words:
+                if key in FLAGS_ELSEWHERE and message[key] is not None:
+                    raise wrong("D407", f"{key} says nothing here", inside(place, key),
+                                hint="say what is trained with `train` (true or false) and "
+                                "`weight`, or remove the key")  # fmt: skip
+                if message[key] not in NOTHING:
+                    yield "ignored_keys", inside(place, key)
+            texts = list(said(message))
+            if any(self._special.search(text) for text in texts):
+                yield "special_text", place
+            is_empty = not message.get("tool_calls") and not any(text.strip() for text in texts)
+            if index in trained and is_empty:
+                yield "empty_turn", place
+
+
+def said(message: Mapping[str, Any]) -> Iterator[str]:
+    """Yield the texts of a message: its reasoning, then its content."""
+    reasoning = next((message[key] for key in REASONING if message.get(key)), None)
+    for text in (reasoning, message.get("content")):
+        if isinstance(text, str):
+            yield text
+
+
+def _special_texts(tokenizer: PreTrainedTokenizerBase) -> set[str]:
+    added = getattr(tokenizer, "added_tokens_decoder", {}).values()
+    return {token.content for token in added if token.special} | set(tokenizer.all_special_tokens)
