@@ -528,7 +528,7 @@ def test_ids_that_the_tokenizer_has_not_are_named(run: Run) -> None:
         (pair(1, 1), {"prompt_template": "alpaca"}, "data.prompt_template=alpaca"),
         (pair(1, 1), {"append_eos": False}, None),
         (
-            {"input_ids": [1, 2], "labels": [-100, 2]},
+            {"input_ids": [4, 5], "labels": [-100, 5]},
             {"append_eos": False},
             "data.append_eos=False",
         ),
