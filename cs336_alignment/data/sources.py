@@ -186,7 +186,7 @@ def _left_out(path: str, files: Sequence[Path]) -> tuple[str, ...]:
     if len(files) == 1 and not folder.is_dir():
         return ()
     names = [file.name for file in files]
-    lines = [f"  {len(files)} files: {_first(names)}"]
+    lines = [f"  {len(files)} file{'s' * (len(files) > 1)}: {_first(names)}"]
     others = [
         f"{entry.name}/" if entry.is_dir() else entry.name
         for entry in (sorted(folder.iterdir()) if folder.is_dir() else ())

@@ -129,6 +129,7 @@ def test_a_kill_at_a_step_changes_nothing(
         assert not differences(run, whole)
 
 
+@pytest.mark.slow
 @pytest.mark.fault("T3 SIGKILL while it loads, again and again")
 def test_kills_while_a_run_resumes_change_nothing(
     command: list[str], start: Start, sft: Sft, zygote: Zygote, tmp_path: Path, tally: Tally
@@ -160,7 +161,10 @@ MOMENTS: dict[str, Callable[[Path], Callable[[], bool]]] = {
 }
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(
+    ("number", "code"),
+    [(signal.SIGTERM, 75), pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow)],
+)
 @pytest.mark.fault("T4 SIGTERM or SIGINT, once or twice, the same command again")
 def test_a_request_to_stop_saves_and_goes_on(
     number: signal.Signals, code: int, command: list[str], start: Start, sft: Sft, zygote: Zygote,
@@ -249,6 +253,7 @@ def process_of(launcher: subprocess.Popen[bytes], rank: int) -> int:
     raise AssertionError(f"no process has rank {rank}")
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 @pytest.mark.parametrize(
     ("rank", "number"),
@@ -281,6 +286,7 @@ def test_what_one_of_two_processes_gets_ends_both_and_costs_nothing(
 
 
 @pytest.mark.distributed
+@pytest.mark.slow
 @pytest.mark.fault("T27 the launcher of two processes dies")
 def test_no_process_outlives_its_launcher(command: list[str], tmp_path: Path, tally: Tally) -> None:
     run = tmp_path / "outputs/cut"
@@ -294,6 +300,7 @@ def test_no_process_outlives_its_launcher(command: list[str], tmp_path: Path, ta
 
 
 @pytest.mark.distributed
+@pytest.mark.slow
 @pytest.mark.fault("T22 another number of processes at each start")
 def test_the_number_of_processes_may_change(
     rows: Path, sft: Sft, tmp_path: Path, tally: Tally

@@ -212,14 +212,14 @@ OVERRIDES = st.lists(
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("seconds", [15, pytest.param(300, marks=pytest.mark.long)])
+@pytest.mark.parametrize("seconds", [5, pytest.param(300, marks=pytest.mark.long)])
 @pytest.mark.timeout(400)
 @pytest.mark.fault("T12 bytes that hypothesis makes up, both readers")
 def test_no_bytes_bring_a_reader_down(seconds: float, tmp_path: Path, tally: Tally) -> None:
     search(lambda raw: read_both(tmp_path, raw), PIECES, seconds, tally)
 
 
-@pytest.mark.parametrize("seconds", [15, pytest.param(300, marks=pytest.mark.long)])
+@pytest.mark.parametrize("seconds", [5, pytest.param(300, marks=pytest.mark.long)])
 @pytest.mark.timeout(400)
 @pytest.mark.fault("overrides that hypothesis makes up")
 def test_no_override_brings_the_command_line_down(

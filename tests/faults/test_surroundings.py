@@ -145,6 +145,7 @@ def test_numbers_that_do_not_divide(sft: Sft, tmp_path: Path, tally: Tally) -> N
             assert len([row for row in rows if "train/loss" in row]) == steps
 
 
+@pytest.mark.slow
 @pytest.mark.fault("T4 a cluster's time limit")
 def test_the_batch_script_requeues_what_was_preempted(
     rows: Path, tmp_path: Path, tally: Tally

@@ -40,10 +40,12 @@ NAMES = {
 
 def fault_of(what: str) -> list[pytest.ParameterSet]:  # type: ignore[name-defined]
     """One parameter for each fault, with its line of the table."""
-    return [
-        pytest.param(fault, marks=pytest.mark.fault(f"{NAMES[fault]}, at each operation of {what}"))
+    marks = {
+        fault: [pytest.mark.fault(f"{NAMES[fault]}, at each operation of {what}")]
         for fault in FAULTS
-    ]
+    }
+    marks["power and names"].append(pytest.mark.slow)  # "power" has the same points, less is lost
+    return [pytest.param(fault, marks=marks[fault]) for fault in FAULTS]
 
 
 def trained(step: int) -> Snapshot:
