@@ -143,6 +143,7 @@ class ParallelConfig:
 
     strategy: str = "ddp"
     num_processes: int | None = None
+    timeout_minutes: float = 30.0
 
 
 @dataclass

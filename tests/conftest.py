@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
 import tempfile
@@ -85,6 +86,20 @@ def build_dataset(num_examples: int = 11, *, weighted: bool = False) -> Tokenize
         else:
             rows.append(TokenRow.of_response(ids.tolist(), num_prompt))
     return TokenizedDataset.of(rows)
+
+
+def free_port() -> str:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return str(probe.getsockname()[1])
+
+
+def launch(kind: str) -> tuple[str, ...]:
+    """Give the module and flags that start two processes."""
+    if kind == "torchrun":
+        return ("torch.distributed.run", "--standalone", "--nproc_per_node", "2")
+    flags = ("--multi_gpu", "--num_processes", "2", "--main_process_port", free_port())
+    return ("accelerate.commands.launch", *flags)
 
 
 @pytest.fixture(scope="session")

@@ -17,6 +17,7 @@ SPACE = re.compile(r"[ \t\r\n]*")
 SURROGATE = re.compile("[\ud800-\udfff]")
 LINE = "one JSON object a line"
 ARRAY = '[{…}, {…}] or {"data": [{…}]}'
+MOST_ROW_BYTES = 2**26
 MAX_NAME_CHARS = 80
 
 
@@ -48,12 +49,17 @@ def read_json_lines(file: IO[bytes], path: Path) -> Iterator[Row | UserError]:
         path: for places.
     """
     decoder = _Decoder()
-    for number, line in enumerate(file, start=1):
+    for number, line in enumerate(iter(lambda: file.readline(MOST_ROW_BYTES), b""), start=1):
+        place = Place(path, number)
+        if len(line) == MOST_ROW_BYTES and not line.endswith(b"\n"):
+            while line and not line.endswith(b"\n"):  # its rest, a part in memory at a time
+                line = file.readline(MOST_ROW_BYTES)
+            yield too_large(place)
+            continue
         if number == 1:
             line = line.removeprefix(codecs.BOM_UTF8)
         if not line or line.isspace():
             continue
-        place = Place(path, number)
         try:
             text = line.decode("utf-8")
         except UnicodeDecodeError as failure:
@@ -61,6 +67,18 @@ def read_json_lines(file: IO[bytes], path: Path) -> Iterator[Row | UserError]:
             yield _bad(message, place, "UTF-8 text")
             continue
         yield _row(text, place, decoder)
+
+
+def too_large(place: Place) -> UserError:
+    """Refuse a row that is too large to be one."""
+    return UserError(
+        "D215",
+        "the row is too large to be an example",
+        ExitStatus.BAD_DATA,
+        place=place,
+        expected=f"at most {MOST_ROW_BYTES >> 20} MiB",
+        hint="divide it, or set data.on_bad_row=drop (drops are counted)",
+    )
 
 
 def _row(text: str, place: Place, decoder: _Decoder) -> Row | UserError:

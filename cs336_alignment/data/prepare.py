@@ -26,6 +26,7 @@ from transformers import PreTrainedTokenizerBase
 from cs336_alignment.config import DataConfig, SourceConfig
 from cs336_alignment.cores import count_cores
 from cs336_alignment.data.encode import Encoded, Encoder
+from cs336_alignment.data.json_rows import MOST_ROW_BYTES, too_large
 from cs336_alignment.data.layout import Layout, detect
 from cs336_alignment.data.ledger import LedgerEntry
 from cs336_alignment.data.lint import Findings, count_duplicates
@@ -252,9 +253,10 @@ def _batches(rows: Iterable[Row | UserError]) -> Iterator[list[Row | UserError]]
     batch: list[Row | UserError] = []
     characters = 0
     for row in rows:
-        batch.append(row)
         if isinstance(row, Row):
-            characters += _size(row.fields)
+            characters += (size := _size(row.fields))
+            row = row if size < MOST_ROW_BYTES else too_large(row.place)
+        batch.append(row)
         if len(batch) == BATCH_ROWS or characters > BATCH_CHARACTERS:
             yield batch
             batch, characters = [], 0

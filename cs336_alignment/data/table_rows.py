@@ -5,12 +5,11 @@ from __future__ import annotations
 import csv
 import io
 import re
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from cs336_alignment.data.json_rows import SURROGATE
+from cs336_alignment.data.json_rows import MOST_ROW_BYTES, SURROGATE
 from cs336_alignment.data.row import Row
 from cs336_alignment.errors import ExitStatus, Place, UserError
 
@@ -31,7 +30,7 @@ def read_csv(file: IO[bytes], path: Path, delimiter: str) -> Iterator[Row | User
         UserError: there is no sound header, or quotes are broken: where the next row begins cannot
             be known then (65).
     """
-    csv.field_size_limit(sys.maxsize)
+    csv.field_size_limit(MOST_ROW_BYTES)
     # Bytes that are no UTF-8 become surrogates, so that they spoil no row but their own.
     text = io.TextIOWrapper(file, encoding="utf-8-sig", errors="surrogateescape", newline="")
     reader = csv.reader(text, delimiter=delimiter, strict=True)

@@ -21,7 +21,6 @@ from cs336_alignment.config import ParallelConfig
 from cs336_alignment.cores import count_cores
 from cs336_alignment.errors import ExitStatus, UserError
 
-GROUP_TIMEOUT = timedelta(minutes=30)
 TINY_MODEL = 1_000_000  # parameters
 
 
@@ -100,7 +99,7 @@ def start_processes(config: ParallelConfig) -> Accelerator:
         mixed_precision="no",
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
         kwargs_handlers=[
-            InitProcessGroupKwargs(timeout=GROUP_TIMEOUT),
+            InitProcessGroupKwargs(timeout=timedelta(minutes=config.timeout_minutes)),
             DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
         ],
     )

@@ -44,6 +44,7 @@ FREE = frozenset(
         "data.num_workers",
         "data.cache_dir",
         "parallel.num_processes",
+        "parallel.timeout_minutes",
     }
 )
 FREE_SECTIONS = ("evaluation.", "logger.", "inspect.", "data.lint.")

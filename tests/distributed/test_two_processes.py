@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import socket
 from pathlib import Path
 from typing import Any
 
@@ -13,23 +12,10 @@ import torch
 from cs336_alignment.evaluation.loss import evaluate_loss
 from cs336_alignment.model.policy import Policy
 from cs336_alignment.training.parallel import Processes
-from tests.conftest import ROOT, TINY, Sft, build_dataset, build_model, without_times
+from tests.conftest import ROOT, TINY, Sft, build_dataset, build_model, launch, without_times
 
 pytestmark = pytest.mark.distributed
 BOUNDS = {"torch.float64": 1e-12, "torch.float32": 1e-5}
-
-
-def free_port() -> str:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return str(probe.getsockname()[1])
-
-
-def launch(kind: str) -> tuple[str, ...]:
-    if kind == "torchrun":
-        return ("torch.distributed.run", "--standalone", "--nproc_per_node", "2")
-    flags = ("--multi_gpu", "--num_processes", "2", "--main_process_port", free_port())
-    return ("accelerate.commands.launch", *flags)
 
 
 def test_every_cut_on_two_processes_gives_the_dense_gradient(

@@ -28,7 +28,7 @@ from cs336_alignment.training.optimizer import allocate_state, build_optimizer
 from cs336_alignment.training.parallel import Processes
 from cs336_alignment.training.step import Cut
 from cs336_alignment.training.trainer import Trainer
-from tests.conftest import build_dataset, build_model
+from tests.conftest import ROOT, Sft, build_dataset, build_model, launch
 from tests.faults.tally import Tally
 
 STEPS = 6
@@ -93,7 +93,7 @@ class Life:
             asynchronous=config.async_save,
         )  # fmt: skip
         self.loop = Trainer(
-            policy, policy, optimizer, dataset,
+            policy, self.processes.wrap(policy), optimizer, dataset,
             plan=StepPlan(len(dataset), 5, seed=3), cut=Cut(None, 3, flat=True), total_steps=STEPS,
             state=state, trainer=config, optimizer_config=OPTIMIZER, seed=3,
             processes=self.processes, tracker=self.report, evaluate=self.evaluate,
@@ -192,6 +192,19 @@ def test_what_is_not_finite_never_reaches_the_weights(
             for _ in range(k - 1):
                 whole.loop.train_step()
             assert same(life.tensors(), whole.tensors())
+
+
+@pytest.mark.distributed
+@pytest.mark.fault("T16 one process of two meets what is not finite")
+def test_what_is_not_finite_in_one_process_stops_both(
+    sft: Sft, tmp_path: Path, tally: Tally
+) -> None:
+    worker = str(ROOT / "tests" / "faults" / "worker_poison.py")
+    done = sft(worker, str(tmp_path), launcher=launch("torchrun"), env={"PYTHONPATH": str(ROOT)})
+    for point in ("loss 1", "loss 3", "gradient 1", "gradient 3"):
+        with tally.point(point):
+            assert f"survived {point}" in done.stdout, done.stderr[-3000:]
+    assert done.returncode == 0
 
 
 @pytest.mark.parametrize("policy", ["warn", "stop", "skip"])

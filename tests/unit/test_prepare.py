@@ -559,6 +559,17 @@ def test_a_batch_holds_as_much_of_any_kind_of_row(monkeypatch: pytest.MonkeyPatc
         assert [len(batch) for batch in module._batches(rows)] == [4, 4]
 
 
+def test_a_row_of_any_format_has_a_largest_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "MOST_ROW_BYTES", 300)
+    rows = [Row({"messages": [{"content": "x" * n}]}, Place("a.parquet", n)) for n in (299, 300)]
+    (batch,) = module._batches(rows)
+    assert batch[0] is rows[0]
+    assert isinstance(batch[1], UserError) and (batch[1].code, batch[1].place) == (
+        "D215",
+        Place("a.parquet", 300),
+    )
+
+
 def test_waiting_for_another_command_is_told(run: Run, tmp_path: Path) -> None:
     folder, told = tmp_path / "cache" / "key", []
     with locked(folder, lambda: told.append(1)):

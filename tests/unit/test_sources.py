@@ -770,3 +770,21 @@ def test_fields_that_a_struct_lacks_stay_absent(kind: str, folder: Path) -> None
         source = folder / "saved"
         datasets.Dataset.from_list(rows).save_to_disk(str(source))
     assert [row.fields for row in read(source).rows] == rows
+
+
+@pytest.mark.parametrize("size", [99, 100, 101, 350])
+@pytest.mark.fault("T14 a row beyond the largest size")
+def test_a_row_beyond_the_largest_size_is_named_alone(
+    size: int, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cs336_alignment.data.json_rows.MOST_ROW_BYTES", 100)
+    row = b'{"prompt": "p", "response": "' + b"r" * (size - 31) + b'"}'
+    assert len(row) == size
+    path.write_bytes(b"\n".join([GOOD, row, GOOD]))
+    result = read(path)
+    if size < 100:  # with its line break
+        assert lines_of(result) == [1, 2, 3]
+        return
+    (error,) = result.errors
+    assert (error.code, error.status, str(error.place)) == ("D215", 65, f"{path}:2")
+    assert lines_of(result) == [1, 3]
