@@ -87,6 +87,14 @@ def run_with_config(verb: str, arguments: Sequence[str], job: Job) -> ExitStatus
             raise translate(failure) from failure
         except ValueError as failure:  # flags that do not combine, a plain error in Hydra
             raise UserError("C115", str(failure), ExitStatus.BAD_CONFIG) from failure
+        except AssertionError as failure:  # names that Hydra's own code takes for impossible
+            raise UserError(
+                "C107",
+                "cannot use these overrides",
+                ExitStatus.BAD_CONFIG,
+                expected="section.key=value",
+                got=" ".join(arguments),
+            ) from failure
     if failed and isinstance(failed[0], OmegaConfBaseException):  # an interpolation, say
         raise translate(failed[0]) from failed[0]
     if failed:

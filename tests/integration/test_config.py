@@ -80,6 +80,7 @@ def test_contract_defaults() -> None:
         (("data.sources=[{path: a, formt: text}]",), 78, ("data.sources has no key formt", "mean format?")),
         (("+trainer.foo=1",), 78, ("no key trainer.foo",)),
         (("~trainer.max_steps",), 78, ("trainer.max_steps",)),
+        (("+=",), 78, ("section.key=value",)),
         (("trainer.max_steps=abc",), 78, ("trainer.max_steps", "wrong type", "abc")),
         (("trainer.global_batch_size=1.5",), 78, ("trainer.global_batch_size", "wrong type")),
         (("trainer.global_batch_size=0",), 78, ("trainer.global_batch_size", "at least 1", "0 (int)")),
