@@ -42,23 +42,38 @@ def head_of(model: PreTrainedModel) -> Head | None:
 
 
 def head_log_probs(
-    head: Head, hidden: Tensor, labels: Tensor, with_entropy: bool = False
+    head: Head,
+    hidden: Tensor,
+    labels: Tensor,
+    with_entropy: bool = False,
+    slopes: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Log-probs of `labels` under the head, computed chunk by chunk, recomputed in the backward
-    pass.
+    """Log-probs of `labels` under the head, computed chunk by chunk.
+
+    Without `slopes` the backward pass computes the logits once more: four matrix products in all.
+    With them it takes three, since what goes backward from a chunk is known while its logits exist.
 
     Args:
         head: the model's head.
         hidden: (R, H) hidden states at the positions that predict the labels.
         labels: (R,) int64 token ids.
         with_entropy: also give the entropy of each position's distribution, without a graph.
+        slopes: (R,) the gradient of the loss by each log-prob, if it is known beforehand; should
+            another one come in the backward pass, that one counts.
 
     Returns:
         log_probs (R,) in float32 (float64 for a float64 model), and the entropies (R,) in nats or
         None.
     """
     log_probs, entropy = _ChunkedLogProbs.apply(
-        hidden, head.linear.weight, head.linear.bias, labels, head.scale, head.softcap, with_entropy
+        hidden,
+        head.linear.weight,
+        head.linear.bias,
+        labels,
+        head.scale,
+        head.softcap,
+        with_entropy,
+        slopes,
     )
     return log_probs, (entropy if with_entropy else None)
 
@@ -68,8 +83,49 @@ def _chunk_rows(vocabulary: int, dtype: torch.dtype, device: torch.device) -> in
     return max(16, budget // (vocabulary * dtype.itemsize))
 
 
+class _Gradients:
+    """What goes backward from the head, summed chunk by chunk.
+
+    Args:
+        hidden: (R, H) as it is multiplied.
+        weight: (V, H) as it is multiplied.
+        bias: (V,) or None.
+        dtype: of the sums: rounding each chunk to bfloat16 first would bias the gradient.
+        needed: of hidden, weight and bias.
+    """
+
+    def __init__(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        dtype: torch.dtype,
+        needed: tuple[bool, bool, bool],
+    ) -> None:
+        self._factors = hidden, weight
+        self.hidden = torch.empty_like(hidden) if needed[0] else None
+        self.weight = torch.zeros_like(weight, dtype=dtype) if needed[1] else None
+        self.bias = torch.zeros_like(bias, dtype=dtype) if bias is not None and needed[2] else None
+
+    def add(self, chunk: slice, d_logits: Tensor) -> None:
+        """Add a chunk's share.
+
+        Args:
+            chunk: its rows.
+            d_logits: (rows, V) the gradient by the products of hidden states and weight.
+        """
+        hidden, weight = self._factors
+        if self.bias is not None:
+            self.bias += d_logits.sum(0)
+        d_logits = d_logits.to(hidden.dtype)
+        if self.hidden is not None:
+            torch.mm(d_logits, weight, out=self.hidden[chunk])
+        if self.weight is not None:
+            _add_product(self.weight, d_logits.T, hidden[chunk])
+
+
 class _ChunkedLogProbs(torch.autograd.Function):
-    """log softmax(hidden @ weight.T)[labels]; saves only hidden states and one logsumexp a row."""
+    """log softmax(hidden @ weight.T)[labels], of whose (R, V) logits one chunk exists at a time."""
 
     @staticmethod
     def forward(
@@ -81,6 +137,7 @@ class _ChunkedLogProbs(torch.autograd.Function):
         scale: float,
         softcap: float | None,
         with_entropy: bool,
+        slopes: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         # Products run in the autocast dtype, if one is on; sums and the softmax in float32 or
         # wider.
@@ -90,12 +147,16 @@ class _ChunkedLogProbs(torch.autograd.Function):
         )
         accumulate = torch.promote_types(torch.float32, weight.dtype)
         rows = _chunk_rows(weight.shape[0], accumulate, hidden.device)
-        ctx.options = (compute, accumulate, scale, softcap, rows)
+        ctx.options = (accumulate, scale, softcap, rows)
         ctx.dtypes = (hidden.dtype, weight.dtype)
         hidden, weight = hidden.to(compute), weight.to(compute)
         log_probs = torch.empty(labels.shape, dtype=accumulate, device=hidden.device)
         normalizers = torch.empty_like(log_probs)
         entropy = torch.empty_like(log_probs) if with_entropy else log_probs.new_empty(0)
+        gradients = None
+        if slopes is not None and any(ctx.needs_input_grad[:3]):
+            slopes = slopes.to(accumulate)
+            gradients = _Gradients(hidden, weight, bias, accumulate, ctx.needs_input_grad[:3])
         with torch.autocast(device, enabled=False):
             for start in range(0, len(labels), rows):
                 chunk = slice(start, start + rows)
@@ -103,56 +164,80 @@ class _ChunkedLogProbs(torch.autograd.Function):
                 normalizers[chunk] = logits.logsumexp(-1)
                 picked = logits.gather(1, labels[chunk, None]).squeeze(1)
                 log_probs[chunk] = picked - normalizers[chunk]
+                if gradients is None:
+                    if with_entropy:
+                        entropy[chunk] = _entropy(logits, normalizers[chunk])
+                    continue
+                assert slopes is not None
                 if with_entropy:
-                    entropy[chunk] = _entropy(logits, normalizers[chunk])
-        ctx.save_for_backward(hidden, weight, bias, labels, normalizers)
+                    entropy[chunk] = _entropy(logits.clone(), normalizers[chunk])
+                gradients.add(
+                    chunk,
+                    _d_logits(
+                        logits, normalizers[chunk], labels[chunk], slopes[chunk], scale, softcap
+                    ),
+                )
+        ctx.gradients = gradients
+        ctx.save_for_backward(hidden, weight, bias, labels, normalizers, slopes)
         ctx.mark_non_differentiable(entropy)
         return log_probs, entropy
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         grad = grads[0]
-        hidden, weight, bias, labels, normalizers = ctx.saved_tensors
-        compute, accumulate, scale, softcap, rows = ctx.options
-        grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        # Chunks are summed in float32: rounding each to bfloat16 first would bias the gradient.
-        grad_weight = (
-            torch.zeros_like(weight, dtype=accumulate) if ctx.needs_input_grad[1] else None
-        )
-        grad_bias = (
-            torch.zeros_like(bias, dtype=accumulate)
-            if bias is not None and ctx.needs_input_grad[2]
-            else None
-        )
-        with torch.autocast(hidden.device.type, enabled=False):
-            for start in range(0, len(labels), rows):
-                chunk = slice(start, start + rows)
-                logits = _logits(hidden[chunk], weight, bias, accumulate, scale, softcap)
-                slope = None if softcap is None else 1 - (logits / softcap) ** 2
-                # d log p(label) / d logits = onehot(label) - p
-                d_logits = logits.sub_(normalizers[chunk, None]).exp_().mul_(-grad[chunk, None])
-                d_logits.scatter_add_(1, labels[chunk, None], grad[chunk, None].to(d_logits.dtype))
-                if slope is not None:
-                    d_logits.mul_(slope)
-                if scale != 1.0:
-                    d_logits.mul_(scale)
-                if grad_bias is not None:
-                    grad_bias += d_logits.sum(0)
-                d_logits = d_logits.to(compute)
-                if grad_hidden is not None:
-                    torch.mm(d_logits, weight, out=grad_hidden[chunk])
-                if grad_weight is not None:
-                    _add_product(grad_weight, d_logits.T, hidden[chunk])
+        hidden, weight, bias, labels, normalizers, slopes = ctx.saved_tensors
+        accumulate, scale, softcap, rows = ctx.options
+        gradients, ctx.gradients = ctx.gradients, None
+        if gradients is not None and not _holds(grad, slopes):
+            gradients = None
+        if gradients is None:
+            gradients = _Gradients(hidden, weight, bias, accumulate, ctx.needs_input_grad[:3])
+            with torch.autocast(hidden.device.type, enabled=False):
+                for start in range(0, len(labels), rows):
+                    chunk = slice(start, start + rows)
+                    logits = _logits(hidden[chunk], weight, bias, accumulate, scale, softcap)
+                    gradients.add(
+                        chunk,
+                        _d_logits(
+                            logits, normalizers[chunk], labels[chunk], grad[chunk], scale, softcap
+                        ),
+                    )
         hidden_dtype, weight_dtype = ctx.dtypes
+        of_hidden, of_weight, of_bias = gradients.hidden, gradients.weight, gradients.bias
         return (
-            None if grad_hidden is None else grad_hidden.to(hidden_dtype),
-            None if grad_weight is None else grad_weight.to(weight_dtype),
-            None if grad_bias is None else grad_bias.to(bias.dtype),
-            None,
-            None,
-            None,
-            None,
+            None if of_hidden is None else of_hidden.to(hidden_dtype),
+            None if of_weight is None else of_weight.to(weight_dtype),
+            None if of_bias is None else of_bias.to(bias.dtype),
+            *(None,) * 5,
         )
+
+
+def _holds(grad: Tensor, slopes: Tensor) -> bool:
+    """Tell whether what came in the backward pass is what was said beforehand."""
+    if grad.is_cuda:  # no waiting for the device: it stops the program by itself
+        torch._assert_async((grad == slopes).all())
+        return True
+    return torch.equal(grad, slopes)
+
+
+def _d_logits(
+    logits: Tensor,
+    normalizers: Tensor,
+    labels: Tensor,
+    grad: Tensor,
+    scale: float,
+    softcap: float | None,
+) -> Tensor:
+    """Turn the logits (rows, V) of a chunk into the gradient by hidden @ weight.T, in place."""
+    slope = None if softcap is None else 1 - (logits / softcap) ** 2
+    # d log p(label) / d logits = onehot(label) - p
+    d_logits = logits.sub_(normalizers[:, None]).exp_().mul_(-grad[:, None])
+    d_logits.scatter_add_(1, labels[:, None], grad[:, None].to(d_logits.dtype))
+    if slope is not None:
+        d_logits.mul_(slope)
+    if scale != 1.0:
+        d_logits.mul_(scale)
+    return d_logits
 
 
 def _logits(

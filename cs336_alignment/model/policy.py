@@ -38,13 +38,15 @@ class Policy(nn.Module):
             model.set_attn_implementation(FLAT_ATTENTION)
 
     def forward(
-        self, batch: Microbatch, with_entropy: bool = False
+        self, batch: Microbatch, with_entropy: bool = False, slopes: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None]:
         """Compute the log-probs of a microbatch's response tokens.
 
         Args:
             batch: on the model's device.
             with_entropy: also give the entropy of each response position, without a graph.
+            slopes: (R,) the gradient of the loss by each log-prob, if known: saves a product in
+                the head.
 
         Returns:
             log_probs (R,), differentiable, float32 or wider; entropies (R,) in nats, or None.
@@ -70,7 +72,7 @@ class Policy(nn.Module):
                 return self._whole_model(inputs, batch, with_entropy)
             hidden = self.model.base_model(**inputs).last_hidden_state.flatten(0, 1)  # (T, H)
             hidden = hidden.index_select(0, batch.response_index)  # (R, H)
-            return head_log_probs(self.head, hidden, batch.labels, with_entropy)
+            return head_log_probs(self.head, hidden, batch.labels, with_entropy, slopes)
 
     def _whole_model(
         self, inputs: dict[str, Any], batch: Microbatch, with_entropy: bool

@@ -196,6 +196,22 @@ def loss_weights(
     raise ValueError(f"unknown loss_normalization {loss_normalization!r}")
 
 
+def loss_slopes(mask: Tensor, normalize_constant: float, dtype: torch.dtype) -> Tensor:
+    """Compute the gradient of `microbatch_loss` by each log-prob: it depends on none of them.
+
+    Args:
+        mask: (R,) from `loss_weights`.
+        normalize_constant: from `loss_weights`.
+        dtype: of the log-probs.
+
+    Returns:
+        (R,) in that dtype, bit for bit what the backward pass will bring.
+    """
+    log_probs = torch.zeros(mask.shape, dtype=dtype, device=mask.device, requires_grad=True)
+    loss = microbatch_loss(log_probs, mask, normalize_constant)
+    return torch.autograd.grad(loss, log_probs)[0]
+
+
 def microbatch_loss(log_probs: Tensor, mask: Tensor, normalize_constant: float) -> Tensor:
     """Compute the scalar that goes backward for one microbatch, always through `masked_normalize`.
 

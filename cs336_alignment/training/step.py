@@ -14,6 +14,7 @@ from cs336_alignment.data.batching import collate, mix_seed, plan_microbatches
 from cs336_alignment.data.dataset import TokenizedDataset
 from cs336_alignment.training.loss import (
     StepCounts,
+    loss_slopes,
     loss_weights,
     masked_normalize,
     microbatch_loss,
@@ -107,6 +108,7 @@ def accumulate_gradients(
     entropy_sum = torch.zeros_like(nll)
     not_finite = torch.zeros(len(microbatches), dtype=torch.bool, device=processes.device)
     complete = True
+    dtype = torch.promote_types(torch.float32, next(policy.parameters()).dtype)
     for index, members in enumerate(microbatches):
         last = index == len(microbatches) - 1
         if give_up() and not last:
@@ -115,11 +117,11 @@ def accumulate_gradients(
         batch = collate([dataset[i] for i in members], flat=cut.flat).to(processes.device)
         # Dropout is a function of where the run stands, so a resumed run draws the same.
         torch.manual_seed(mix_seed(seed, step, index, processes.index))
+        mask, constant = loss_weights(
+            trainer.loss_normalization, batch, counts, trainer.normalize_constant
+        )
         with processes.no_sync(policy, active=not last):
-            log_probs, entropy = policy(batch, with_entropy)
-            mask, constant = loss_weights(
-                trainer.loss_normalization, batch, counts, trainer.normalize_constant
-            )
+            log_probs, entropy = policy(batch, with_entropy, loss_slopes(mask, constant, dtype))
             loss = microbatch_loss(log_probs, mask, constant)
             # Not accelerator.backward, which would divide by an accumulation of its own.
             loss.backward()

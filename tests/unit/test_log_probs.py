@@ -70,10 +70,14 @@ def test_shapes_must_agree() -> None:
 @pytest.mark.parametrize("scale", [1.0, 0.25])
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("rows", [1, 3, 64])
+@pytest.mark.parametrize("slopes", [None, "right", "wrong"])
 def test_chunked_head_against_float64(
-    rows: int, bias: bool, scale: float, softcap: float | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    slopes: str | None, rows: int, bias: bool, scale: float, softcap: float | None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
     torch.manual_seed(0)
+    calls, original = [], lm_head._logits
+    monkeypatch.setattr(lm_head, "_logits", lambda *a: calls.append(0) or original(*a))
     monkeypatch.setattr(lm_head, "_chunk_rows", lambda *_: rows)
     linear = nn.Linear(8, 31, bias=bias).double()
     hidden = torch.randn(10, 8, dtype=torch.float64, requires_grad=True)
@@ -87,13 +91,16 @@ def test_chunked_head_against_float64(
 
     want = reference().log_softmax(-1).gather(1, labels[:, None]).squeeze(1)
     want_grads = torch.autograd.grad((want * upstream).sum(), [hidden, *linear.parameters()])
-    got, entropy = head_log_probs(Head(linear, scale, softcap), hidden, labels, with_entropy=True)
+    said = {"right": upstream, "wrong": upstream + 1}.get(slopes or "")
+    got, entropy = head_log_probs(Head(linear, scale, softcap), hidden, labels, True, said)
     got_grads = torch.autograd.grad((got * upstream).sum(), [hidden, *linear.parameters()])
     torch.testing.assert_close(got, want, rtol=1e-13, atol=1e-13)
     for a, b in zip(got_grads, want_grads, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-13)
     assert entropy is not None and not entropy.requires_grad
     torch.testing.assert_close(entropy, entropy64(reference()), rtol=1e-12, atol=1e-12)
+    # Known beforehand, the gradient takes no second look at the logits.
+    assert len(calls) == -(-10 // rows) * (1 if slopes == "right" else 2)
 
 
 def test_chunked_head_is_stable_for_large_logits() -> None:

@@ -11,7 +11,13 @@ import torch
 from cs336_alignment.data.batching import collate
 from cs336_alignment.data.tokenize import TokenizedExample
 from cs336_alignment.sft import masked_normalize, sft_microbatch_train_step
-from cs336_alignment.training.loss import StepCounts, loss_weights, microbatch_loss
+from cs336_alignment.training.loss import (
+    StepCounts,
+    loss_slopes,
+    loss_weights,
+    microbatch_loss,
+)
+from tests.conftest import build_dataset
 
 NAN = float("nan")
 
@@ -167,3 +173,17 @@ def test_filler_has_weight_zero() -> None:
         assert log_probs.grad is not None and log_probs.grad.item() == 0.0
     with pytest.raises(ValueError, match="unknown"):
         loss_weights("mean", filler, StepCounts(1, 1.0, 1.0, 1, 1))
+
+
+@pytest.mark.parametrize("normalization", ["token", "sequence", "constant", "microbatch"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_slopes_are_what_the_backward_pass_brings(normalization: str, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    dataset = build_dataset()
+    batch = collate([dataset[i] for i in (0, 3, 5)], flat=True)
+    counts = StepCounts(7, 7.0, 61.0, 3, 2)
+    mask, constant = loss_weights(normalization, batch, counts, 13.0)
+    log_probs = torch.randn(batch.labels.shape, dtype=dtype, requires_grad=True)
+    microbatch_loss(log_probs, mask, constant).backward()
+    assert log_probs.grad is not None
+    assert torch.equal(loss_slopes(mask, constant, dtype), log_probs.grad)
