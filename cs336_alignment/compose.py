@@ -168,7 +168,9 @@ def to_config(composed: DictConfig, verb: str, overrides: Sequence[str]) -> Conf
     for key in missing:
         OmegaConf.update(composed, key, "none")
     try:
-        config = OmegaConf.to_object(composed)
+        # Merged into the bare schema: an interpolation may have put a number where a list belongs.
+        resolved = OmegaConf.to_container(composed, resolve=True)
+        config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), resolved))
     except OmegaConfBaseException as failure:
         raise translate(failure) from failure
     assert isinstance(config, Config)

@@ -13,7 +13,7 @@ from cs336_alignment.config import ALL_KEYS, DEFAULT_WARMUP_RATIO, Config, DataC
 from cs336_alignment.errors import ExitStatus, UserError, UserErrors, describe
 
 LOSS_NORMALIZATIONS = ("token", "sequence", "microbatch", "constant")
-BATCHINGS = ("auto", "flat", "padded")
+BATCHINGS = ("auto", "flat", "flat_shared_prefix", "padded")
 LOSS_SPIKES = ("off", "warn", "stop", "skip")
 PRECISIONS = ("auto", "fp32", "bf16")
 OVERLONG = ("drop", "truncate", "split", "error")

@@ -6,11 +6,63 @@ B rows, S positions of a padded row, T = tokens in all (B·S, or the flat row), 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
+
+# Rows padded to one width; one row without padding; the same with the tokens that all examples
+# begin with computed once.
+Batching = Literal["padded", "flat", "flat_shared_prefix"]
+
+
+@dataclass(frozen=True)
+class SharedPrefix:
+    """The keys that the sequences of a flat row attend to, where its first sequence is a prefix of
+    all others: each of these sees the prefix, then itself. N sequences follow the prefix, P tokens
+    long; K = P + N·P + what follows = all keys, sequence by sequence.
+
+    Attributes:
+        length: P.
+        key_index: (K,) int64, the position in the row of each key.
+        cu_key_lens: (N + 2,) int32, the borders of the sequences' keys, from 0 to K.
+        copies: ((N + 1)·P,) int64, where in the keys the prefix stands, copy by copy.
+        own_index: (T,) int64, where in the keys each position of the row first stands.
+    """
+
+    length: int
+    key_index: Tensor
+    cu_key_lens: Tensor
+    copies: Tensor
+    own_index: Tensor
+
+    @staticmethod
+    def before(lengths: list[int], prefix: int) -> SharedPrefix:
+        """Index the keys of sequences of these lengths that follow a prefix of `prefix` tokens."""
+        rows = _borders([prefix, *lengths])
+        keys = _borders([prefix, *(prefix + length for length in lengths)])
+        shared = torch.arange(prefix)
+        key_index, own_index = [shared], [shared]
+        for length, row, key in zip(lengths, rows[1:-1], keys[1:-1], strict=True):
+            key_index += [shared, torch.arange(row, row + length)]
+            own_index.append(torch.arange(key + prefix, key + prefix + length))
+        return SharedPrefix(
+            length=prefix,
+            key_index=torch.cat(key_index),
+            cu_key_lens=torch.tensor(keys, dtype=torch.int32),
+            copies=(torch.tensor(keys[:-1])[:, None] + shared).flatten(),
+            own_index=torch.cat(own_index),
+        )
+
+    def to(self, device: torch.device) -> SharedPrefix:
+        """Copy to a device."""
+        return _moved(self, device)
+
+
+def _borders(lengths: list[int]) -> list[int]:
+    return list(itertools.accumulate(lengths, initial=0))
 
 
 @dataclass(frozen=True)
@@ -19,32 +71,40 @@ class FlatLayout:
 
     Attributes:
         groups: runs of neighbouring sequences of one length, as (number of sequences, tokens of
-            each).
+            each); a shared prefix is the first, alone.
         cu_seq_lens: (number of sequences + 1,) int32, the borders, beginning with 0 and ending with
             T.
-        max_length: tokens of the longest sequence.
+        max_length: tokens of the longest sequence; with the prefix that it sees.
+        prefix: that the other sequences attend to besides themselves; None: each stands alone.
     """
 
     groups: tuple[tuple[int, int], ...]
     cu_seq_lens: Tensor
     max_length: int
+    prefix: SharedPrefix | None = None
 
     @staticmethod
-    def of(lengths: list[int]) -> FlatLayout:
-        """Build the layout of sequences of these lengths, in this order.
+    def of(lengths: list[int], prefix: int = 0) -> FlatLayout:
+        """Build the layout of sequences of these lengths, in this order, after a shared prefix.
 
         Example:
             >>> FlatLayout.of([3, 2, 2]).groups
             ((1, 3), (2, 2))
+            >>> FlatLayout.of([3, 2, 2], prefix=3).groups
+            ((1, 3), (1, 3), (2, 2))
         """
-        groups: list[tuple[int, int]] = []
-        for length in lengths:
-            if groups and groups[-1][1] == length:
-                groups[-1] = (groups[-1][0] + 1, length)
-            else:
-                groups.append((1, length))
-        borders = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
-        return FlatLayout(tuple(groups), borders, max(lengths))
+        runs = [(len(list(run)), length) for length, run in itertools.groupby(lengths)]
+        first = (prefix,) if prefix else ()
+        return FlatLayout(
+            groups=(*((1, length) for length in first), *runs),
+            cu_seq_lens=torch.tensor(_borders([*first, *lengths]), dtype=torch.int32),
+            max_length=prefix + max(lengths),
+            prefix=SharedPrefix.before(lengths, prefix) if prefix else None,
+        )
+
+    def to(self, device: torch.device) -> FlatLayout:
+        """Copy to a device."""
+        return _moved(self, device)
 
 
 @dataclass(frozen=True)
@@ -63,8 +123,7 @@ class TokenWeights:
 
     def to(self, device: torch.device) -> TokenWeights:
         """Copy to a device."""
-        own = (self.token, self.example_total, self.example)
-        return TokenWeights(*(tensor.to(device, non_blocking=True) for tensor in own))
+        return _moved(self, device)
 
 
 @dataclass(frozen=True)
@@ -72,11 +131,11 @@ class Microbatch:
     """One forward and backward pass on one process.
 
     The last token of an example is never an input, only a label, so an example of L tokens occupies
-    L - 1 positions.
+    L - 1 positions; those of a shared prefix are there once for all examples.
 
     Attributes:
         input_ids: (1, T) flat or (B, S) padded, int64.
-        position_ids: as `input_ids`; each sequence counts from 0.
+        position_ids: as `input_ids`; each sequence counts from 0, or on from the shared prefix.
         attention_mask: None if flat; (B, S) bool, True on tokens, if padded.
         flat_layout: the sequences of the flat row; None if padded.
         response_index: (R,) int64, the positions (in the flattened input) that predict a response
@@ -101,16 +160,19 @@ class Microbatch:
 
     def to(self, device: torch.device) -> Microbatch:
         """Copy every tensor to a device."""
-        if self.input_ids.device == device:
-            return self
-        moved: dict[str, Any] = {
-            item.name: value.to(device, non_blocking=True)
-            for item in dataclasses.fields(self)
-            if isinstance(value := getattr(self, item.name), Tensor)
-        }
-        if self.flat_layout is not None:
-            borders = self.flat_layout.cu_seq_lens.to(device, non_blocking=True)
-            moved["flat_layout"] = dataclasses.replace(self.flat_layout, cu_seq_lens=borders)
-        if self.weights is not None:
-            moved["weights"] = self.weights.to(device)
-        return dataclasses.replace(self, **moved)
+        return self if self.input_ids.device == device else _moved(self, device)
+
+
+Record = TypeVar("Record", "Microbatch", FlatLayout, SharedPrefix, TokenWeights)
+
+
+def _moved(record: Record, device: torch.device) -> Record:
+    """Copy all tensors of a record, and of the records in it, to a device."""
+    moved: dict[str, Any] = {}
+    for item in dataclasses.fields(record):
+        value = getattr(record, item.name)
+        if isinstance(value, Tensor):
+            moved[item.name] = value.to(device, non_blocking=True)
+        elif dataclasses.is_dataclass(value):
+            moved[item.name] = value.to(device)  # type: ignore[union-attr]
+    return dataclasses.replace(record, **moved)

@@ -8,7 +8,7 @@ data/        sources (json_rows, table_rows) → layout → formats, templates
              → chat (messages, spans) → tokenize → encode → prepare (store, ledger, lint)
              → splits, mixture → dataset → batching (step ▸ examples ▸ microbatches)
              token_view, token_page: what is trained, to look at
-model/       loading · attention (flat rows) · lm_head (chunked) · policy · log_probs
+model/       loading · attention (flat rows, shared prefix) · lm_head (chunked) · policy · log_probs
 training/    loss · step (one step's gradient) · trainer (the loop) · run (a run, whole)
              optimizer · schedule · parallel · checkpoint · run_folder · status · stop
              preflight · report · manifest · export · doctor (invariances)

@@ -38,6 +38,7 @@ from tests.faults.tally import (  # noqa: F401  hooks and a fixture
     pytest_terminal_summary,
     tally,
 )
+from tests.reference import stay_in_float64
 from tests.zygote import Zygote
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -69,16 +70,20 @@ def build_model(name: str, dtype: torch.dtype = torch.float64) -> PreTrainedMode
     return model.to(dtype)
 
 
-def build_dataset(num_examples: int = 11, *, weighted: bool = False) -> TokenizedDataset:
+def build_dataset(
+    num_examples: int = 11, *, weighted: bool = False, prefix: int = 0
+) -> TokenizedDataset:
     """Make ragged examples, a prompt of one token and a response of one token among them; weighted:
-    with examples and stretches of unequal weight, some of several turns.
+    with examples and stretches of unequal weight, some of several turns; all begin with the same
+    `prefix` tokens.
     """
     generator = torch.Generator().manual_seed(1)
     rows = []
     for index in range(num_examples):
-        num_prompt = 1 + index * 7 % 5
+        num_prompt = prefix + 1 + index * 7 % 5
         num_response = 1 + index * 5 % 9
         ids = torch.randint(VOCABULARY, (num_prompt + num_response,), generator=generator)
+        ids[:prefix] = torch.arange(prefix) * 5 % VOCABULARY
         if weighted:
             each = [0.0] * num_prompt + [0.5 + place % 3 for place in range(num_response)]
             each[-3::-4] = [0.0] * len(each[-3::-4])  # a second turn's question
@@ -106,6 +111,14 @@ def launch(kind: str) -> tuple[str, ...]:
 def processes() -> Processes:
     """This process alone, as the trainer sees it."""
     return Processes(start_processes(ParallelConfig()))
+
+
+@pytest.fixture
+def wide_norms() -> Iterator[None]:
+    """No RMSNorm rounds to float32 (`stay_in_float64`)."""
+    patch = stay_in_float64()
+    yield
+    patch.undo()
 
 
 Sft = Callable[..., "subprocess.CompletedProcess[str]"]

@@ -3,12 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
+from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
 
 from cs336_alignment.data.dataset import TokenizedDataset
+
+
+def stay_in_float64() -> pytest.MonkeyPatch:
+    """Make transformers' RMSNorms compute in the dtype of their input: they round to float32, and a
+    sum of rounded gradients is not the rounded sum. `undo()` ends it.
+    """
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        return self.weight * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6)
+
+    patch = pytest.MonkeyPatch()
+    for norm in (LlamaRMSNorm, Qwen2RMSNorm):
+        patch.setattr(norm, "forward", forward)
+    return patch
 
 
 def dense_log_probs(

@@ -19,9 +19,12 @@ from numpy.typing import NDArray
 
 from cs336_alignment.data.mixture import Mixture
 from cs336_alignment.data.tokenize import TokenizedExample
-from cs336_alignment.microbatch import FlatLayout, Microbatch, TokenWeights
+from cs336_alignment.microbatch import Batching, FlatLayout, Microbatch, TokenWeights
 
 Lengths = Sequence[int] | NDArray[np.integer]
+# A shared prefix costs copies of its keys: it must be this long and spare this share of the tokens.
+MIN_SHARED_TOKENS = 16
+MIN_SPARED = 0.05
 
 
 @dataclass(frozen=True)
@@ -125,20 +128,21 @@ def balance(example_ids: Sequence[int], lengths: Lengths, num_bins: int) -> list
 
 
 def cut_by_tokens(
-    example_ids: Sequence[int], lengths: Lengths, microbatch_tokens: int, *, flat: bool
+    example_ids: Sequence[int], lengths: Lengths, microbatch_tokens: int, *, batching: Batching
 ) -> list[list[int]]:
     """Cut a process's examples into microbatches of at most `microbatch_tokens` tokens.
 
     Flat microbatches are balanced by their tokens. Padded ones hold examples of similar length and
-    count their padding. An example longer than the budget gets a microbatch of its own.
+    count their padding. A prefix counts in every example, shared or not. An example longer than
+    the budget gets a microbatch of its own.
 
     Args:
         example_ids: the process's examples of this step.
         lengths: tokens of every example, by id.
         microbatch_tokens: the budget.
-        flat: which layout the microbatches will have.
+        batching: of the microbatches.
     """
-    if not flat:
+    if batching == "padded":
         return _cut_padded(example_ids, lengths, microbatch_tokens)
     alone = sorted(i for i in example_ids if lengths[i] > microbatch_tokens)
     rest = [i for i in example_ids if lengths[i] <= microbatch_tokens]
@@ -171,7 +175,7 @@ def plan_microbatches(
     process_index: int,
     microbatch_tokens: int | None,
     gradient_accumulation_steps: int | None,
-    flat: bool,
+    batching: Batching,
 ) -> list[list[int]]:
     """Give the microbatches of one step on one process.
 
@@ -183,7 +187,7 @@ def plan_microbatches(
         microbatch_tokens: token budget, or None.
         gradient_accumulation_steps: number of microbatches, or None; exactly one of the two is
             given.
-        flat: which layout the microbatches will have.
+        batching: of the microbatches.
 
     Returns:
         At least one list of example ids; a single empty one if the process has no example in this
@@ -196,35 +200,61 @@ def plan_microbatches(
         raise ValueError("give one of microbatch_tokens and gradient_accumulation_steps")
     mine = balance(example_ids, lengths, num_processes)[process_index]
     if microbatch_tokens is not None:
-        microbatches = cut_by_tokens(mine, lengths, microbatch_tokens, flat=flat)
+        microbatches = cut_by_tokens(mine, lengths, microbatch_tokens, batching=batching)
     else:
         assert gradient_accumulation_steps is not None
         microbatches = balance(mine, lengths, gradient_accumulation_steps)
     return [microbatch for microbatch in microbatches if microbatch] or [[]]
 
 
-def collate(examples: Sequence[TokenizedExample], *, flat: bool) -> Microbatch:
+def shared_prefix(examples: Sequence[TokenizedExample]) -> int:
+    """Count the tokens that all examples begin with and that may be computed once for all.
+
+    None of them predicts a trained token. 0 if sharing would not pay.
+
+    Args:
+        examples: of a microbatch, at least 2 tokens each.
+    """
+    if len(examples) < 2:
+        return 0
+    # Position t predicts token t + 1.
+    limit = min(int(example.response_mask[1:].int().argmax()) for example in examples)
+    if limit < MIN_SHARED_TOKENS:
+        return 0
+    starts = torch.stack([example.input_ids[:limit] for example in examples])
+    length = int((starts == starts[0]).all(0).int().cumprod(0).sum())
+    spared = (len(examples) - 1) * length
+    total = sum(len(example.input_ids) - 1 for example in examples)
+    return length if length >= MIN_SHARED_TOKENS and spared >= MIN_SPARED * total else 0
+
+
+def collate(examples: Sequence[TokenizedExample], *, batching: Batching) -> Microbatch:
     """Build the tensors of a microbatch, in the order of the examples.
 
     Args:
         examples: at least 2 tokens each; none at all gives a filler of one token with nothing
             trained, so that a process without work still takes part in the gradient's reduction.
-        flat: one row without padding, or right-padded rows (filled with id 0, which nothing reads).
+        batching: one row without padding, its common prefix once or not, or right-padded rows
+            (filled with id 0, which nothing reads).
     """
     filler = not examples
     if filler:
         examples = [
             TokenizedExample(torch.zeros(2, dtype=torch.int64), torch.tensor([False, True]), -1)
         ]
-    widths = [len(example.input_ids) - 1 for example in examples]
+    prefix = shared_prefix(examples) if batching == "flat_shared_prefix" else 0
+    widths = [len(example.input_ids) - 1 - prefix for example in examples]
     # The one shift: position t predicts token t + 1, so the mask moves one to the left.
-    masks = [example.response_mask[1:] for example in examples]
-    if flat:
-        row_starts = [0]
+    masks = [example.response_mask[1 + prefix :] for example in examples]
+    if batching != "padded":
+        row_starts = [prefix]
         for width in widths[:-1]:
             row_starts.append(row_starts[-1] + width)
-        input_ids = torch.cat([example.input_ids[:-1] for example in examples]).unsqueeze(0)
-        position_ids = torch.cat([torch.arange(width) for width in widths]).unsqueeze(0)
+        parts = [examples[0].input_ids[:prefix]]
+        parts += [example.input_ids[prefix:-1] for example in examples]
+        positions = [torch.arange(prefix)]
+        positions += [torch.arange(prefix, prefix + width) for width in widths]
+        input_ids, position_ids = torch.cat(parts)[None], torch.cat(positions)[None]
         attention_mask = None
     else:
         stride = max(widths)
@@ -239,14 +269,17 @@ def collate(examples: Sequence[TokenizedExample], *, flat: bool) -> Microbatch:
         [mask.nonzero().squeeze(1) + start for mask, start in zip(masks, row_starts, strict=True)]
     )
     labels = torch.cat(
-        [example.input_ids[1:][mask] for example, mask in zip(examples, masks, strict=True)]
+        [
+            example.input_ids[1 + prefix :][mask]
+            for example, mask in zip(examples, masks, strict=True)
+        ]
     )
     response_tokens = [int(mask.sum()) for mask in masks]
     return Microbatch(
         input_ids=input_ids.long(),
         position_ids=position_ids,
         attention_mask=attention_mask,
-        flat_layout=FlatLayout.of(widths) if flat else None,
+        flat_layout=None if batching == "padded" else FlatLayout.of(widths, prefix),
         response_index=response_index,
         labels=labels.long(),
         response_mask=torch.full(labels.shape, not filler),

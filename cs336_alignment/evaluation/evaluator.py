@@ -17,6 +17,7 @@ from cs336_alignment.errors import ExitStatus
 from cs336_alignment.evaluation.log_generations import generate_rows, summarize
 from cs336_alignment.evaluation.loss import evaluate_loss
 from cs336_alignment.evaluation.rewards import REWARDS
+from cs336_alignment.microbatch import Batching
 from cs336_alignment.model.loading import check_fits
 from cs336_alignment.model.policy import Policy
 from cs336_alignment.training.parallel import Processes
@@ -51,7 +52,7 @@ class Evaluator:
         config: the evaluation section.
         processes: who shares the work.
         microbatch_tokens: token budget of a forward pass.
-        flat: flat rows, or padded ones.
+        batching: flat rows, or padded ones.
         seed: of sampling.
         progress: shows a bar.
         asked: gives the status of a request to stop, None while there is none.
@@ -67,7 +68,7 @@ class Evaluator:
         config: EvaluationConfig,
         processes: Processes,
         microbatch_tokens: int,
-        flat: bool,
+        batching: Batching,
         seed: int,
         progress: Progress,
         asked: Callable[[], ExitStatus | None] = lambda: None,
@@ -78,7 +79,7 @@ class Evaluator:
         self.config = config
         self.processes = processes
         self.microbatch_tokens = microbatch_tokens
-        self.flat = flat
+        self.batching = batching
         self.seed = seed
         self.progress = progress
         self.asked = asked
@@ -123,7 +124,7 @@ class Evaluator:
                 self.dataset,
                 self.processes,
                 microbatch_tokens=self.microbatch_tokens,
-                flat=self.flat,
+                batching=self.batching,
                 advance=advance,
                 stopped=lambda: self.asked() is not None,
             )

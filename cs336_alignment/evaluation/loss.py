@@ -8,6 +8,7 @@ import torch
 
 from cs336_alignment.data.batching import collate, plan_microbatches
 from cs336_alignment.data.dataset import TokenizedDataset
+from cs336_alignment.microbatch import Batching
 from cs336_alignment.model.policy import Policy
 from cs336_alignment.training.loss import masked_normalize
 from cs336_alignment.training.parallel import Processes
@@ -19,7 +20,7 @@ def evaluate_loss(
     processes: Processes,
     *,
     microbatch_tokens: int,
-    flat: bool,
+    batching: Batching,
     advance: Callable[[int], None] = lambda _: None,
     stopped: Callable[[], bool] = lambda: False,
 ) -> dict[str, float]:
@@ -33,7 +34,7 @@ def evaluate_loss(
         dataset: the examples.
         processes: among which they are divided.
         microbatch_tokens: token budget of a forward pass.
-        flat: flat rows, or padded ones.
+        batching: flat rows, or padded ones.
         advance: called with the number of examples done, for a progress bar.
         stopped: asked before each forward pass; once True the rest is left out, and the result is
             for nobody.
@@ -49,7 +50,7 @@ def evaluate_loss(
         process_index=processes.index,
         microbatch_tokens=microbatch_tokens,
         gradient_accumulation_steps=None,
-        flat=flat,
+        batching=batching,
     )
     sums = torch.zeros(2, dtype=torch.float64, device=device)
     training = policy.training
@@ -58,7 +59,7 @@ def evaluate_loss(
         for ids in microbatches:
             if stopped():
                 break
-            batch = collate([dataset[i] for i in ids], flat=flat).to(device)
+            batch = collate([dataset[i] for i in ids], batching=batching).to(device)
             log_probs, entropy = policy(batch, with_entropy=True)
             assert entropy is not None
             sums[0] -= masked_normalize(log_probs.double(), batch.response_mask)

@@ -120,7 +120,7 @@ def _build(config: Config, precision: str, processes: Processes, console: Consol
     longest = int(data.dataset.lengths.max())
     check_fits(model, data.largest_token_id, longest)
     policy = Policy(model, choose_precision(precision, processes.device)).to(processes.device)
-    batching = choose_batching(policy, config.trainer.batching, longest)
+    choice = choose_batching(policy, config.trainer.batching, longest)
     evaluator = Evaluator(
         policy,
         tokenizer,
@@ -129,7 +129,7 @@ def _build(config: Config, precision: str, processes: Processes, console: Consol
         config=config.evaluation,
         processes=processes,
         microbatch_tokens=config.trainer.microbatch_tokens or DEFAULT_MICROBATCH_TOKENS,
-        flat=batching.flat,
+        batching=choice.batching,
         seed=config.seed,
         progress=console.progress,
     )

@@ -1,7 +1,8 @@
-"""Attention over a flat row: many sequences in one row of tokens, each attending only to itself.
+"""Attention over a flat row: many sequences in one row of tokens, each attending only to itself
+and, if there is one, to the prefix that all share (as in Prefix Grouper, arXiv 2506.05433).
 
-T flat tokens, D head size. Registered with transformers under the name `cs336_flat`; without a
-layout it is plain SDPA, so the same model also generates and takes padded batches.
+T flat tokens, K keys, D head size. Registered with transformers under the name `cs336_flat`;
+without a layout it is plain SDPA, so the same model also generates and takes padded batches.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-from cs336_alignment.microbatch import FlatLayout
+from cs336_alignment.microbatch import FlatLayout, SharedPrefix
 
 FLAT_ATTENTION = "cs336_flat"
 
@@ -64,6 +65,8 @@ def flat_attention(
         # Rotary embeddings widen queries and keys to float32; SDPA would narrow them by itself.
         dtype = torch.get_autocast_dtype(device)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+    if flat_layout.prefix is not None:
+        key, value = (_with_prefix(x, flat_layout.prefix) for x in (key, value))
     if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16) and dropout == 0.0:
         return _varlen_attention(query, key, value, flat_layout, scaling), None
     return _grouped_attention(query, key, value, flat_layout, dropout, scaling), None
@@ -77,22 +80,36 @@ def _grouped_attention(
     dropout: float,
     scaling: float | None,
 ) -> Tensor:
-    sizes = [count * length for count, length in layout.groups]
+    counts, lengths = zip(*layout.groups, strict=True)
+    before = [0] * len(lengths)  # keys that a sequence sees before its own first one
+    if layout.prefix is not None:
+        before[1:] = [layout.prefix.length] * (len(lengths) - 1)
+    own = [count * length for count, length in layout.groups]
+    seen = [
+        count * (prefix + length)
+        for count, length, prefix in zip(counts, lengths, before, strict=True)
+    ]
     grouped_queries = query.shape[1] != key.shape[1]
     outputs = []
     # split, not slicing: its backward is one concatenation instead of a full-size zero tensor per
     # part.
     parts = zip(
-        layout.groups,
-        query.split(sizes, 2),
-        key.split(sizes, 2),
-        value.split(sizes, 2),
+        counts, lengths, before, query.split(own, 2), key.split(seen, 2), value.split(seen, 2),
         strict=True,
-    )
-    for (count, length), q, k, v in parts:
-        q, k, v = (_to_batch(x, count, length) for x in (q, k, v))
+    )  # fmt: skip
+    for count, length, prefix, q, k, v in parts:
         out = F.scaled_dot_product_attention(
-            q, k, v, dropout_p=dropout, is_causal=True, scale=scaling, enable_gqa=grouped_queries
+            _to_batch(q, count, length),
+            _to_batch(k, count, prefix + length),
+            _to_batch(v, count, prefix + length),
+            # is_causal aligns the first query with the first key, so a prefix needs a mask.
+            attn_mask=query.new_ones((length, prefix + length), dtype=torch.bool).tril(prefix)
+            if prefix
+            else None,
+            dropout_p=dropout,
+            is_causal=not prefix,
+            scale=scaling,
+            enable_gqa=grouped_queries,
         )  # (count, heads, length, D)
         outputs.append(out.transpose(1, 2).reshape(1, count * length, out.shape[1], out.shape[3]))
     return torch.cat(outputs, dim=1)
@@ -101,6 +118,38 @@ def _grouped_attention(
 def _to_batch(x: Tensor, count: int, length: int) -> Tensor:
     """(1, heads, count·length, D) → (count, heads, length, D), a view."""
     return x[0].unflatten(1, (count, length)).transpose(0, 1)
+
+
+def _with_prefix(x: Tensor, prefix: SharedPrefix) -> Tensor:
+    """Keys or values of the row (1, heads, T, D) → of every sequence (1, heads, K, D)."""
+    shared: Tensor = _Shared.apply(
+        x[0].transpose(0, 1), prefix.key_index, prefix.copies, prefix.own_index, prefix.length
+    )
+    return shared.transpose(0, 1).unsqueeze(0)
+
+
+class _Shared(torch.autograd.Function):
+    """`x.index_select(0, key_index)`, with a backward that sums in a fixed order and in float32
+    (index_select's own adds atomically on CUDA, in the dtype of x).
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, key_index: Tensor, copies: Tensor, own_index: Tensor, length: int
+    ) -> Tensor:
+        ctx.save_for_backward(copies, own_index)
+        ctx.length = length
+        return x.index_select(0, key_index)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (grad,) = grads  # (K, heads, D)
+        copies, own_index = ctx.saved_tensors
+        result = grad.index_select(0, own_index)
+        of_copies = grad.index_select(0, copies).unflatten(0, (-1, ctx.length))
+        exact = torch.promote_types(grad.dtype, torch.float32)
+        result[: ctx.length] = of_copies.sum(0, dtype=exact)
+        return result, None, None, None, None
 
 
 def _varlen_attention(
@@ -118,8 +167,10 @@ def _varlen_attention(
     )
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # (T, heads, D)
     borders = layout.cu_seq_lens
+    # The last query is aligned with the last key, as a prefix needs it.
+    key_borders = borders if layout.prefix is None else layout.prefix.cu_key_lens
     out = varlen_attn(
-        q, k, v, borders, borders, layout.max_length, layout.max_length, scale=scaling, **causal
+        q, k, v, borders, key_borders, layout.max_length, layout.max_length, scale=scaling, **causal
     )
     assert isinstance(out, Tensor)  # a tuple only if auxiliary outputs are asked for
     return out.unsqueeze(0)

@@ -14,9 +14,10 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from cs336_alignment.config import Config
-from cs336_alignment.data.batching import collate
+from cs336_alignment.data.batching import MIN_SHARED_TOKENS, collate, shared_prefix
 from cs336_alignment.data.splits import RunData, prepare_run
 from cs336_alignment.errors import ExitStatus, UserError
+from cs336_alignment.microbatch import Batching
 from cs336_alignment.model.attention import FLAT_ATTENTION, why_not_flat
 from cs336_alignment.model.loading import (
     ModelSource,
@@ -35,6 +36,7 @@ from cs336_alignment.training.invariances import (
     Gradient,
     Subject,
     apart_by,
+    begin_alike,
     cut_short,
     differing,
     guarded,
@@ -106,7 +108,7 @@ def examine(config: Config, processes: Processes, console: Console) -> Iterator[
     check_fits(model, data.train.largest_token_id, longest)
     attention, count = str(model.config._attn_implementation), model.num_parameters()
     policy = Policy(model).to(processes.device).eval()
-    batching = choose_batching(policy, "auto", longest)
+    choice = choose_batching(policy, "auto", longest)
     dataset, short = (
         cut_short(data.train.dataset, NUM_EXAMPLES, length) for length in (MAX_LENGTH, SHORT_LENGTH)
     )
@@ -115,7 +117,7 @@ def examine(config: Config, processes: Processes, console: Console) -> Iterator[
         not_flat = "the architecture does not use transformers' attention interface"
     subject = Subject(policy, short, processes, attention, not_flat)
     tokens = f"{len(dataset)} examples, {int(dataset.lengths.sum())} tokens"
-    console.note(f"checking  {tokens}, dropout off; training would be {batching.reason}")
+    console.note(f"checking  {tokens}, dropout off; training would be {choice.reason}")
     dtypes = [torch.float32]
     if count < FLOAT64_PARAMETERS and processes.device.type == "cpu":
         dtypes.append(torch.float64)
@@ -142,27 +144,29 @@ def _check_gradients(long: Subject, short: Subject, dtype: torch.dtype) -> Itera
     """
     many, label = len(long.dataset), DTYPE_NAMES[dtype]
     plain = short.plain()
-    yield _compare(f"padded {PLAIN}, {label}", short.step(1, False), plain, short, dtype)
-    padded = long.step(1, False)
+    yield _compare(f"padded {PLAIN}, {label}", short.step(1, "padded"), plain, short, dtype)
+    padded = long.step(1, "padded")
     name, not_flat = f"flat against padded, {label}", long.not_flat
     if not_flat is None:
         try:
-            flat_step = long.step(1, True)
+            flat_step = long.step(1, "flat")
         except (RuntimeError, ValueError, TypeError, IndexError) as failure:
             not_flat = f"the model does not take flat rows ({failure})"
         else:
             yield _compare(name, flat_step, padded, long, dtype)
             del flat_step  # a copy of the model
+            yield _check_prefix(long, short, padded, dtype)
     if not_flat is not None:
         yield Finding(name, None, None, None, f"training pads: {not_flat}")
-    flat, one = not_flat is None, "microbatches against one"
-    yield _compare(f"{many} {one}, {label}", long.step(many, flat), padded, long, dtype)
+    batching: Batching = "padded" if not_flat is not None else "flat_shared_prefix"
+    one = "microbatches against one"
+    yield _compare(f"{many} {one}, {label}", long.step(many, batching), padded, long, dtype)
     del padded
     if dtype == torch.float32:
-        yield _check_parameters(short, plain, flat)
-        yield _check_checkpointing(short, plain, flat)
+        yield _check_parameters(short, plain, batching)
+        yield _check_checkpointing(short, plain, batching)
     del plain
-    got, want = short.step(many, flat, "sequence"), short.plain("sequence")
+    got, want = short.step(many, batching, "sequence"), short.plain("sequence")
     yield _compare(f"{many} {one}, loss by sequence, {label}", got, want, short, dtype)
 
 
@@ -174,18 +178,30 @@ def _compare(
     text = f"loss {loss:.0e}, gradient {gradient:.0e}, most in {worst} {share:.0e}"
     apart, bound = float(torch.tensor([gradient, loss]).max()), BOUNDS[dtype]  # max() loses a NaN
     if bound < apart <= LAXEST:
-        # Some models compute parts of a float64 forward in float32, or amplify rounding: how much
-        # is measured on plain transformers, by padding and order alone.
-        alone, padded = subject.plain(), subject.plain(together=True)
-        own = relative_difference(padded.tensors, alone.tensors)[0]
+        # Some models compute parts in float32 whatever their dtype, or amplify rounding: how much
+        # is measured on plain transformers, by padding, order and the scale of the loss alone.
+        alone, other = subject.plain(), subject.plain(together=True, scale=3.0)
+        own = relative_difference(other.tensors, alone.tensors)[0]
         bound = min(max(bound, SENSITIVITY * own), LAXEST)
-        text += f"; padding alone changes plain transformers by {own:.0e}"
+        text += f"; rounding alone changes plain transformers by {own:.0e}"
     return Finding(name, apart, bound, apart <= bound, text)
 
 
-def _check_parameters(subject: Subject, want: Gradient, flat: bool) -> Finding:
+def _check_prefix(long: Subject, short: Subject, padded: Gradient, dtype: torch.dtype) -> Finding:
+    """Compute the prefix that the examples begin with once; if there is none, put one there."""
+    subject = long
+    if not shared_prefix([long.dataset[i] for i in range(len(long.dataset))]):
+        shorter = cut_short(short.dataset, NUM_EXAMPLES, SHORT_LENGTH - MIN_SHARED_TOKENS)
+        subject = replace(short, dataset=begin_alike(shorter, MIN_SHARED_TOKENS))
+        padded = subject.step(1, "padded")
+    got = subject.step(1, "flat_shared_prefix")
+    name = f"shared prefix against padded, {DTYPE_NAMES[dtype]}"
+    return _compare(name, got, padded, subject, dtype)
+
+
+def _check_parameters(subject: Subject, want: Gradient, batching: Batching) -> Finding:
     """Every parameter must get a gradient that gets one from the model itself."""
-    model, got = subject.policy.model, subject.step(1, flat)
+    model, got = subject.policy.model, subject.step(1, batching)
     frozen = [n for n, p in model.named_parameters() if not p.requires_grad]
     rest = [n for n, p in model.named_parameters() if p.requires_grad and has_nothing(got, n)]
     lost = [n for n in rest if not has_nothing(want, n)]
@@ -195,7 +211,7 @@ def _check_parameters(subject: Subject, want: Gradient, flat: bool) -> Finding:
     return Finding("every parameter has a gradient", None, None, not (frozen or lost), text)
 
 
-def _check_checkpointing(subject: Subject, want: Gradient, flat: bool) -> Finding:
+def _check_checkpointing(subject: Subject, want: Gradient, batching: Batching) -> Finding:
     name, model = "gradient checkpointing, fp32", subject.policy.model
     if not model.supports_gradient_checkpointing:
         return Finding(name, None, None, None, "the model does not support it")
@@ -203,7 +219,7 @@ def _check_checkpointing(subject: Subject, want: Gradient, flat: bool) -> Findin
     try:
         layers = [m for m in model.modules() if getattr(m, "gradient_checkpointing", False)]
         with in_training(layers) as calls:
-            got = subject.step(1, flat)
+            got = subject.step(1, batching)
     finally:
         for off in ("activation_checkpointing_disable", "gradient_checkpointing_disable"):
             if hasattr(model, off):
@@ -217,7 +233,8 @@ def _check_checkpointing(subject: Subject, want: Gradient, flat: bool) -> Findin
 def _log_probs(policy: Policy, subject: Subject) -> Tensor:
     """Compute the log-probs of all trained tokens as training does, (R,)."""
     examples = [subject.dataset[i] for i in range(len(subject.dataset))]
-    batch = collate(examples, flat=subject.not_flat is None).to(subject.processes.device)
+    batching: Batching = "padded" if subject.not_flat is not None else "flat_shared_prefix"
+    batch = collate(examples, batching=batching).to(subject.processes.device)
     with torch.no_grad():
         found: Tensor = policy(batch)[0]
     return found

@@ -9,12 +9,14 @@ import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from cs336_alignment.config import TrainerConfig
 from cs336_alignment.data.dataset import TokenizedDataset
 from cs336_alignment.data.tokenize import TokenizedExample, TokenRow
+from cs336_alignment.microbatch import Batching
 from cs336_alignment.model.attention import FLAT_ATTENTION
 from cs336_alignment.model.policy import Policy
 from cs336_alignment.training.parallel import Processes
@@ -88,28 +90,39 @@ class Subject:
     plain_attention: str
     not_flat: str | None
 
-    def step(self, microbatches: int, flat: bool, normalization: str = "token") -> Gradient:
+    def step(self, microbatches: int, batching: Batching, normalization: str = "token") -> Gradient:
         """Calls backward for one step over all examples, as training does."""
         self.policy.zero_grad(set_to_none=True)
         result = accumulate_gradients(
-            self.policy, self.dataset, range(len(self.dataset)), cut=Cut(None, microbatches, flat),
+            self.policy, self.dataset, range(len(self.dataset)),
+            cut=Cut(None, microbatches, batching),
             trainer=TrainerConfig(loss_normalization=normalization), processes=self.processes,
             seed=0, step=0,
         )  # fmt: skip
         return Gradient(float(result.nll), take_gradient(self.policy.model))
 
-    def plain(self, normalization: str = "token", *, together: bool = False) -> Gradient:
+    def plain(
+        self, normalization: str = "token", *, together: bool = False, scale: float = 1.0
+    ) -> Gradient:
         """Calls backward for the same step with torch and transformers alone, nothing of this
         project between: example by example, or in one padded batch, the last example first.
+
+        Args:
+            normalization: of the loss.
+            together: one padded batch.
+            scale: the loss is multiplied and its gradient divided by it, which changes nothing but
+                rounding.
         """
         self.policy.zero_grad(set_to_none=True)
         examples = [self.dataset[i] for i in range(len(self.dataset))]
-        pairs = list(zip(examples, _shares(examples, normalization), strict=True))
+        shares = [share * scale for share in _shares(examples, normalization)]
+        pairs = list(zip(examples, shares, strict=True))
         nll = 0.0
         with self.untouched():
             for group in [pairs[::-1]] if together else [[pair] for pair in pairs]:
                 nll += self._plain_backward(group)
-        return Gradient(nll, take_gradient(self.policy.model))
+        found = take_gradient(self.policy.model)
+        return Gradient(nll, {name: tensor / scale for name, tensor in found.items()})
 
     def _plain_backward(self, group: Sequence[tuple[TokenizedExample, Tensor]]) -> float:
         width = max(len(example.input_ids) for example, _ in group)
@@ -192,6 +205,21 @@ def cut_short(dataset: TokenizedDataset, count: int, length: int) -> TokenizedDa
         own = example.response_mask.float() if example.weights is None else example.weights
         rows.append(TokenRow.of_weights(
             example.input_ids[window].int().numpy(), own[window].numpy(), example.example_weight
+        ))  # fmt: skip
+    return TokenizedDataset.of(rows)
+
+
+def begin_alike(dataset: TokenizedDataset, num_tokens: int) -> TokenizedDataset:
+    """Put the same tokens before every example, as context that is not trained."""
+    start = np.resize(dataset[0].input_ids.int().numpy(), num_tokens)
+    rows = []
+    for number in range(len(dataset)):
+        example = dataset[number]
+        own = example.response_mask.float() if example.weights is None else example.weights
+        rows.append(TokenRow.of_weights(
+            np.concatenate([start, example.input_ids.int().numpy()]),
+            np.concatenate([np.zeros(num_tokens, np.float32), own.numpy()]),
+            example.example_weight,
         ))  # fmt: skip
     return TokenizedDataset.of(rows)
 

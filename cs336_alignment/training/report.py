@@ -25,7 +25,7 @@ from cs336_alignment.tracking.tracker import show_examples
 from cs336_alignment.training.checkpoint import TrainState
 from cs336_alignment.training.export import model_card
 from cs336_alignment.training.parallel import launched_processes
-from cs336_alignment.training.preflight import Batching, describe_batches, dropout_options
+from cs336_alignment.training.preflight import BatchingChoice, describe_batches, dropout_options
 from cs336_alignment.training.run_folder import EXPORT, MANIFEST, METRICS
 from cs336_alignment.training.schedule import warmup_length
 from cs336_alignment.training.step import Cut
@@ -40,7 +40,7 @@ def describe_run(
     policy: Policy,
     train: PreparedData,
     held_out: PreparedData | None,
-    batching: Batching,
+    choice: BatchingChoice,
     plan: StepPlan,
     cut: Cut,
     *,
@@ -71,9 +71,9 @@ def describe_run(
         lines.append(
             ("held out", f"{len(held_out.dataset):,} of them, {len(train.dataset):,} are trained")
         )
-    arithmetic = describe_batches(plan, cut, train.dataset.lengths, num_processes, total_steps)
+    arithmetic = describe_batches(plan, cut, train.dataset, num_processes, total_steps)
     lines += [("" if index else "batches", text) for index, text in enumerate(arithmetic)]
-    lines.append(("rows", batching.reason))
+    lines.append(("rows", choice.reason))
     lines.append(("loss", _loss_line(trainer.loss_normalization, trainer.normalize_constant)))
     lines.append(
         (

@@ -171,15 +171,15 @@ class _Run:
             enable_checkpointing(model)
         device = self.processes.device
         policy = Policy(model, choose_precision(precision, device)).to(device)
-        batching = choose_batching(policy, config.trainer.batching, longest)
-        cut = choose_cut(config.trainer, flat=batching.flat)
+        choice = choose_batching(policy, config.trainer.batching, longest)
+        cut = choose_cut(config.trainer, choice.batching)
         plan = StepPlan(
             len(data.dataset), config.trainer.global_batch_size, config.seed, config.data.shuffle,
             data.mixture,
         )  # fmt: skip
         total_steps = plan.total_steps(config.trainer.num_train_epochs, config.trainer.max_steps)
         for line in describe_run(
-            config, policy, data, held_out, batching, plan, cut,
+            config, policy, data, held_out, choice, plan, cut,
             num_processes=self.processes.count, total_steps=total_steps,
         ):  # fmt: skip
             self.console.note(line)
@@ -276,7 +276,7 @@ class _Run:
         data = self.inputs.data.train.dataset
         allocate_state(optimizer)
         ids = largest_microbatch(
-            plan, cut, data.lengths, steps,
+            plan, cut, data, steps,
             num_processes=self.processes.count, process_index=self.processes.index,
         )  # fmt: skip
         if steps:
@@ -319,8 +319,8 @@ class _Run:
         evaluator = Evaluator(
             policy, tokenizer, held_out.dataset, held_out.ground_truths,
             config=self.config.evaluation, processes=self.processes,
-            microbatch_tokens=cut.microbatch_tokens or DEFAULT_MICROBATCH_TOKENS, flat=cut.flat,
-            seed=self.config.seed, progress=self.console.progress,
+            microbatch_tokens=cut.microbatch_tokens or DEFAULT_MICROBATCH_TOKENS,
+            batching=cut.batching, seed=self.config.seed, progress=self.console.progress,
             asked=poll,
         )  # fmt: skip
         eval_steps = self.config.trainer.eval_steps

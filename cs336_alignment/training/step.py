@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from cs336_alignment.config import TrainerConfig
 from cs336_alignment.data.batching import collate, mix_seed, plan_microbatches
 from cs336_alignment.data.dataset import TokenizedDataset
+from cs336_alignment.microbatch import Batching
 from cs336_alignment.training.loss import (
     StepCounts,
     loss_slopes,
@@ -31,12 +32,12 @@ class Cut:
         microbatch_tokens: token budget of a microbatch, or None.
         gradient_accumulation_steps: microbatches per step and process, or None; exactly one is
             given.
-        flat: flat rows, or padded ones.
+        batching: flat rows, with a shared prefix or not, or padded ones.
     """
 
     microbatch_tokens: int | None
     gradient_accumulation_steps: int | None
-    flat: bool
+    batching: Batching
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,7 @@ def accumulate_gradients(
         process_index=processes.index,
         microbatch_tokens=cut.microbatch_tokens,
         gradient_accumulation_steps=cut.gradient_accumulation_steps,
-        flat=cut.flat,
+        batching=cut.batching,
     )
     ids = list(example_ids)
     counts = StepCounts(
@@ -114,7 +115,7 @@ def accumulate_gradients(
         if give_up() and not last:
             complete = False
             continue
-        batch = collate([dataset[i] for i in members], flat=cut.flat).to(processes.device)
+        batch = collate([dataset[i] for i in members], batching=cut.batching).to(processes.device)
         # Dropout is a function of where the run stands, so a resumed run draws the same.
         torch.manual_seed(mix_seed(seed, step, index, processes.index))
         mask, constant = loss_weights(

@@ -150,7 +150,7 @@ def _check_padding(
     examples: Sequence[TokenizedExample], tokenizer: PreTrainedTokenizerBase
 ) -> Finding:
     """Padded rows must train each example's tokens, each predicted from the one before it."""
-    batch = collate(examples, flat=False)
+    batch = collate(examples, batching="padded")
     masks = [example.response_mask[1:] for example in examples]
     labels = torch.cat([e.input_ids[1:][m] for e, m in zip(examples, masks, strict=True)])
     before = torch.cat([e.input_ids[:-1][m] for e, m in zip(examples, masks, strict=True)])

@@ -19,7 +19,7 @@ BOUNDS = {"torch.float64": 1e-12, "torch.float32": 1e-5}
 
 
 def test_every_cut_on_two_processes_gives_the_dense_gradient(
-    sft: Sft, tmp_path: Path, processes: Processes
+    sft: Sft, tmp_path: Path, processes: Processes, wide_norms: None
 ) -> None:
     result = tmp_path / "errors.json"
     worker = ROOT / "tests" / "distributed" / "worker_cuts.py"
@@ -29,13 +29,15 @@ def test_every_cut_on_two_processes_gives_the_dense_gradient(
     assert report["world"] == 2
     losses = {k: v for k, v in report["errors"].items() if k.startswith("eval ")}
     cases = {k: v for k, v in report["errors"].items() if k not in losses}
-    assert len(cases) == 3 * 2 * 2 * 3 * 8
+    assert len(cases) == 3 * 2 * 2 * 3 * 12
     for case, error in cases.items():
         assert error <= next(v for k, v in BOUNDS.items() if k in case), (case, error)
     for case, loss in losses.items():
         _, name, dtype = case.split()
         policy = Policy(build_model(name, getattr(torch, dtype.removeprefix("torch."))))
-        alone = evaluate_loss(policy, build_dataset(), processes, microbatch_tokens=99, flat=False)
+        alone = evaluate_loss(
+            policy, build_dataset(prefix=17), processes, microbatch_tokens=99, batching="padded"
+        )
         bound = 1e-12 if "64" in dtype else 1e-6
         assert loss == pytest.approx(alone["eval/loss"], rel=bound)
 

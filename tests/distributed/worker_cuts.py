@@ -10,16 +10,18 @@ import itertools
 import json
 import sys
 from pathlib import Path
+from typing import get_args
 
 import torch
 
 from cs336_alignment.config import ParallelConfig, TrainerConfig
 from cs336_alignment.evaluation.loss import evaluate_loss
+from cs336_alignment.microbatch import Batching
 from cs336_alignment.model.policy import Policy
 from cs336_alignment.training.parallel import Processes, start_processes
 from cs336_alignment.training.step import Cut, accumulate_gradients
 from tests.conftest import build_dataset, build_model
-from tests.reference import dense_loss, gradient, relative_error
+from tests.reference import dense_loss, gradient, relative_error, stay_in_float64
 
 STEPS = {"full": list(range(8)), "short": [8, 3, 10], "lone": [5]}
 
@@ -28,29 +30,30 @@ def main(path: str) -> None:
     faulthandler.dump_traceback_later(240, exit=True)  # a process that hangs says where
     processes = Processes(start_processes(ParallelConfig(num_processes=2)))
     torch.set_num_threads(1)
+    stay_in_float64()
     errors: dict[str, float] = {}
     for name, dtype in itertools.product(
         ("llama", "qwen2", "gpt2"), (torch.float64, torch.float32)
     ):
-        dataset = build_dataset()
+        dataset = build_dataset(prefix=17)
         policy = Policy(build_model(name, dtype))
         wrapped = processes.wrap(policy)
         for normalization, (step, ids) in itertools.product(("token", "sequence"), STEPS.items()):
             reference = build_model(name, dtype)
             dense_loss(reference, dataset, ids, normalization).backward()
             want = gradient(reference)
-            for accumulation, flat in itertools.product((1, 2, 4, 8), (True, False)):
+            for accumulation, batching in itertools.product((1, 2, 4, 8), get_args(Batching)):
                 policy.zero_grad(set_to_none=True)
                 accumulate_gradients(
-                    wrapped, dataset, ids, cut=Cut(None, accumulation, flat),
+                    wrapped, dataset, ids, cut=Cut(None, accumulation, batching),
                     trainer=TrainerConfig(loss_normalization=normalization),
                     processes=processes, seed=0, step=0,
                 )  # fmt: skip
-                case = f"{name} {dtype} {normalization} {step} x{accumulation} {'flat' if flat else 'padded'}"
+                case = f"{name} {dtype} {normalization} {step} x{accumulation} {batching}"
                 errors[case] = relative_error(gradient(policy.model), want)
-        loss = evaluate_loss(policy, dataset, processes, microbatch_tokens=30, flat=True)[
-            "eval/loss"
-        ]
+        loss = evaluate_loss(
+            policy, dataset, processes, microbatch_tokens=90, batching="flat_shared_prefix"
+        )["eval/loss"]
         errors[f"eval {name} {dtype}"] = loss
     if processes.is_main:
         Path(path).write_text(json.dumps({"world": processes.count, "errors": errors}))

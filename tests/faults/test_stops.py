@@ -94,7 +94,7 @@ class Life:
         )  # fmt: skip
         self.loop = Trainer(
             policy, self.processes.wrap(policy), optimizer, dataset,
-            plan=StepPlan(len(dataset), 5, seed=3), cut=Cut(None, 3, flat=True), total_steps=STEPS,
+            plan=StepPlan(len(dataset), 5, seed=3), cut=Cut(None, 3, batching="flat"), total_steps=STEPS,
             state=state, trainer=config, optimizer_config=OPTIMIZER, seed=3,
             processes=self.processes, tracker=self.report, evaluate=self.evaluate,
             writer=self.writer, poll=self.poll,

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from typing import get_args
+
 import pytest
 import torch
 from torch import Tensor
 
 from cs336_alignment.config import TrainerConfig
+from cs336_alignment.data.batching import shared_prefix
 from cs336_alignment.evaluation.loss import evaluate_loss
+from cs336_alignment.microbatch import Batching
 from cs336_alignment.model.loading import enable_checkpointing
 from cs336_alignment.model.policy import Policy
 from cs336_alignment.training import step as step_module
@@ -18,20 +22,26 @@ from tests.reference import dense_log_probs, dense_loss, gradient, relative_erro
 
 STEPS = {"full": list(range(8)), "short": [8, 3, 10], "lone": [5]}
 CUTS = [
-    Cut(None, 1, True), Cut(None, 2, True), Cut(None, 4, True), Cut(None, 8, True),
-    Cut(None, 1, False), Cut(None, 2, False), Cut(None, 4, False), Cut(None, 8, False),
-    Cut(17, None, True), Cut(17, None, False), Cut(4096, None, True), Cut(1, None, True),
+    Cut(None, 1, "flat"), Cut(None, 2, "flat"), Cut(None, 4, "flat"), Cut(None, 8, "flat"),
+    Cut(None, 1, "padded"), Cut(None, 2, "padded"), Cut(None, 4, "padded"), Cut(None, 8, "padded"),
+    Cut(None, 2, "flat_shared_prefix"),
+    Cut(17, None, "flat"), Cut(17, None, "padded"), Cut(4096, None, "flat"), Cut(1, None, "flat"),
+]  # fmt: skip
+PREFIX = 19  # tokens that all examples of the second data set begin with
+SHARED = [
+    Cut(None, 1, "flat_shared_prefix"), Cut(None, 2, "flat_shared_prefix"),
+    Cut(None, 3, "flat_shared_prefix"), Cut(70, None, "flat_shared_prefix"),
 ]  # fmt: skip
 BOUNDS = {torch.float64: 1e-12, torch.float32: 1e-5}
 
 
 def step_gradient(
     policy: Policy, ids: list[int], cut: Cut, normalization: str, processes: Processes,
-    *, weighted: bool = False,
+    *, weighted: bool = False, prefix: int = 0,
 ) -> Tensor:  # fmt: skip
     policy.zero_grad(set_to_none=True)
     accumulate_gradients(
-        policy, build_dataset(weighted=weighted), ids, cut=cut, processes=processes, seed=0, step=0,
+        policy, build_dataset(weighted=weighted, prefix=prefix), ids, cut=cut, processes=processes, seed=0, step=0,
         trainer=TrainerConfig(loss_normalization=normalization, normalize_constant=3.0),
     )  # fmt: skip
     return gradient(policy.model)
@@ -51,6 +61,31 @@ def test_every_cut_gives_the_dense_gradient(
         want = gradient(reference)
         for cut in CUTS:
             error = relative_error(step_gradient(policy, ids, cut, normalization, processes), want)
+            assert error <= BOUNDS[dtype], (ids, cut, error)
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("normalization", ["token", "sequence"])
+@pytest.mark.parametrize("name", ["llama", "qwen2", "gpt2"])
+@pytest.mark.fault("T23 every cut of a step")
+def test_a_prefix_computed_once_gives_the_dense_gradient(
+    name: str, normalization: str, dtype: torch.dtype, weighted: bool, processes: Processes,
+    wide_norms: None,
+) -> None:  # fmt: skip
+    policy, dataset = Policy(build_model(name, dtype)), build_dataset(prefix=PREFIX)
+    # The last token of the prefix may predict a trained one, so it may be each example's own.
+    assert shared_prefix([dataset[i] for i in STEPS["full"]]) in (PREFIX - 1, PREFIX)
+    for ids in STEPS.values():
+        reference = build_model(name, dtype)
+        data = build_dataset(weighted=weighted, prefix=PREFIX)
+        dense_loss(reference, data, ids, normalization).backward()
+        want = gradient(reference)
+        for cut in SHARED:
+            got = step_gradient(
+                policy, ids, cut, normalization, processes, weighted=weighted, prefix=PREFIX
+            )
+            error = relative_error(got, want)
             assert error <= BOUNDS[dtype], (ids, cut, error)
 
 
@@ -75,48 +110,53 @@ def test_gradient_checkpointing_changes_nothing(processes: Processes) -> None:
     policy, checkpointed = Policy(build_model("llama")), Policy(build_model("llama"))
     enable_checkpointing(checkpointed.model)
     checkpointed.train()
-    want = step_gradient(policy, STEPS["full"], Cut(None, 2, True), "token", processes)
-    got = step_gradient(checkpointed, STEPS["full"], Cut(None, 2, True), "token", processes)
-    assert relative_error(got, want) <= 1e-12
+    for cut in (Cut(None, 2, "flat"), Cut(None, 2, "flat_shared_prefix")):
+        want = step_gradient(policy, STEPS["full"], cut, "token", processes, prefix=PREFIX)
+        got = step_gradient(checkpointed, STEPS["full"], cut, "token", processes, prefix=PREFIX)
+        assert relative_error(got, want) <= 1e-12
 
 
 def test_a_mean_of_means_does_depend_on_the_cut(processes: Processes) -> None:
     """`microbatch` is the plain recipe; if it agreed, the tests above could not fail."""
     policy = Policy(build_model("llama"))
-    one = step_gradient(policy, STEPS["full"], Cut(None, 1, True), "microbatch", processes)
-    four = step_gradient(policy, STEPS["full"], Cut(None, 4, True), "microbatch", processes)
+    one = step_gradient(policy, STEPS["full"], Cut(None, 1, "flat"), "microbatch", processes)
+    four = step_gradient(policy, STEPS["full"], Cut(None, 4, "flat"), "microbatch", processes)
     assert relative_error(four, one) > 1e-2
-    token = step_gradient(policy, STEPS["full"], Cut(None, 1, True), "token", processes)
+    token = step_gradient(policy, STEPS["full"], Cut(None, 1, "flat"), "token", processes)
     assert relative_error(one, token) <= 1e-12
 
 
-@pytest.mark.parametrize("cut", CUTS)
+@pytest.mark.parametrize("cut", [*CUTS, *SHARED])
 @pytest.mark.parametrize("normalization", ["token", "sequence", "microbatch", "constant"])
 def test_every_path_goes_through_masked_normalize(
     cut: Cut, normalization: str, processes: Processes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Halve what `masked_normalize` returns to the loss, and every gradient must halve."""
     policy = Policy(build_model("llama"))
-    want = step_gradient(policy, STEPS["short"], cut, normalization, processes) / 2
+    prefix = PREFIX if cut in SHARED else 0
+    want = step_gradient(policy, STEPS["short"], cut, normalization, processes, prefix=prefix) / 2
     from cs336_alignment.training import loss
 
     original = loss.masked_normalize
     monkeypatch.setattr(loss, "masked_normalize", lambda *a, **k: original(*a, **k) / 2)
-    got = step_gradient(policy, STEPS["short"], cut, normalization, processes)
+    got = step_gradient(policy, STEPS["short"], cut, normalization, processes, prefix=prefix)
     assert relative_error(got, want) <= 1e-12
     assert step_module.microbatch_loss is loss.microbatch_loss
 
 
+@pytest.mark.parametrize("prefix", [0, PREFIX])
 @pytest.mark.parametrize("name", ["llama", "qwen2", "gpt2"])
 def test_evaluation_loss_depends_on_neither_layout_nor_batch_size(
-    name: str, processes: Processes
+    name: str, prefix: int, processes: Processes
 ) -> None:
-    policy, dataset = Policy(build_model(name)), build_dataset()
+    policy, dataset = Policy(build_model(name)), build_dataset(prefix=prefix)
     log_probs, mask = dense_log_probs(build_model(name), dataset, range(len(dataset)))
     want = -log_probs[mask].mean().item()
     for tokens in (1, 20, 1000):
-        for flat in (True, False):
-            result = evaluate_loss(policy, dataset, processes, microbatch_tokens=tokens, flat=flat)
+        for batching in get_args(Batching):
+            result = evaluate_loss(
+                policy, dataset, processes, microbatch_tokens=tokens, batching=batching
+            )
             assert result["eval/loss"] == pytest.approx(want, rel=1e-13)
 
 
@@ -133,7 +173,7 @@ def test_dropout_is_a_function_of_seed_step_and_microbatch(processes: Processes)
         torch.rand(7)  # the global state must not matter
         policy.zero_grad(set_to_none=True)
         accumulate_gradients(
-            policy, build_dataset(), STEPS["full"], cut=Cut(None, 2, True), processes=processes,
+            policy, build_dataset(), STEPS["full"], cut=Cut(None, 2, "flat"), processes=processes,
             seed=seed, step=step, trainer=TrainerConfig(),
         )  # fmt: skip
         return gradient(policy.model).clone()

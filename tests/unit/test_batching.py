@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import subprocess
 import sys
 from collections.abc import Sequence
+from typing import get_args
 
 import pytest
 import torch
@@ -18,10 +20,12 @@ from cs336_alignment.data.batching import (
     cut_by_tokens,
     mix_seed,
     plan_microbatches,
+    shared_prefix,
 )
 from cs336_alignment.data.tokenize import TokenizedExample
-from cs336_alignment.microbatch import FlatLayout, Microbatch
+from cs336_alignment.microbatch import Batching, FlatLayout, Microbatch
 
+layouts = st.sampled_from(get_args(Batching))
 few = settings(max_examples=60, deadline=None, database=None)
 
 
@@ -58,8 +62,8 @@ from cs336_alignment.data.batching import StepPlan, plan_microbatches
 plan = StepPlan(37, 8, 42)
 lengths = [2 + 13 * i % 29 for i in range(37)]
 print([plan_microbatches(plan.example_ids(step), lengths, num_processes=2, process_index=p,
-    microbatch_tokens=40, gradient_accumulation_steps=None, flat=flat)
-    for step in (9, 3) for p in range(2) for flat in (True, False)])
+    microbatch_tokens=40, gradient_accumulation_steps=None, batching=batching)
+    for step in (9, 3) for p in range(2) for batching in ("flat", "padded")])
 """
 
 
@@ -114,21 +118,21 @@ def test_slices_are_balanced_by_tokens() -> None:
 
 
 @few
-@given(lengths_of, st.integers(1, 4), st.integers(2, 200), st.booleans())
+@given(lengths_of, st.integers(1, 4), st.integers(2, 200), layouts)
 def test_microbatches_partition_the_slice_within_the_budget(
-    lengths: list[int], num_processes: int, budget: int, flat: bool
+    lengths: list[int], num_processes: int, budget: int, batching: Batching
 ) -> None:
     ids = range(len(lengths))
     seen: list[int] = []
     for process in range(num_processes):
         cut = plan_microbatches(
             ids, lengths, num_processes=num_processes, process_index=process,
-            microbatch_tokens=budget, gradient_accumulation_steps=None, flat=flat,
+            microbatch_tokens=budget, gradient_accumulation_steps=None, batching=batching,
         )  # fmt: skip
         assert cut == [[]] or all(cut)
         for microbatch in filter(None, cut):
             sizes = [lengths[i] for i in microbatch]
-            tokens = sum(sizes) if flat else max(sizes) * len(sizes)
+            tokens = max(sizes) * len(sizes) if batching == "padded" else sum(sizes)
             assert tokens <= budget or len(sizes) == 1
         seen += [i for microbatch in cut for i in microbatch]
         assert sorted(seen[len(seen) - sum(map(len, cut)) :]) == sorted(
@@ -138,15 +142,15 @@ def test_microbatches_partition_the_slice_within_the_budget(
 
 
 @few
-@given(lengths_of, st.integers(1, 4), st.integers(1, 9), st.booleans())
+@given(lengths_of, st.integers(1, 4), st.integers(1, 9), layouts)
 def test_a_number_of_microbatches_partitions_the_slice(
-    lengths: list[int], num_processes: int, accumulation: int, flat: bool
+    lengths: list[int], num_processes: int, accumulation: int, batching: Batching
 ) -> None:
     seen = []
     for process in range(num_processes):
         cut = plan_microbatches(
             range(len(lengths)), lengths, num_processes=num_processes, process_index=process,
-            microbatch_tokens=None, gradient_accumulation_steps=accumulation, flat=flat,
+            microbatch_tokens=None, gradient_accumulation_steps=accumulation, batching=batching,
         )  # fmt: skip
         mine = sum(map(len, cut))
         assert len(cut) == max(1, min(accumulation, mine))
@@ -156,16 +160,18 @@ def test_a_number_of_microbatches_partitions_the_slice(
 
 def test_a_padded_budget_counts_padding() -> None:
     lengths = [2, 10, 2, 2, 2]
-    assert cut_by_tokens(range(5), lengths, 20, flat=True) == [[1, 0, 2, 3, 4]]
-    assert cut_by_tokens(range(5), lengths, 20, flat=False) == [[1, 0], [2, 3, 4]]
+    assert cut_by_tokens(range(5), lengths, 20, batching="flat") == [[1, 0, 2, 3, 4]]
+    assert cut_by_tokens(range(5), lengths, 20, batching="padded") == [[1, 0], [2, 3, 4]]
 
 
 def test_an_example_over_the_budget_is_alone() -> None:
     lengths = [3, 50, 3, 3]
-    for flat in (True, False):
-        assert cut_by_tokens(range(4), lengths, 9, flat=flat) == [[1], [0, 2, 3]]
+    for batching in get_args(Batching):
+        assert cut_by_tokens(range(4), lengths, 9, batching=batching) == [[1], [0, 2, 3]]
     assert (
-        cut_by_tokens([], lengths, 9, flat=True) == cut_by_tokens([], lengths, 9, flat=False) == []
+        cut_by_tokens([], lengths, 9, batching="flat")
+        == cut_by_tokens([], lengths, 9, batching="padded")
+        == []
     )
 
 
@@ -174,19 +180,19 @@ def test_budget_or_number_and_not_both() -> None:
         with pytest.raises(ValueError, match="give one of"):
             plan_microbatches(
                 [0], [2], num_processes=1, process_index=0, microbatch_tokens=budget,
-                gradient_accumulation_steps=number, flat=True,
+                gradient_accumulation_steps=number, batching="flat",
             )  # fmt: skip
 
 
-@pytest.mark.parametrize("flat", [True, False])
-def test_a_process_without_work_gets_one_empty_microbatch(flat: bool) -> None:
+@pytest.mark.parametrize("batching", get_args(Batching))
+def test_a_process_without_work_gets_one_empty_microbatch(batching: Batching) -> None:
     for budget, number in ((8, None), (None, 3)):
         cut = plan_microbatches(
             [4], [9] * 5, num_processes=3, process_index=2, microbatch_tokens=budget,
-            gradient_accumulation_steps=number, flat=flat,
+            gradient_accumulation_steps=number, batching=batching,
         )  # fmt: skip
         assert cut == [[]]
-    filler = collate([], flat=flat)
+    filler = collate([], batching=batching)
     assert filler.input_ids.shape == (1, 1)
     assert filler.response_mask.tolist() == [False] and filler.labels.shape == (1,)
     assert filler.response_index.tolist() == [0] and filler.example_response_tokens.tolist() == [1]
@@ -202,7 +208,7 @@ PAIR = [example([10, 11, 12, 13], 2, 5), example([20, 21], 1, 3)]
 
 
 def test_a_flat_row_by_hand() -> None:
-    batch = collate(PAIR, flat=True)
+    batch = collate(PAIR, batching="flat")
     assert batch.input_ids.tolist() == [[10, 11, 12, 20]]
     assert batch.position_ids.tolist() == [[0, 1, 2, 0]]
     assert batch.attention_mask is None and batch.flat_layout is not None
@@ -214,7 +220,7 @@ def test_a_flat_row_by_hand() -> None:
 
 
 def test_padded_rows_by_hand() -> None:
-    batch = collate(PAIR, flat=False)
+    batch = collate(PAIR, batching="padded")
     assert batch.input_ids.tolist() == [[10, 11, 12], [20, 0, 0]]
     assert batch.position_ids.tolist() == [[0, 1, 2], [0, 1, 2]]
     assert batch.attention_mask is not None and batch.flat_layout is None
@@ -239,7 +245,7 @@ def test_both_layouts_hold_the_same(sizes: list[tuple[int, int]]) -> None:
         example(torch.randint(1, 99, (p + r,), generator=generator).tolist(), p, index)
         for index, (p, r) in enumerate(sizes)
     ]
-    flat, padded = collate(examples, flat=True), collate(examples, flat=False)
+    flat, padded = collate(examples, batching="flat"), collate(examples, batching="padded")
     # (token, its position, the label it predicts, what its example is divided by), by hand
     expected = [
         (int(e.input_ids[t]), t, int(e.input_ids[t + 1]), r)
@@ -264,18 +270,80 @@ def test_both_layouts_hold_the_same(sizes: list[tuple[int, int]]) -> None:
     ] == borders.diff().tolist()
 
 
+@few
+@given(
+    st.integers(0, 20), st.lists(st.tuples(st.integers(1, 4), st.integers(1, 4)), min_size=1),
+    st.booleans(),
+)  # fmt: skip
+def test_a_shared_prefix_is_there_once_and_everything_else_stays(
+    prefix: int, sizes: list[tuple[int, int]], odd: bool
+) -> None:
+    """Taken apart again, the row gives the examples; and each key index leads to what it should."""
+    generator = torch.Generator().manual_seed(0)
+    examples = [
+        example(
+            [*range(prefix), *torch.randint(30, 99, (p + r,), generator=generator).tolist()],
+            prefix + p, index,
+        )
+        for index, (p, r) in enumerate(sizes)
+    ]  # fmt: skip
+    if odd:
+        examples[-1].input_ids[0] = 77  # one that begins otherwise: nothing is shared
+    shared = shared_prefix(examples)
+    starts = [e.input_ids[: int(e.response_mask.int().argmax()) - 1].tolist() for e in examples]
+    columns = zip(*starts, strict=False)
+    alike = itertools.takewhile(lambda column: len(set(column)) == 1, columns)
+    common = len(list(alike)) if len(starts) > 1 else 0
+    total = sum(len(e.input_ids) - 1 for e in examples)
+    pays = common >= 16 and (len(examples) - 1) * common >= 0.05 * total
+    assert shared == (common if pays else 0)
+    batch = collate(examples, batching="flat_shared_prefix")
+    plain = collate(examples, batching="flat")
+    assert batch.input_ids.numel() == total - (len(examples) - 1) * shared
+    for name in ("labels", "response_mask", "example_response_tokens"):
+        assert torch.equal(getattr(batch, name), getattr(plain, name))
+    for name in ("input_ids", "position_ids"):
+        row, whole = getattr(batch, name)[0], getattr(plain, name)[0]
+        assert torch.equal(row[batch.response_index], whole[plain.response_index])
+    assert batch.flat_layout is not None and plain.flat_layout is not None
+    parts = list(batch.input_ids[0].tensor_split(batch.flat_layout.cu_seq_lens[1:-1].tolist()))
+    index = batch.flat_layout.prefix
+    if index is None:
+        assert not shared
+    else:
+        assert parts.pop(0).tolist() == examples[0].input_ids[:shared].tolist()
+        keys = batch.input_ids[0, index.key_index]
+        seen = keys.tensor_split(index.cu_key_lens[1:-1].tolist())[1:]
+        assert all(torch.equal(s, e.input_ids[:-1]) for s, e in zip(seen, examples, strict=True))
+        assert torch.equal(keys[index.own_index], batch.input_ids[0])
+        copies = index.key_index[index.copies].unflatten(0, (-1, shared))
+        assert len(copies) == len(examples) + 1 and (copies == torch.arange(shared)).all()
+    for part, e in zip(parts, examples, strict=True):
+        assert torch.equal(part, e.input_ids[shared:-1])
+
+
+def test_a_trained_token_is_never_shared() -> None:
+    ids = torch.arange(60)
+    pair = [TokenizedExample(ids, ids >= 30, i) for i in range(2)]
+    assert shared_prefix(pair) == 29  # position 29 predicts the first trained token
+    early = [*pair, TokenizedExample(ids, ids >= 20, 2)]
+    assert shared_prefix(early) == 19
+    assert shared_prefix(pair[:1]) == 0
+    assert shared_prefix([TokenizedExample(ids, ids >= 10, i) for i in range(2)]) == 0
+
+
 def test_groups_join_neighbours_of_one_length() -> None:
     assert FlatLayout.of([3, 2, 2, 3, 3, 3]).groups == ((1, 3), (2, 2), (3, 3))
 
 
 def test_a_first_token_without_prompt_is_no_label() -> None:
-    for flat in (True, False):
-        batch = collate([example([7, 8, 9], 0, 0)], flat=flat)
+    for batching in get_args(Batching):
+        batch = collate([example([7, 8, 9], 0, 0)], batching=batching)
         assert batch.labels.tolist() == [8, 9] and batch.num_response_tokens == 2
 
 
 def test_a_microbatch_stays_on_its_device() -> None:
-    batch = collate(PAIR, flat=True)
+    batch = collate(PAIR, batching="flat")
     assert batch.to(torch.device("cpu")) is batch
     moved = batch.to(torch.device("meta"))
     assert moved.flat_layout is not None and moved.flat_layout.cu_seq_lens.is_meta

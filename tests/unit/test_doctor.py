@@ -20,7 +20,7 @@ from transformers import (
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 from cs336_alignment.config import Config, DataConfig, LoggerConfig, ModelConfig
-from cs336_alignment.data import batching
+from cs336_alignment.data import batching as data_batching
 from cs336_alignment.data.formats import Example
 from cs336_alignment.data.splits import prepare_run
 from cs336_alignment.data.tokenize import TokenizedExample, TokenRow
@@ -88,7 +88,7 @@ def test_healthy_architectures_pass(name: str, diagnose: Diagnose) -> None:
         assert flat.passed is None and "soft-capped" in flat.text
     else:
         assert flat.passed and flat.difference is not None and flat.difference > 0
-    assert len(findings) == 15
+    assert len(findings) == (15 if name == "gemma2" else 17)
 
 
 def test_flat_attention_that_ignores_borders_fails(
@@ -105,13 +105,28 @@ def test_flat_attention_that_ignores_borders_fails(
     assert "padded against plain transformers, fp32" not in findings
 
 
-def test_a_shifted_mask_fails(diagnose: Diagnose, monkeypatch: pytest.MonkeyPatch) -> None:
-    original = batching.collate
+def test_a_prefix_that_gets_one_example_s_gradient_alone_fails(
+    diagnose: Diagnose, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The log-probs stay right; only the gradient tells."""
 
-    def shifted(examples: Any, *, flat: bool) -> Any:
-        batch = original(examples, flat=flat)
+    def backward(ctx: Any, grad: Any) -> Any:
+        _, own_index = ctx.saved_tensors
+        return grad.index_select(0, own_index), None, None, None, None
+
+    monkeypatch.setattr(attention._Shared, "backward", staticmethod(backward))
+    findings = failed(diagnose("llama"))
+    assert "shared prefix against padded, fp32" in findings
+    assert "flat against padded, fp32" not in findings
+
+
+def test_a_shifted_mask_fails(diagnose: Diagnose, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = data_batching.collate
+
+    def shifted(examples: Any, *, batching: Any) -> Any:
+        batch = original(examples, batching=batching)
         index = (batch.response_index - 1).clamp(min=0)
-        return batching.Microbatch(**{**vars(batch), "response_index": index})
+        return data_batching.Microbatch(**{**vars(batch), "response_index": index})
 
     monkeypatch.setattr(step, "collate", shifted)
     assert "padded against plain transformers, fp32" in failed(diagnose("qwen2"))
@@ -187,12 +202,12 @@ def test_a_data_step_without_eos_fails(diagnose: Diagnose, monkeypatch: pytest.M
 def test_collation_that_drops_a_token_fails(
     diagnose: Diagnose, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original = batching.collate
+    original = data_batching.collate
 
-    def careless(examples: Any, *, flat: bool) -> Any:
-        batch = vars(original(examples, flat=flat))
+    def careless(examples: Any, *, batching: Any) -> Any:
+        batch = vars(original(examples, batching=batching))
         names = ("response_index", "labels", "response_mask", "example_response_tokens")
-        return batching.Microbatch(**{**batch, **{name: batch[name][:-1] for name in names}})
+        return data_batching.Microbatch(**{**batch, **{name: batch[name][:-1] for name in names}})
 
     for module in (step, doctor, token_check):
         monkeypatch.setattr(module, "collate", careless)

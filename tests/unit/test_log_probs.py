@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import get_args
+
 import pytest
 import torch
 from torch import nn
 
 from cs336_alignment.data.batching import collate
+from cs336_alignment.microbatch import Batching
 from cs336_alignment.model import lm_head
 from cs336_alignment.model.attention import FLAT_ATTENTION
 from cs336_alignment.model.lm_head import Head, head_log_probs
@@ -126,15 +129,16 @@ def test_bf16_autocast_accumulates_in_float32() -> None:
     torch.testing.assert_close(log_probs, want, rtol=0.02, atol=0.02)
 
 
+@pytest.mark.parametrize("prefix", [0, 30])
 @pytest.mark.parametrize("name", ["llama", "qwen2", "gpt2"])
-def test_flat_equals_padded_equals_dense(name: str) -> None:
-    dataset, model = build_dataset(), build_model(name)
+def test_flat_equals_padded_equals_dense(name: str, prefix: int) -> None:
+    dataset, model = build_dataset(prefix=prefix), build_model(name)
     policy = Policy(model)
     assert model.config._attn_implementation == FLAT_ATTENTION
     examples = [dataset[i] for i in range(len(dataset))]
     dense, mask = dense_log_probs(build_model(name), dataset, range(len(dataset)))
-    for flat in (True, False):
-        log_probs, entropy = policy(collate(examples, flat=flat), with_entropy=True)
+    for batching in get_args(Batching):
+        log_probs, entropy = policy(collate(examples, batching=batching), with_entropy=True)
         torch.testing.assert_close(log_probs, dense[mask], rtol=1e-12, atol=1e-12)
         assert entropy is not None and (entropy >= 0).all()
 
@@ -145,7 +149,7 @@ def test_a_leak_between_sequences_is_noticed(monkeypatch: pytest.MonkeyPatch) ->
     from cs336_alignment.model import attention
 
     policy = Policy(build_model("llama"))
-    assert choose_batching(policy, "auto", 16).flat
+    assert choose_batching(policy, "auto", 16).batching == "flat_shared_prefix"
 
     original = attention._grouped_attention
 
@@ -156,9 +160,37 @@ def test_a_leak_between_sequences_is_noticed(monkeypatch: pytest.MonkeyPatch) ->
 
     monkeypatch.setattr(attention, "_grouped_attention", leaky)
     choice = choose_batching(policy, "auto", 16)
-    assert not choice.flat and "differs" in choice.reason
+    assert choice.batching == "padded" and "differs" in choice.reason
     with pytest.raises(UserError, match="not exact"):
         choose_batching(policy, "flat", 16)
+
+
+def test_a_prefix_that_is_not_seen_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`auto` must fall back to flat rows, and `flat_shared_prefix` must be refused."""
+    from cs336_alignment.errors import UserError
+    from cs336_alignment.model import attention
+
+    def deaf(x, prefix):  # type: ignore[no-untyped-def]
+        shared = x.index_select(2, prefix.key_index)
+        return shared * (torch.arange(shared.shape[2]) >= prefix.length)[:, None]
+
+    policy = Policy(build_model("llama"))
+    monkeypatch.setattr(attention, "_with_prefix", deaf)
+    choice = choose_batching(policy, "auto", 16)
+    assert choice.batching == "flat" and "differs" in choice.reason
+    with pytest.raises(UserError, match="flat_shared_prefix is not exact"):
+        choose_batching(policy, "flat_shared_prefix", 16)
+
+
+def test_dropout_and_a_shared_prefix_do_not_combine() -> None:
+    from cs336_alignment.errors import UserError
+
+    model = build_model("gpt2")
+    model.config.attn_pdrop = 0.1
+    choice = choose_batching(Policy(model), "auto", 16)
+    assert choice.batching == "flat" and "attn_pdrop=0.1" in choice.reason
+    with pytest.raises(UserError, match=r"flat_shared_prefix .* \(attn_pdrop=0\.1\)"):
+        choose_batching(Policy(model), "flat_shared_prefix", 16)
 
 
 def test_sliding_windows_and_unknown_heads_fall_back() -> None:
@@ -170,7 +202,7 @@ def test_sliding_windows_and_unknown_heads_fall_back() -> None:
     )  # fmt: skip
     policy = Policy(MistralForCausalLM(config))
     choice = choose_batching(policy, "auto", longest=20)
-    assert not choice.flat and "sliding window" in choice.reason
+    assert choice.batching == "padded" and "sliding window" in choice.reason
     scaled = Policy(build_model("llama"))
     assert scaled.head is not None
     scaled.head = Head(
@@ -180,5 +212,5 @@ def test_sliding_windows_and_unknown_heads_fall_back() -> None:
     assert scaled.head is None
     dataset = build_dataset()
     dense, mask = dense_log_probs(build_model("llama"), dataset, [0, 1, 2])
-    log_probs, _ = scaled(collate([dataset[i] for i in range(3)], flat=True))
+    log_probs, _ = scaled(collate([dataset[i] for i in range(3)], batching="flat"))
     torch.testing.assert_close(log_probs, dense[mask], rtol=1e-12, atol=1e-12)

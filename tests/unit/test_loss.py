@@ -134,7 +134,7 @@ def test_weights_of_each_normalization(normalization: str, want: list[float]) ->
     """Two examples of 2 and 3 tokens in a step of 6 examples, 20 tokens, 7 microbatches, 1 process."""
     counts = StepCounts(6, 6.0, 20.0, 7, 1)
     log_probs = torch.zeros(5, dtype=torch.float64, requires_grad=True)
-    batch = collate([example(1, 2), example(1, 3)], flat=True)
+    batch = collate([example(1, 2), example(1, 3)], batching="flat")
     mask, constant = loss_weights(normalization, batch, counts, 4.0)
     microbatch_loss(log_probs, mask, constant).backward()
     assert log_probs.grad is not None
@@ -158,14 +158,16 @@ def test_weighted_tokens_and_examples(normalization: str, want: list[float]) -> 
     first = replace(first, response_mask=first.weights > 0)
     second = replace(example(1, 1), weights=torch.tensor([0.0, 4]), example_weight=5.0)
     log_probs = torch.zeros(3, dtype=torch.float64, requires_grad=True)
-    mask, constant = loss_weights(normalization, collate([first, second], flat=True), counts, 4.0)
+    mask, constant = loss_weights(
+        normalization, collate([first, second], batching="flat"), counts, 4.0
+    )
     microbatch_loss(log_probs, mask, constant).backward()
     assert log_probs.grad is not None
     torch.testing.assert_close(-log_probs.grad, torch.tensor(want, dtype=torch.float64))
 
 
 def test_filler_has_weight_zero() -> None:
-    filler = collate([], flat=True)
+    filler = collate([], batching="flat")
     for normalization in ("token", "sequence", "constant", "microbatch"):
         log_probs = torch.tensor([-3.0], requires_grad=True)
         mask, constant = loss_weights(normalization, filler, StepCounts(3, 3.0, 9.0, 1, 2))
@@ -180,7 +182,7 @@ def test_filler_has_weight_zero() -> None:
 def test_slopes_are_what_the_backward_pass_brings(normalization: str, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     dataset = build_dataset()
-    batch = collate([dataset[i] for i in (0, 3, 5)], flat=True)
+    batch = collate([dataset[i] for i in (0, 3, 5)], batching="flat")
     counts = StepCounts(7, 7.0, 61.0, 3, 2)
     mask, constant = loss_weights(normalization, batch, counts, 13.0)
     log_probs = torch.randn(batch.labels.shape, dtype=dtype, requires_grad=True)

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
 
-from cs336_alignment.data.batching import StepPlan, plan_microbatches
+from cs336_alignment.data.batching import StepPlan, collate, plan_microbatches
+from cs336_alignment.data.dataset import TokenizedDataset
 from cs336_alignment.errors import ExitStatus, UserError
+from cs336_alignment.microbatch import Batching
 from cs336_alignment.model.policy import Policy
 from cs336_alignment.training import checkpoint, checkpoint_writer
 from cs336_alignment.training.checkpoint_writer import CheckpointWriter
@@ -38,36 +40,40 @@ def test_allocated_state_is_that_of_the_first_step() -> None:
     assert str(other.state_dict()) == str(before)
 
 
-@pytest.mark.parametrize("flat", [True, False])
-@pytest.mark.parametrize("cut", [(12, None), (30, None), (None, 2)])
-def test_the_largest_microbatch_is_found(flat: bool, cut: tuple[int | None, int | None]) -> None:
-    dataset = build_dataset(23)
+@pytest.mark.parametrize("batching", get_args(Batching))
+@pytest.mark.parametrize("cut", [(60, None), (100, None), (None, 2)])
+def test_the_largest_microbatch_is_found(
+    batching: Batching, cut: tuple[int | None, int | None]
+) -> None:
+    dataset = build_dataset(23, prefix=17)
     plan = StepPlan(len(dataset), 5, seed=1)
     for index in range(2):
         sizes = []
         for step in range(3, 9):
             for ids in plan_microbatches(
                 plan.example_ids(step), dataset.lengths, num_processes=2, process_index=index,
-                microbatch_tokens=cut[0], gradient_accumulation_steps=cut[1], flat=flat,
+                microbatch_tokens=cut[0], gradient_accumulation_steps=cut[1], batching=batching,
             ):  # fmt: skip
-                each = [int(dataset.lengths[i]) for i in ids]
-                sizes.append(sum(each) if flat else len(each) * max(each, default=0))
+                sizes.append(positions(dataset, ids, batching))
         found = largest_microbatch(
             plan,
-            Cut(*cut, flat),
-            dataset.lengths,
+            Cut(*cut, batching),
+            dataset,
             range(3, 9),
             num_processes=2,
             process_index=index,
         )
-        each = [int(dataset.lengths[i]) for i in found]
-        assert (sum(each) if flat else len(each) * max(each)) == max(sizes)
+        assert positions(dataset, found, batching) == max(sizes)
+
+
+def positions(dataset: TokenizedDataset, ids: list[int], batching: Batching) -> int:
+    return collate([dataset[i] for i in ids], batching=batching).input_ids.numel()
 
 
 def test_a_rehearsed_microbatch_leaves_no_trace() -> None:
     policy, dataset = Policy(build_model("llama")), build_dataset()
     before = copy.deepcopy(policy.state_dict())
-    text = rehearse_microbatch(policy, dataset, [0, 3, 5], Cut(None, 1, flat=True))
+    text = rehearse_microbatch(policy, dataset, [0, 3, 5], Cut(None, 1, batching="flat"))
     assert f"{int(dataset.lengths[[0, 3, 5]].sum()) - 3:,} tokens" in text and "GiB" in text
     assert all(torch.equal(value, before[name]) for name, value in policy.state_dict().items())
     assert all(parameter.grad is None for parameter in policy.parameters())
@@ -92,12 +98,12 @@ def test_too_little_memory_says_what_to_do(
 
     monkeypatch.setattr(policy, "forward", fail)
     with pytest.raises(UserError) as caught:
-        rehearse_microbatch(policy, build_dataset(), [0], Cut(None, 1, flat=True))
+        rehearse_microbatch(policy, build_dataset(), [0], Cut(None, 1, batching="flat"))
     assert (caught.value.code, caught.value.status) == ("R303", ExitStatus.INTERNAL)
     assert "trainer.microbatch_tokens" in str(caught.value)
     failure = RuntimeError("something else")
     with pytest.raises(RuntimeError, match="something else"):
-        rehearse_microbatch(policy, build_dataset(), [0], Cut(None, 1, flat=True))
+        rehearse_microbatch(policy, build_dataset(), [0], Cut(None, 1, batching="flat"))
 
 
 def writer_of(folder: Path) -> CheckpointWriter:

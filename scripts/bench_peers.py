@@ -1,0 +1,327 @@
+"""Training beside TRL's SFTTrainer: the same weights, rows, order, batch, optimizer and precision.
+
+    python scripts/bench_peers.py MODEL train.jsonl [--rounds 3] [--arms ours_shared trl_plain]
+
+MODEL is a model folder, the file holds GSM8K rows; TRL comes with the extra `bench`. Every arm is
+a fresh process, this project's by its own command line, and the arms take turns. Prints a table
+(medians of the rounds) with the loss and gradient norm of step 1 beside every speed, and writes
+what was measured and a picture to the folder given by --out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+WARMUP_STEPS = 1
+STEPS = 4  # in all
+BATCH = 8
+RATE = 1e-5
+# Overrides of this project's arms; of TRL's, fields of SFTConfig.
+OURS: dict[str, list[str]] = {
+    "ours_padded": ["trainer.batching=padded"],
+    "ours_flat": ["trainer.batching=flat"],
+    "ours_shared": ["trainer.batching=flat_shared_prefix"],
+}
+FLOAT32 = {"bf16": False, "gradient_checkpointing": False}
+TRL: dict[str, dict[str, Any]] = {
+    "trl_default": {},
+    "trl_plain": FLOAT32,
+    "trl_checkpointing": {"bf16": False},
+    "trl_grouped": FLOAT32 | {"train_sampling_strategy": "group_by_length"},
+}
+LABELS = {
+    "ours_padded": "this project, padded",
+    "ours_flat": "this project, flat",
+    "ours_shared": "this project, flat + shared prefix",
+    "trl_default": "TRL as it comes (bf16, checkpointing)",
+    "trl_plain": "TRL, fp32, no checkpointing",
+    "trl_checkpointing": "TRL, fp32, checkpointing",
+    "trl_grouped": "TRL, fp32, no checkpointing, grouped by length",
+}
+BASE = "trl_plain"
+
+
+def train_ours(name: str, model: str, data: str, folder: Path) -> dict[str, Any]:
+    """Run `cs336-sft train` and read what it logged."""
+    command = [
+        sys.executable, "-m", "cs336_alignment.cli", "train", f"data.train_path={data}",
+        f"model.name_or_path={model}", f"output_root={folder}", f"run_name={name}",
+        f"data.cache_dir={folder}/cache", "data.shuffle=false", "logger.backend=none",
+        f"trainer.global_batch_size={BATCH}", "trainer.gradient_accumulation_steps=1",
+        f"trainer.max_steps={STEPS}", "trainer.save_steps=0", "trainer.precision=fp32",
+        f"optimizer.learning_rate={RATE}", "optimizer.lr_scheduler_type=constant",
+        "optimizer.warmup_ratio=0", "optimizer.weight_decay=0", "optimizer.max_grad_norm=1",
+        *OURS[name],
+    ]  # fmt: skip
+    begin, process = time.time(), subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    metrics = folder / name / "metrics.jsonl"
+    while process.poll() is None and not (metrics.exists() and metrics.stat().st_size):
+        time.sleep(0.01)
+    first_step = time.time() - begin
+    _, status, used = os.wait4(process.pid, 0)
+    if status:
+        raise SystemExit(f"{' '.join(command)} ended with {os.waitstatus_to_exitcode(status)}")
+    rows = [json.loads(line) for line in metrics.read_text().splitlines()]
+    rows = [row for row in rows if "train/loss" in row]
+    return {
+        "seconds": [row["perf/step_seconds"] for row in rows],
+        "loss": rows[0]["train/loss"],
+        "grad_norm": rows[0]["train/grad_norm"],
+        "first_step": first_step,
+        "memory_gib": used.ru_maxrss / 2**20,
+    }
+
+
+def train_trl(name: str, model: str, tokens: str) -> dict[str, Any]:
+    """Train in this process with SFTTrainer on the tokens that this project made."""
+    import resource
+
+    import datasets
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+    from trl import SFTConfig, SFTTrainer
+
+    moments: list[float] = []
+
+    class Clock(TrainerCallback):
+        def on_step_begin(self, *_: Any, **__: Any) -> None:
+            moments.append(time.time())
+
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            moments.append(time.time())
+
+    options = {"train_sampling_strategy": "sequential"} | TRL[name]
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = SFTTrainer(
+            model=AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32),
+            processing_class=AutoTokenizer.from_pretrained(model),
+            train_dataset=datasets.Dataset.from_json(tokens),
+            callbacks=[Clock()],
+            args=SFTConfig(
+                output_dir=folder, use_cpu=not torch.cuda.is_available(), report_to=[],
+                per_device_train_batch_size=BATCH, max_steps=STEPS, max_length=None,
+                learning_rate=RATE, lr_scheduler_type="constant", weight_decay=0.0,
+                max_grad_norm=1.0, logging_steps=1, save_strategy="no", disable_tqdm=True,
+                optim="adamw_torch_fused", dataset_kwargs={"skip_prepare_dataset": True},
+                **options,
+            ),
+        )  # fmt: skip
+        trainer.train()
+    first = trainer.state.log_history[0]
+    return {
+        "seconds": [b - a for a, b in zip(moments[::2], moments[1::2], strict=True)],
+        "loss": first["loss"],
+        "grad_norm": first["grad_norm"],
+        "first_step": moments[1],
+        "memory_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
+    }
+
+
+def matrix_rate() -> dict[str, Any]:
+    """Measure what matrix products reach in float32: the median of the two shapes, in FLOP/s."""
+    import torch
+
+    rates = []
+    for m, k, n in ((2048, 576, 1536), (512, 576, 49152)):
+        a, b = torch.randn(m, k), torch.randn(n, k)
+        seconds = []
+        for _ in range(12):
+            begin = time.perf_counter()
+            a @ b.T
+            seconds.append(time.perf_counter() - begin)
+        rates.append(2 * m * k * n / statistics.median(seconds[2:]))
+    return {"flops": statistics.median(rates)}
+
+
+def write_tokens(model: str, data: str, path: Path, folder: Path) -> list[tuple[int, int]]:
+    """Write the rows' tokens for TRL; returns (tokens, response tokens) of each."""
+    from cs336_alignment.config import DataConfig
+    from cs336_alignment.data.splits import prepare_run
+    from cs336_alignment.model.loading import load_tokenizer, resolve_model
+
+    tokenizer = load_tokenizer(resolve_model(model, None, False))
+    config = DataConfig(data, cache_dir=str(folder / "cache"))
+    dataset = prepare_run(config, tokenizer, seed=0).train.dataset
+    sizes = []
+    with path.open("w") as file:
+        for i in range(len(dataset)):
+            ids, mask = dataset[i].input_ids, dataset[i].response_mask
+            labels = ids.masked_fill(~mask, -100).tolist()
+            row = {"input_ids": ids.tolist(), "labels": labels, "length": len(ids)}
+            file.write(json.dumps(row) + "\n")
+            sizes.append((len(ids), int(mask.sum())))
+    return sizes
+
+
+def useful_flops(model: str, sizes: list[tuple[int, int]]) -> float:
+    """Count what a step over these examples costs at least, forward and backward (3 × forward):
+    every layer on every token, attention on what lies before it, the head on response tokens.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained(model)
+    import torch
+
+    with torch.device("meta"):
+        whole = AutoModelForCausalLM.from_config(config)
+    body = whole.num_parameters() - sum(
+        p.numel()
+        for p in {whole.get_input_embeddings().weight, whole.get_output_embeddings().weight}
+    )
+    head = config.vocab_size * config.hidden_size
+    width = config.num_attention_heads * whole.model.layers[0].self_attn.head_dim
+    tokens, responses = (sum(column) for column in zip(*sizes, strict=True))
+    squares = sum(length**2 for length, _ in sizes)
+    return 6.0 * (body * tokens + head * responses + config.num_hidden_layers * width * squares)
+
+
+def run_arm(arguments: list[str]) -> dict[str, Any]:
+    """Run a part of this script in a process of its own."""
+    begin = time.time()
+    done = subprocess.run(
+        [sys.executable, __file__, *arguments], stdout=subprocess.PIPE, text=True, check=False
+    )
+    if done.returncode:
+        raise SystemExit(f"{' '.join(arguments)} ended with {done.returncode}")
+    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    if "first_step" in result:
+        result["first_step"] -= begin
+    return result
+
+
+def choose_rows(source: str, path: Path) -> str:
+    """Take rows from all over the file, as many as the steps need."""
+    lines = Path(source).read_text(encoding="utf-8").splitlines(keepends=True)
+    every = len(lines) // (STEPS * BATCH)
+    path.write_text("".join(lines[::every][: STEPS * BATCH]), encoding="utf-8")
+    return str(path)
+
+
+def summarize(found: dict[str, list[dict[str, Any]]], sizes: list[tuple[int, int]], flops: float,
+              rates: list[float]) -> dict[str, dict[str, float]]:  # fmt: skip
+    """Reduce each arm's rounds to medians."""
+    measured = sizes[WARMUP_STEPS * BATCH :]
+    rows = {}
+    for name, rounds in found.items():
+        seconds = [sum(each["seconds"][WARMUP_STEPS:]) for each in rounds]
+        # Grouping changes which examples a step holds; over a whole epoch the tokens are the same.
+        tokens, total = sum(n for n, _ in measured), sum(n for n, _ in sizes)
+        if name == "trl_grouped":
+            seconds = [sum(each["seconds"]) * tokens / total for each in rounds]
+        second = statistics.median(seconds)
+        shares = [flops / s / rate for s, rate in zip(seconds, rates, strict=True)]
+        rows[name] = {
+            "tokens_per_second": tokens / second,
+            "response_tokens_per_second": sum(n for _, n in measured) / second,
+            "memory_gib": statistics.median(each["memory_gib"] for each in rounds),
+            "first_step": statistics.median(each["first_step"] for each in rounds),
+            "share_of_matrix_rate": statistics.median(shares),
+            "loss": rounds[0]["loss"],
+            "grad_norm": rounds[0]["grad_norm"],
+        }
+    return rows
+
+
+def table_of(rows: dict[str, dict[str, float]]) -> str:
+    """Write Markdown."""
+    lines = [
+        "| arm | tokens/s | response tokens/s | × | peak memory, GiB | × | first step, s | "
+        "share of GEMM rate | loss, step 1 | gradient norm |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    base = rows.get(BASE)
+    for name, row in rows.items():
+        speed = row["tokens_per_second"] / base["tokens_per_second"] if base else float("nan")
+        memory = row["memory_gib"] / base["memory_gib"] if base else float("nan")
+        lines.append(
+            f"| {LABELS[name]} | {row['tokens_per_second']:.0f} | "
+            f"{row['response_tokens_per_second']:.0f} | {speed:.2f} | {row['memory_gib']:.1f} | "
+            f"{memory:.2f} | {row['first_step']:.0f} | {row['share_of_matrix_rate']:.0%} | "
+            f"{row['loss']:.6f} | {row['grad_norm']:.5f} |"
+        )
+    return "\n".join(lines)
+
+
+def draw(rows: dict[str, dict[str, float]], path: Path) -> None:
+    """Draw speed and memory, an arm a bar."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    names = list(rows)[::-1]
+    colours = ["#1f6f8b" if name.startswith("ours") else "#b8b8b8" for name in names]
+    figure, axes = plt.subplots(1, 2, figsize=(11, 0.45 * len(names) + 1.2), sharey=True)
+    for axis, key, title in zip(
+        axes, ("tokens_per_second", "memory_gib"),
+        ("real tokens a second (more is better)", "peak memory, GiB (less is better)"), strict=True,
+    ):  # fmt: skip
+        bars = axis.barh([LABELS[name] for name in names], [rows[n][key] for n in names],
+                         color=colours)  # fmt: skip
+        axis.bar_label(bars, fmt="%.0f" if key == "tokens_per_second" else "%.1f", padding=3)
+        axis.set_title(title, fontsize=10)
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.margins(x=0.12)
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("model")
+    parser.add_argument("data")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--arms", nargs="+", choices=[*TRL, *OURS], default=[*TRL, *OURS])
+    parser.add_argument("--out", type=Path, default=Path("bench"))
+    options = parser.parse_args()
+
+    from rich.progress import track
+
+    found: dict[str, list[dict[str, Any]]] = {name: [] for name in options.arms}
+    rates = []
+    with tempfile.TemporaryDirectory(dir=".") as temporary:
+        folder = Path(temporary)
+        data = choose_rows(options.data, folder / "rows.jsonl")
+        tokens = folder / "tokens.jsonl"
+        sizes = write_tokens(options.model, data, tokens, folder)
+        flops = useful_flops(options.model, sizes[WARMUP_STEPS * BATCH :])
+        turns = [(turn, name) for turn in range(options.rounds) for name in options.arms]
+        for turn, name in track(turns, "training"):
+            if name == options.arms[0]:
+                rates.append(run_arm(["--matrix-rate"])["flops"])
+            if name in OURS:
+                result = train_ours(name, options.model, data, folder / str(turn))
+            else:
+                result = run_arm(["--trl", name, options.model, str(tokens)])
+            found[name].append(result)
+    rows = summarize(found, sizes, flops, rates)
+    options.out.mkdir(parents=True, exist_ok=True)
+    (options.out / "peers.json").write_text(
+        json.dumps({"arms": rows, "rounds": found, "matrix_flops": rates}, indent=2) + "\n"
+    )
+    draw(rows, options.out / "peers.png")
+    print(table_of(rows))
+    print(
+        f"matrix products: {statistics.median(rates) / 1e9:.0f} GFLOP/s; written to {options.out}"
+    )
+
+
+PARTS: dict[str, Callable[..., dict[str, Any]]] = {"--trl": train_trl, "--matrix-rate": matrix_rate}
+
+if __name__ == "__main__":
+    if sys.argv[1:2] and sys.argv[1] in PARTS:
+        print("\n" + json.dumps(PARTS[sys.argv[1]](*sys.argv[2:])))
+    else:
+        main()
