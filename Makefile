@@ -6,7 +6,7 @@ STAMP := $(VENV)/installed
 export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
-.PHONY: help install train test test-all faults faults-long guards lint typecheck format smollm2 build hooks clean
+.PHONY: help install train test test-all test-gpu faults faults-long guards lint typecheck format smollm2 build hooks clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -27,6 +27,9 @@ test: install ## run the tests (minutes; the slow ones are in test-all)
 
 test-all: install ## run every test that this machine can, but for the campaign of faults-long
 	$(BIN)/python -m pytest -q -n 2 --dist worksteal -m "not long"
+
+test-gpu: install ## run the tests that need a CUDA device
+	$(BIN)/python -m pytest -q tests/gpu
 
 faults: install ## break runs in every way that is known and print what survived (minutes)
 	$(BIN)/python -m pytest -q -n 2 --dist worksteal tests -m "fault and not long"

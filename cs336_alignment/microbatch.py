@@ -168,11 +168,14 @@ Record = TypeVar("Record", "Microbatch", FlatLayout, SharedPrefix, TokenWeights)
 
 def _moved(record: Record, device: torch.device) -> Record:
     """Copy all tensors of a record, and of the records in it, to a device."""
+    # A copy from pinned memory waits for nothing.
+    pinned = device.type == "cuda"
     moved: dict[str, Any] = {}
     for item in dataclasses.fields(record):
         value = getattr(record, item.name)
         if isinstance(value, Tensor):
-            moved[item.name] = value.to(device, non_blocking=True)
+            source = value.pin_memory() if pinned and not value.is_cuda else value
+            moved[item.name] = source.to(device, non_blocking=True)
         elif dataclasses.is_dataclass(value):
             moved[item.name] = value.to(device)  # type: ignore[union-attr]
     return dataclasses.replace(record, **moved)

@@ -7,6 +7,7 @@ without a layout it is plain SDPA, so the same model also generates and takes pa
 
 from __future__ import annotations
 
+import importlib.util
 import inspect
 from typing import Any
 
@@ -20,6 +21,7 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from cs336_alignment.microbatch import FlatLayout, SharedPrefix
 
 FLAT_ATTENTION = "cs336_flat"
+_HAS_VARLEN = importlib.util.find_spec("torch.nn.attention.varlen") is not None
 
 
 def flat_attention(
@@ -67,7 +69,8 @@ def flat_attention(
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     if flat_layout.prefix is not None:
         key, value = (_with_prefix(x, flat_layout.prefix) for x in (key, value))
-    if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16) and dropout == 0.0:
+    half = query.dtype in (torch.bfloat16, torch.float16)
+    if query.is_cuda and half and dropout == 0.0 and _HAS_VARLEN:
         return _varlen_attention(query, key, value, flat_layout, scaling), None
     return _grouped_attention(query, key, value, flat_layout, dropout, scaling), None
 
@@ -155,7 +158,7 @@ class _Shared(torch.autograd.Function):
 def _varlen_attention(
     query: Tensor, key: Tensor, value: Tensor, layout: FlatLayout, scaling: float | None
 ) -> Tensor:
-    from torch.nn.attention.varlen import varlen_attn  # CUDA only, and not in every build
+    from torch.nn.attention.varlen import varlen_attn  # CUDA only
 
     if key.shape[1] != query.shape[1]:  # enable_gqa is not in every supported torch
         groups = query.shape[1] // key.shape[1]

@@ -164,19 +164,24 @@ class _ChunkedLogProbs(torch.autograd.Function):
                 normalizers[chunk] = logits.logsumexp(-1)
                 picked = logits.gather(1, labels[chunk, None]).squeeze(1)
                 log_probs[chunk] = picked - normalizers[chunk]
-                if gradients is None:
-                    if with_entropy:
-                        entropy[chunk] = _entropy(logits, normalizers[chunk])
+                if gradients is None and not with_entropy:
                     continue
-                assert slopes is not None
-                if with_entropy:
-                    entropy[chunk] = _entropy(logits.clone(), normalizers[chunk])
-                gradients.add(
-                    chunk,
-                    _d_logits(
-                        logits, normalizers[chunk], labels[chunk], slopes[chunk], scale, softcap
-                    ),
+                softcap_slope = _softcap_slope(logits, softcap)
+                # log p <= 0 in floating point too, since logsumexp >= max; the clamp keeps 0 · -inf
+                # from being NaN.
+                log_p = logits.sub_(normalizers[chunk, None])
+                p = (
+                    log_p.clamp_(min=torch.finfo(accumulate).min).exp()
+                    if with_entropy
+                    else log_p.exp_()
                 )
+                if with_entropy:
+                    entropy[chunk] = -torch.linalg.vecdot(p, log_p)
+                if gradients is not None:
+                    assert slopes is not None
+                    gradients.add(
+                        chunk, _d_logits(p, labels[chunk], slopes[chunk], scale, softcap_slope)
+                    )
         ctx.gradients = gradients
         ctx.save_for_backward(hidden, weight, bias, labels, normalizers, slopes)
         ctx.mark_non_differentiable(entropy)
@@ -196,11 +201,10 @@ class _ChunkedLogProbs(torch.autograd.Function):
                 for start in range(0, len(labels), rows):
                     chunk = slice(start, start + rows)
                     logits = _logits(hidden[chunk], weight, bias, accumulate, scale, softcap)
+                    softcap_slope = _softcap_slope(logits, softcap)
+                    p = logits.sub_(normalizers[chunk, None]).exp_()
                     gradients.add(
-                        chunk,
-                        _d_logits(
-                            logits, normalizers[chunk], labels[chunk], grad[chunk], scale, softcap
-                        ),
+                        chunk, _d_logits(p, labels[chunk], grad[chunk], scale, softcap_slope)
                     )
         hidden_dtype, weight_dtype = ctx.dtypes
         of_hidden, of_weight, of_bias = gradients.hidden, gradients.weight, gradients.bias
@@ -220,21 +224,22 @@ def _holds(grad: Tensor, slopes: Tensor) -> bool:
     return torch.equal(grad, slopes)
 
 
+def _softcap_slope(logits: Tensor, softcap: float | None) -> Tensor | None:
+    """Give d capped / d uncapped logits, from the capped ones."""
+    return None if softcap is None else 1 - (logits / softcap) ** 2
+
+
 def _d_logits(
-    logits: Tensor,
-    normalizers: Tensor,
-    labels: Tensor,
-    grad: Tensor,
-    scale: float,
-    softcap: float | None,
+    p: Tensor, labels: Tensor, grad: Tensor, scale: float, softcap_slope: Tensor | None
 ) -> Tensor:
-    """Turn the logits (rows, V) of a chunk into the gradient by hidden @ weight.T, in place."""
-    slope = None if softcap is None else 1 - (logits / softcap) ** 2
+    """Turn the probabilities (rows, V) of a chunk into the gradient by hidden @ weight.T, in
+    place.
+    """
     # d log p(label) / d logits = onehot(label) - p
-    d_logits = logits.sub_(normalizers[:, None]).exp_().mul_(-grad[:, None])
+    d_logits = p.mul_(-grad[:, None])
     d_logits.scatter_add_(1, labels[:, None], grad[:, None].to(d_logits.dtype))
-    if slope is not None:
-        d_logits.mul_(slope)
+    if softcap_slope is not None:
+        d_logits.mul_(softcap_slope)
     if scale != 1.0:
         d_logits.mul_(scale)
     return d_logits
@@ -256,16 +261,6 @@ def _logits(
     if softcap is not None:
         logits = logits.div_(softcap).tanh_().mul_(softcap)
     return logits
-
-
-def _entropy(logits: Tensor, normalizers: Tensor) -> Tensor:
-    """H = -Σ p log p >= 0, from logits (rows, V) and their logsumexp (rows,); overwrites the
-    logits.
-    """
-    # log p <= 0 in floating point too, since logsumexp >= max; the clamp keeps 0 · -inf from being
-    # NaN.
-    log_p = logits.sub_(normalizers[:, None]).clamp_(min=torch.finfo(logits.dtype).min)
-    return -torch.linalg.vecdot(log_p.exp(), log_p)
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
