@@ -111,6 +111,7 @@ class TrainerConfig:
     batching: str = "auto"
     precision: str = "auto"
     gradient_checkpointing: bool = False
+    compile: bool = False
     logging_steps: int = 1
     eval_steps: int = 0
     save_steps: int = 100

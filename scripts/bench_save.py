@@ -26,12 +26,13 @@ from cs336_alignment.tracking.console import Console
 from cs336_alignment.tracking.metrics import MetricsFile
 from cs336_alignment.tracking.tracker import RunTracker
 from cs336_alignment.tracking.wandb_logger import NullLogger
+from cs336_alignment.training.batching_choice import choose_batching
 from cs336_alignment.training.checkpoint import TrainState
 from cs336_alignment.training.checkpoint_writer import CheckpointWriter
 from cs336_alignment.training.export import save_sidecars
 from cs336_alignment.training.optimizer import allocate_state, build_optimizer
 from cs336_alignment.training.parallel import Processes, set_threads, start_processes
-from cs336_alignment.training.preflight import choose_batching, choose_cut, choose_precision
+from cs336_alignment.training.preflight import choose_cut, choose_precision
 from cs336_alignment.training.trainer import Trainer
 
 STEPS = 10
@@ -47,7 +48,7 @@ def main(model_path: str, data_path: str, rounds: int, folder: Path) -> None:
     set_threads(1, model.num_parameters())
     config = TrainerConfig(global_batch_size=8, save_steps=0, loss_spike="off")
     policy = Policy(model, choose_precision("auto", processes.device)).to(processes.device)
-    flat = choose_batching(policy, "auto", int(data.lengths.max())).flat
+    batching = choose_batching(policy, "auto", int(data.lengths.max())).batching
     optimizer_config = OptimizerConfig()
     optimizer = build_optimizer(model, optimizer_config)
     allocate_state(optimizer)
@@ -63,7 +64,7 @@ def main(model_path: str, data_path: str, rounds: int, folder: Path) -> None:
         return Trainer(
             policy, processes.wrap(policy), optimizer, data,
             plan=StepPlan(len(data), config.global_batch_size, seed=0),
-            cut=choose_cut(config, flat=flat), total_steps=STEPS, state=TrainState(),
+            cut=choose_cut(config, batching), total_steps=STEPS, state=TrainState(),
             trainer=config, optimizer_config=optimizer_config, seed=0, processes=processes,
             tracker=tracker, evaluate=lambda step: None, writer=writer, poll=lambda: None,
         )  # fmt: skip

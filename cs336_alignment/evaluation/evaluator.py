@@ -18,6 +18,7 @@ from cs336_alignment.evaluation.log_generations import generate_rows, summarize
 from cs336_alignment.evaluation.loss import evaluate_loss
 from cs336_alignment.evaluation.rewards import REWARDS
 from cs336_alignment.microbatch import Batching
+from cs336_alignment.model.compile import in_eager
 from cs336_alignment.model.loading import check_fits
 from cs336_alignment.model.policy import Policy
 from cs336_alignment.training.parallel import Processes
@@ -118,7 +119,7 @@ class Evaluator:
         Raises:
             StopNow: some process was asked to stop; raised on all of them.
         """
-        with self.progress("evaluation loss", len(self.dataset)) as advance:
+        with in_eager(), self.progress("evaluation loss", len(self.dataset)) as advance:
             metrics = evaluate_loss(
                 self.policy,
                 self.dataset,
@@ -131,7 +132,8 @@ class Evaluator:
         self._leave_if_asked()
         if not generate or not self.prompts:
             return EvaluationResult(metrics, [])
-        rows = self.generate()
+        with in_eager():
+            rows = self.generate()
         summary = summarize(rows)
         names = {
             "token_entropy": "response_entropy",

@@ -17,13 +17,14 @@ from cs336_alignment.model.loading import check_fits, load_model, load_tokenizer
 from cs336_alignment.model.policy import Policy
 from cs336_alignment.tracking.console import Console
 from cs336_alignment.tracking.tracker import show_examples, write_generations
+from cs336_alignment.training.batching_choice import choose_batching
 from cs336_alignment.training.parallel import (
     Processes,
     refuse_launcher_options,
     set_threads,
     start_processes,
 )
-from cs336_alignment.training.preflight import choose_batching, choose_precision
+from cs336_alignment.training.preflight import choose_precision
 
 EXAMPLES_SHOWN = 3
 RESULT = "evaluation.json"

@@ -62,17 +62,29 @@ def flat_attention(
     for name in ("softcap", "s_aux", "position_bias"):
         if kwargs.get(name) is not None:
             raise ValueError(f"flat attention does not implement {name}")
+    return _attend(query, key, value, flat_layout, dropout, scaling), None
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]  # shapes change with every microbatch
+def _attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    layout: FlatLayout,
+    dropout: float,
+    scaling: float | None,
+) -> Tensor:
     device = query.device.type
     if torch.is_autocast_enabled(device):
         # Rotary embeddings widen queries and keys to float32; SDPA would narrow them by itself.
         dtype = torch.get_autocast_dtype(device)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
-    if flat_layout.prefix is not None:
-        key, value = (_with_prefix(x, flat_layout.prefix) for x in (key, value))
+    if layout.prefix is not None:
+        key, value = (_with_prefix(x, layout.prefix) for x in (key, value))
     half = query.dtype in (torch.bfloat16, torch.float16)
     if query.is_cuda and half and dropout == 0.0 and _HAS_VARLEN:
-        return _varlen_attention(query, key, value, flat_layout, scaling), None
-    return _grouped_attention(query, key, value, flat_layout, dropout, scaling), None
+        return _varlen_attention(query, key, value, layout, scaling)
+    return _grouped_attention(query, key, value, layout, dropout, scaling)
 
 
 def _grouped_attention(

@@ -19,6 +19,7 @@ from cs336_alignment.data.splits import RunData, prepare_run
 from cs336_alignment.errors import ExitStatus, UserError
 from cs336_alignment.microbatch import Batching
 from cs336_alignment.model.attention import FLAT_ATTENTION, why_not_flat
+from cs336_alignment.model.compile import compile_layers
 from cs336_alignment.model.loading import (
     ModelSource,
     check_fits,
@@ -29,6 +30,7 @@ from cs336_alignment.model.loading import (
 )
 from cs336_alignment.model.policy import Policy
 from cs336_alignment.tracking.console import Console
+from cs336_alignment.training.batching_choice import choose_batching
 from cs336_alignment.training.checkpoint import Snapshot, TrainState, restore, save_checkpoint
 from cs336_alignment.training.export import export_model, save_sidecars
 from cs336_alignment.training.invariances import (
@@ -47,7 +49,6 @@ from cs336_alignment.training.invariances import (
     some,
 )
 from cs336_alignment.training.parallel import Processes, set_threads, start_processes
-from cs336_alignment.training.preflight import choose_batching
 from cs336_alignment.training.token_check import check_tokens
 
 NUM_EXAMPLES = 4
@@ -123,7 +124,10 @@ def examine(config: Config, processes: Processes, console: Console) -> Iterator[
         dtypes.append(torch.float64)
     for dtype in dtypes:
         model.to(dtype)  # type: ignore[arg-type]  # its decorators hide its type
-        check = partial(_check_gradients, replace(subject, dataset=dataset), subject, dtype)
+        check = partial(
+            _check_gradients, replace(subject, dataset=dataset), subject, dtype,
+            compiled=config.trainer.compile and dtype == torch.float32,
+        )  # fmt: skip
         yield from guarded(f"gradients, {DTYPE_NAMES[dtype]}", check)
     model.to(torch.float32)  # type: ignore[arg-type]
     yield from guarded("log-probs and files", lambda: _check_files(subject, tokenizer, source))
@@ -138,7 +142,9 @@ def _load_data(config: Config, tokenizer: PreTrainedTokenizerBase, console: Cons
     return data
 
 
-def _check_gradients(long: Subject, short: Subject, dtype: torch.dtype) -> Iterator[Finding]:
+def _check_gradients(
+    long: Subject, short: Subject, dtype: torch.dtype, *, compiled: bool
+) -> Iterator[Finding]:
     """Compare the step, laid out and cut in every way, in one dtype, by way of plain transformers'
     and of padded rows.
     """
@@ -165,6 +171,8 @@ def _check_gradients(long: Subject, short: Subject, dtype: torch.dtype) -> Itera
     if dtype == torch.float32:
         yield _check_parameters(short, plain, batching)
         yield _check_checkpointing(short, plain, batching)
+    if compiled:
+        yield _check_compiled(short, plain, batching)
     del plain
     got, want = short.step(many, batching, "sequence"), short.plain("sequence")
     yield _compare(f"{many} {one}, loss by sequence, {label}", got, want, short, dtype)
@@ -228,6 +236,17 @@ def _check_checkpointing(subject: Subject, want: Gradient, batching: Batching) -
     if len(calls) < 2:
         return Finding(name, None, None, None, "it was asked for, and nothing was recomputed")
     return _compare(name, got, want, subject, torch.float32)
+
+
+def _check_compiled(subject: Subject, want: Gradient, batching: Batching) -> Finding:
+    model = subject.policy.model
+    compile_layers(model)
+    try:
+        got = subject.step(1, batching)
+    finally:
+        for module in model.modules():
+            module._compiled_call_impl = None
+    return _compare("compiled layers, fp32", got, want, subject, torch.float32)
 
 
 def _log_probs(policy: Policy, subject: Subject) -> Tensor:

@@ -1,4 +1,4 @@
-"""Before the first step: which layout the model takes, and the run's arithmetic in words."""
+"""Before the first step: the run's arithmetic in words, and the largest microbatch tried."""
 
 from __future__ import annotations
 
@@ -6,40 +6,26 @@ import contextlib
 import itertools
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from cs336_alignment.config import DEFAULT_MICROBATCH_TOKENS, TrainerConfig
 from cs336_alignment.data.batching import (
-    MIN_SHARED_TOKENS,
     StepPlan,
     collate,
     plan_microbatches,
     shared_prefix,
 )
 from cs336_alignment.data.dataset import TokenizedDataset
-from cs336_alignment.data.tokenize import TokenizedExample
 from cs336_alignment.errors import ExitStatus, UserError
 from cs336_alignment.microbatch import Batching
-from cs336_alignment.model.attention import FLAT_ATTENTION, why_not_flat
-from cs336_alignment.model.loading import embedding_rows
+from cs336_alignment.model.compile import compile_layers
 from cs336_alignment.model.policy import Policy
+from cs336_alignment.training.batching_choice import probe_rows
 from cs336_alignment.training.step import Cut
 
-PROBE_LENGTHS = (5, 9, 9)
 STEPS_LOOKED_AT = 20_000
 MICROBATCHES_LOOKED_INTO = 200
-LEAK_RATIO = 20  # a flat row must be this much nearer to the padded rows than one without borders
-
-
-@dataclass(frozen=True)
-class BatchingChoice:
-    """The layout of microbatches, and why, in words."""
-
-    batching: Batching
-    reason: str
 
 
 def choose_precision(wanted: str, device: torch.device) -> torch.dtype | None:
@@ -55,132 +41,27 @@ def choose_precision(wanted: str, device: torch.device) -> torch.dtype | None:
     return None
 
 
-def choose_batching(policy: Policy, wanted: str, longest: int) -> BatchingChoice:
-    """Decide between flat and padded microbatches by measuring them on the model itself.
-
-    Three short random rows go through the model as transformers would compute them, padded, and
-    flat; rows that begin alike also with their prefix computed once. The flat row must agree with
-    the padded rows 20 times better than a row whose borders are ignored. A head that does not
-    reproduce the model's own logits is replaced by the model's own.
-
-    Args:
-        policy: on its device, not wrapped.
-        wanted: `auto`, `flat`, `flat_shared_prefix` or `padded`.
-        longest: tokens of the longest example.
-
-    Returns:
-        The choice; `auto` falls back to flat, then to padded, and says why.
+def warm_up_compiled(policy: Policy, batching: Batching) -> None:
+    """Compile the layers now, on rows that are always the same: a resumed run then computes with
+    the same kernels.
 
     Raises:
-        UserError: what was asked for is not exact for this architecture (78).
+        UserError: there is no compiler, or it fails on this model (78).
     """
-    rows = _probe_rows(policy)
-    with _probing(policy):
-        if policy.head is not None and not torch.allclose(
-            _log_probs(policy, rows, "padded"), _reference(policy, rows), rtol=1e-3, atol=1e-3
-        ):
-            policy.head = None
-        if wanted == "padded":
-            return BatchingChoice("padded", "padded, as asked")
-        reason = why_not_flat(policy.model, longest)
-        error = 0.0
-        if reason is None:
-            reason, error = _measure(policy, rows, "flat")
-        if reason is not None:
-            return _fall_back(wanted, "padded", reason)
-        exact = f"equal to padded within {error:.0e} on this model"
-        if wanted == "flat":
-            return BatchingChoice("flat", f"flat, as asked, no padding; {exact}")
-        if names := dropout_options(policy):
-            reason = f"a shared prefix would share its dropout ({', '.join(names)})"
-        else:
-            alike = _probe_rows(policy, prefix=MIN_SHARED_TOKENS + 1)
-            reason, error = _measure(policy, alike, "flat_shared_prefix")
-    if reason is not None:
-        return _fall_back(wanted, "flat", reason)
-    exact = f"equal to padded within {error:.0e} on this model"
-    return BatchingChoice(
-        "flat_shared_prefix", f"flat, no padding, a prefix that all share once; {exact}"
-    )
-
-
-def _fall_back(wanted: str, batching: Batching, reason: str) -> BatchingChoice:
-    if wanted == "auto" or wanted == batching:
-        return BatchingChoice(batching, f"{batching}: {reason}")
-    raise UserError(
-        "C106",
-        f"trainer.batching={wanted} is not exact for this model: {reason}",
-        ExitStatus.BAD_CONFIG,
-        hint=f"trainer.batching={batching}, or auto, which falls back by itself",
-    )
-
-
-def _measure(
-    policy: Policy, rows: Sequence[TokenizedExample], batching: Batching
-) -> tuple[str | None, float]:
-    """Say what is wrong with a flat layout, if anything, and how far it is from padded rows."""
-    if policy.model.config._attn_implementation != FLAT_ATTENTION:
-        return "the architecture does not use transformers' attention interface", 0.0
-    padded = _log_probs(policy, rows, "padded")
+    compile_layers(policy.model)
+    batch = collate(probe_rows(policy, lengths=(24, 40)), batching=batching)
     try:
-        error = (_log_probs(policy, rows, batching) - padded).abs().max().item()
-    except (RuntimeError, ValueError, TypeError, IndexError) as failure:
-        return f"the model does not take flat rows ({failure})", 0.0
-    joined = TokenizedExample(
-        torch.cat([row.input_ids for row in rows]),
-        torch.cat([row.response_mask for row in rows]),
-        0,
-    )
-    leak = (_log_probs(policy, [joined], "padded") - padded).abs().max().item()
-    if error <= max(leak / LEAK_RATIO, 1e-6):
-        return None, error
-    return f"a {batching} row differs from padded ones by {error:.0e}", error
-
-
-def _probe_rows(policy: Policy, prefix: int = 1) -> list[TokenizedExample]:
-    """Draw rows that begin with the same `prefix` tokens."""
-    generator = torch.Generator().manual_seed(0)
-    vocabulary = embedding_rows(policy.model)
-    shared = torch.randint(vocabulary, (prefix,), generator=generator)
-    rows = []
-    for index, length in enumerate(PROBE_LENGTHS):
-        ids = torch.cat([shared, torch.randint(vocabulary, (length,), generator=generator)])
-        rows.append(TokenizedExample(ids, torch.arange(len(ids)) >= prefix, index))
-    return rows
-
-
-@contextlib.contextmanager
-def _probing(policy: Policy) -> Iterator[None]:
-    """No dropout, no graph, and the weights' own precision for a moment."""
-    training, dtype = policy.training, policy.autocast_dtype
-    policy.eval()
-    policy.autocast_dtype = None
-    try:
-        with torch.no_grad():
-            yield
+        policy(batch.to(next(policy.parameters()).device))[0].sum().backward()
+    except Exception as failure:  # of a hundred kinds
+        raise UserError(
+            "C118",
+            "torch.compile fails on this machine or model",
+            ExitStatus.BAD_CONFIG,
+            got=f"{type(failure).__name__}: {str(failure).strip().splitlines()[0]}",
+            hint="on a CPU it needs a C++ compiler (g++); trainer.compile=false does without",
+        ) from failure
     finally:
-        policy.train(training)
-        policy.autocast_dtype = dtype
-
-
-def _log_probs(policy: Policy, rows: Sequence[TokenizedExample], batching: Batching) -> Tensor:
-    device = next(policy.parameters()).device
-    log_probs: Tensor = policy(collate(rows, batching=batching).to(device))[0]
-    return log_probs
-
-
-def _reference(policy: Policy, rows: Sequence[TokenizedExample]) -> Tensor:
-    """Row by row through the whole model, head included, with nothing of this project in
-    between.
-    """
-    device = next(policy.parameters()).device
-    parts = []
-    for row in rows:
-        ids = row.input_ids.to(device)
-        logits = policy.model(ids[None, :-1], use_cache=False).logits[0]
-        log_probs = logits.log_softmax(-1).gather(1, ids[1:, None]).squeeze(1)
-        parts.append(log_probs[row.response_mask[1:].to(device)])
-    return torch.cat(parts)
+        policy.zero_grad(set_to_none=True)
 
 
 def choose_cut(config: TrainerConfig, batching: Batching) -> Cut:
@@ -357,16 +238,3 @@ def peak_memory_gib(device: torch.device) -> float:
 
     unit = 1 if sys.platform == "darwin" else 2**10  # macOS counts in bytes, Linux in KiB
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
-
-
-def dropout_options(policy: Policy) -> list[str]:
-    """Name the dropouts of the model's config; with dropout a result depends on the cut."""
-    config = policy.model.config.get_text_config().to_dict()
-    return [
-        f"{name}={value}"
-        for name, value in config.items()
-        if ("dropout" in name or name.endswith("_pdrop"))
-        and not name.startswith(("summary", "classifier"))  # of heads that are not trained here
-        and isinstance(value, int | float)
-        and value > 0
-    ]

@@ -22,10 +22,11 @@ from cs336_alignment.model.policy import Policy
 from cs336_alignment.tracking.console import Console
 from cs336_alignment.tracking.metrics import read_metrics
 from cs336_alignment.tracking.tracker import show_examples
+from cs336_alignment.training.batching_choice import BatchingChoice, dropout_options
 from cs336_alignment.training.checkpoint import TrainState
 from cs336_alignment.training.export import model_card
 from cs336_alignment.training.parallel import launched_processes
-from cs336_alignment.training.preflight import BatchingChoice, describe_batches, dropout_options
+from cs336_alignment.training.preflight import describe_batches
 from cs336_alignment.training.run_folder import EXPORT, MANIFEST, METRICS
 from cs336_alignment.training.schedule import warmup_length
 from cs336_alignment.training.step import Cut

@@ -27,6 +27,7 @@ from cs336_alignment.tracking.console import Console
 from cs336_alignment.tracking.metrics import MetricsFile
 from cs336_alignment.tracking.tracker import RunTracker
 from cs336_alignment.tracking.wandb_logger import Logger, NullLogger, WandbLogger
+from cs336_alignment.training.batching_choice import choose_batching
 from cs336_alignment.training.checkpoint import TrainState, remove_leftovers, restore
 from cs336_alignment.training.checkpoint_writer import CheckpointWriter
 from cs336_alignment.training.export import export_model, save_sidecars
@@ -40,12 +41,12 @@ from cs336_alignment.training.parallel import (
     start_processes,
 )
 from cs336_alignment.training.preflight import (
-    choose_batching,
     choose_cut,
     choose_precision,
     largest_microbatch,
     rehearse_microbatch,
     telling_out_of_memory,
+    warm_up_compiled,
 )
 from cs336_alignment.training.report import (
     describe_run,
@@ -172,6 +173,9 @@ class _Run:
         device = self.processes.device
         policy = Policy(model, choose_precision(precision, device)).to(device)
         choice = choose_batching(policy, config.trainer.batching, longest)
+        if config.trainer.compile:
+            self.console.note("compiling the layers")
+            warm_up_compiled(policy, choice.batching)
         cut = choose_cut(config.trainer, choice.batching)
         plan = StepPlan(
             len(data.dataset), config.trainer.global_batch_size, config.seed, config.data.shuffle,

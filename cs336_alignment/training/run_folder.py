@@ -57,6 +57,7 @@ NOTICED = frozenset(
         "trainer.gradient_accumulation_steps",
         "trainer.batching",
         "trainer.gradient_checkpointing",
+        "trainer.compile",
         "trainer.loss_spike",
         "trainer.loss_spike_nats",
     }

@@ -14,6 +14,7 @@ from cs336_alignment.config import OptimizerConfig, TrainerConfig
 from cs336_alignment.data.batching import StepPlan
 from cs336_alignment.data.dataset import TokenizedDataset
 from cs336_alignment.errors import ExitStatus, UserError
+from cs336_alignment.model.compile import compiled_graphs
 from cs336_alignment.model.policy import Policy
 from cs336_alignment.training.checkpoint import TrainState
 from cs336_alignment.training.checkpoint_writer import CheckpointWriter
@@ -214,6 +215,8 @@ class Trainer:
             "perf/tokens_per_second": num_tokens / seconds,
             "perf/peak_memory_gib": peak_memory_gib(self.processes.device),
         }
+        if self.config.compile:
+            metrics["perf/compiled_graphs"] = compiled_graphs()
         if log:
             metrics["train/token_entropy"] = sums.entropy / num_response_tokens
         if self.config.loss_spike == "skip":

@@ -15,9 +15,9 @@ from cs336_alignment.config import ParallelConfig, TrainerConfig
 from cs336_alignment.data.batching import collate
 from cs336_alignment.microbatch import Batching
 from cs336_alignment.model.policy import Policy
+from cs336_alignment.training.batching_choice import choose_batching
 from cs336_alignment.training.loss import StepCounts, loss_slopes, loss_weights, microbatch_loss
 from cs336_alignment.training.parallel import Processes, start_processes
-from cs336_alignment.training.preflight import choose_batching
 from cs336_alignment.training.step import Cut, accumulate_gradients
 from tests.conftest import build_dataset, build_model
 from tests.reference import dense_loss, gradient, relative_error

@@ -15,7 +15,7 @@ from cs336_alignment.model.attention import FLAT_ATTENTION
 from cs336_alignment.model.lm_head import Head, head_log_probs
 from cs336_alignment.model.policy import Policy
 from cs336_alignment.sft import compute_entropy, get_response_log_probs
-from cs336_alignment.training.preflight import choose_batching
+from cs336_alignment.training.batching_choice import choose_batching
 from tests.conftest import VOCABULARY, build_dataset, build_model
 from tests.reference import dense_log_probs
 

@@ -1,0 +1,45 @@
+"""Compilation of the model's repeated layers (regional: one compilation serves all of them)."""
+
+from __future__ import annotations
+
+import contextlib
+
+import torch
+from transformers import PreTrainedModel
+
+from cs336_alignment.errors import ExitStatus, UserError
+
+
+def compile_layers(model: PreTrainedModel) -> int:
+    """Have `torch.compile` run the repeated layers, for any number of tokens; returns how many.
+
+    Attention stays as it is: its shapes change with every microbatch.
+
+    Raises:
+        UserError: the architecture does not name its layers (78).
+    """
+    names = set(getattr(model, "_no_split_modules", None) or ())
+    layers = [module for module in model.modules() if type(module).__name__ in names]
+    if not layers:
+        raise UserError(
+            "C106",
+            f"{type(model).__name__} does not say which modules its repeated layers are",
+            ExitStatus.BAD_CONFIG,
+            hint="trainer.compile=false",
+        )
+    for layer in layers:
+        layer.compile(dynamic=True)
+    return len(layers)
+
+
+def compiled_graphs() -> int:
+    """Count the graphs compiled in this process so far; growth means recompilation."""
+    from torch._dynamo.utils import counters  # an import of a second
+
+    return int(counters["stats"]["unique_graphs"])
+
+
+def in_eager() -> contextlib.AbstractContextManager[object]:
+    """Run without compilation within a context: evaluation and generation bring other shapes."""
+    stance: contextlib.AbstractContextManager[object] = torch.compiler.set_stance("force_eager")
+    return stance

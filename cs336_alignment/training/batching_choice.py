@@ -1,0 +1,172 @@
+"""Flat or padded rows: measured on the model itself before the first step."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from cs336_alignment.data.batching import MIN_SHARED_TOKENS, collate
+from cs336_alignment.data.tokenize import TokenizedExample
+from cs336_alignment.errors import ExitStatus, UserError
+from cs336_alignment.microbatch import Batching
+from cs336_alignment.model.attention import FLAT_ATTENTION, why_not_flat
+from cs336_alignment.model.loading import embedding_rows
+from cs336_alignment.model.policy import Policy
+
+PROBE_LENGTHS = (5, 9, 9)
+LEAK_RATIO = 20  # a flat row must be this much nearer to the padded rows than one without borders
+
+
+@dataclass(frozen=True)
+class BatchingChoice:
+    """The layout of microbatches, and why, in words."""
+
+    batching: Batching
+    reason: str
+
+
+def choose_batching(policy: Policy, wanted: str, longest: int) -> BatchingChoice:
+    """Decide between flat and padded microbatches by measuring them on the model itself.
+
+    Three short random rows go through the model as transformers would compute them, padded, and
+    flat; rows that begin alike also with their prefix computed once. The flat row must agree with
+    the padded rows 20 times better than a row whose borders are ignored. A head that does not
+    reproduce the model's own logits is replaced by the model's own.
+
+    Args:
+        policy: on its device, not wrapped.
+        wanted: `auto`, `flat`, `flat_shared_prefix` or `padded`.
+        longest: tokens of the longest example.
+
+    Returns:
+        The choice; `auto` falls back to flat, then to padded, and says why.
+
+    Raises:
+        UserError: what was asked for is not exact for this architecture (78).
+    """
+    rows = probe_rows(policy)
+    with _probing(policy):
+        if policy.head is not None and not torch.allclose(
+            _log_probs(policy, rows, "padded"), _reference(policy, rows), rtol=1e-3, atol=1e-3
+        ):
+            policy.head = None
+        if wanted == "padded":
+            return BatchingChoice("padded", "padded, as asked")
+        reason = why_not_flat(policy.model, longest)
+        error = 0.0
+        if reason is None:
+            reason, error = _measure(policy, rows, "flat")
+        if reason is not None:
+            return _fall_back(wanted, "padded", reason)
+        exact = f"equal to padded within {error:.0e} on this model"
+        if wanted == "flat":
+            return BatchingChoice("flat", f"flat, as asked, no padding; {exact}")
+        if names := dropout_options(policy):
+            reason = f"a shared prefix would share its dropout ({', '.join(names)})"
+        else:
+            alike = probe_rows(policy, prefix=MIN_SHARED_TOKENS + 1)
+            reason, error = _measure(policy, alike, "flat_shared_prefix")
+    if reason is not None:
+        return _fall_back(wanted, "flat", reason)
+    exact = f"equal to padded within {error:.0e} on this model"
+    return BatchingChoice(
+        "flat_shared_prefix", f"flat, no padding, a prefix that all share once; {exact}"
+    )
+
+
+def _fall_back(wanted: str, batching: Batching, reason: str) -> BatchingChoice:
+    if wanted == "auto" or wanted == batching:
+        return BatchingChoice(batching, f"{batching}: {reason}")
+    raise UserError(
+        "C106",
+        f"trainer.batching={wanted} is not exact for this model: {reason}",
+        ExitStatus.BAD_CONFIG,
+        hint=f"trainer.batching={batching}, or auto, which falls back by itself",
+    )
+
+
+def _measure(
+    policy: Policy, rows: Sequence[TokenizedExample], batching: Batching
+) -> tuple[str | None, float]:
+    """Say what is wrong with a flat layout, if anything, and how far it is from padded rows."""
+    if policy.model.config._attn_implementation != FLAT_ATTENTION:
+        return "the architecture does not use transformers' attention interface", 0.0
+    padded = _log_probs(policy, rows, "padded")
+    try:
+        error = (_log_probs(policy, rows, batching) - padded).abs().max().item()
+    except (RuntimeError, ValueError, TypeError, IndexError) as failure:
+        return f"the model does not take flat rows ({failure})", 0.0
+    joined = TokenizedExample(
+        torch.cat([row.input_ids for row in rows]),
+        torch.cat([row.response_mask for row in rows]),
+        0,
+    )
+    leak = (_log_probs(policy, [joined], "padded") - padded).abs().max().item()
+    if error <= max(leak / LEAK_RATIO, 1e-6):
+        return None, error
+    return f"a {batching} row differs from padded ones by {error:.0e}", error
+
+
+def probe_rows(
+    policy: Policy, prefix: int = 1, lengths: Sequence[int] = PROBE_LENGTHS
+) -> list[TokenizedExample]:
+    """Draw rows, always the same, that begin with the same `prefix` tokens, not trained."""
+    generator = torch.Generator().manual_seed(0)
+    vocabulary = embedding_rows(policy.model)
+    shared = torch.randint(vocabulary, (prefix,), generator=generator)
+    rows = []
+    for index, length in enumerate(lengths):
+        ids = torch.cat([shared, torch.randint(vocabulary, (length,), generator=generator)])
+        rows.append(TokenizedExample(ids, torch.arange(len(ids)) >= prefix, index))
+    return rows
+
+
+@contextlib.contextmanager
+def _probing(policy: Policy) -> Iterator[None]:
+    """No dropout, no graph, and the weights' own precision for a moment."""
+    training, dtype = policy.training, policy.autocast_dtype
+    policy.eval()
+    policy.autocast_dtype = None
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        policy.train(training)
+        policy.autocast_dtype = dtype
+
+
+def _log_probs(policy: Policy, rows: Sequence[TokenizedExample], batching: Batching) -> Tensor:
+    device = next(policy.parameters()).device
+    log_probs: Tensor = policy(collate(rows, batching=batching).to(device))[0]
+    return log_probs
+
+
+def _reference(policy: Policy, rows: Sequence[TokenizedExample]) -> Tensor:
+    """Row by row through the whole model, head included, with nothing of this project in
+    between.
+    """
+    device = next(policy.parameters()).device
+    parts = []
+    for row in rows:
+        ids = row.input_ids.to(device)
+        logits = policy.model(ids[None, :-1], use_cache=False).logits[0]
+        log_probs = logits.log_softmax(-1).gather(1, ids[1:, None]).squeeze(1)
+        parts.append(log_probs[row.response_mask[1:].to(device)])
+    return torch.cat(parts)
+
+
+def dropout_options(policy: Policy) -> list[str]:
+    """Name the dropouts of the model's config; with dropout a result depends on the cut."""
+    config = policy.model.config.get_text_config().to_dict()
+    return [
+        f"{name}={value}"
+        for name, value in config.items()
+        if ("dropout" in name or name.endswith("_pdrop"))
+        and not name.startswith(("summary", "classifier"))  # of heads that are not trained here
+        and isinstance(value, int | float)
+        and value > 0
+    ]
