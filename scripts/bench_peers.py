@@ -276,6 +276,19 @@ def draw(rows: dict[str, dict[str, float]], path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
+def report(
+    rows: dict[str, dict[str, float]], found: dict[str, list[dict[str, Any]]], rates: list[float],
+    out: Path,
+) -> None:  # fmt: skip
+    """Print the table, and write it, what it was made of, and the picture."""
+    out.mkdir(parents=True, exist_ok=True)
+    measured = {"arms": rows, "rounds": found, "matrix_flops": rates}
+    (out / "peers.json").write_text(json.dumps(measured, indent=2) + "\n")
+    draw(rows, out / "peers.png")
+    print(f"after round {len(rates)}; matrix products {statistics.median(rates) / 1e9:.0f} GFLOP/s")
+    print(table_of(rows), flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -306,16 +319,8 @@ def main() -> None:
             else:
                 result = run_arm(["--trl", name, options.model, str(tokens)])
             found[name].append(result)
-    rows = summarize(found, sizes, flops, rates)
-    options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / "peers.json").write_text(
-        json.dumps({"arms": rows, "rounds": found, "matrix_flops": rates}, indent=2) + "\n"
-    )
-    draw(rows, options.out / "peers.png")
-    print(table_of(rows))
-    print(
-        f"matrix products: {statistics.median(rates) / 1e9:.0f} GFLOP/s; written to {options.out}"
-    )
+            if name == options.arms[-1]:  # a round is whole: what is known so far
+                report(summarize(found, sizes, flops, rates), found, rates, options.out)
 
 
 PARTS: dict[str, Callable[..., dict[str, Any]]] = {"--trl": train_trl, "--matrix-rate": matrix_rate}
