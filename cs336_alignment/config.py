@@ -110,7 +110,7 @@ class TrainerConfig:
     normalize_constant: float = 1.0
     batching: str = "auto"
     precision: str = "auto"
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: bool | str = False
     compile: bool = False
     logging_steps: int = 1
     eval_steps: int = 0
@@ -133,6 +133,7 @@ class OptimizerConfig:
     eps: float = 1e-8
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
+    state_bits: int = 32
     lr_scheduler_type: str = "cosine"
     warmup_ratio: float = DEFAULT_WARMUP_RATIO
     warmup_steps: int | None = None

@@ -93,6 +93,11 @@ _RULES = (
     _Rule("trainer.normalize_constant", _above(0), "a finite number above 0"),
     _one_of("trainer.batching", BATCHINGS),
     _one_of("trainer.precision", PRECISIONS),
+    _Rule(
+        "trainer.gradient_checkpointing",
+        lambda v: isinstance(v, bool) or v == "selective",
+        "false, true or selective",
+    ),
     _Rule("trainer.logging_steps", _at_least(0), "a whole number of at least 0 (0 = never)"),
     _Rule(
         "trainer.eval_steps",
@@ -119,6 +124,7 @@ _RULES = (
     _Rule("optimizer.eps", _above(0), "a finite number above 0"),
     _Rule("optimizer.weight_decay", _at_least(0), "a finite number of at least 0"),
     _Rule("optimizer.max_grad_norm", _above(0), "a finite number above 0"),
+    _Rule("optimizer.state_bits", lambda v: v in (8, 32), "32 or 8"),
     _one_of("optimizer.lr_scheduler_type", SCHEDULES),
     _Rule("optimizer.warmup_ratio", lambda v: 0 <= v <= 1, "a number from 0 to 1"),
     _Rule("optimizer.warmup_steps", _at_least(0), "a whole number of at least 0, or null"),

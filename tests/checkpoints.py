@@ -40,7 +40,7 @@ class Tiny(nn.Module):
         return self.head(self.middle(self.norm(self.embedding(ids))))  # type: ignore[no-any-return]
 
 
-def build(seed: int = 0) -> tuple[Tiny, torch.optim.AdamW]:
+def build(seed: int = 0) -> tuple[Tiny, torch.optim.Optimizer]:
     tiny = Tiny(seed)
     return tiny, build_optimizer(tiny, OptimizerConfig(learning_rate=0.01, weight_decay=0.1))
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import atexit
 import json
+import logging
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -12,10 +15,25 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+
+def remove_cache(folder: str, owner: int) -> None:
+    """Remove the session's cache at exit, but not at the exit of a child that was forked from it."""
+    if os.getpid() == owner:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when transformers is imported
 os.environ.setdefault("WANDB_MODE", "disabled")
 # Prepared data of the tests go where nobody keeps anything; workers of one session share it.
-CACHE = os.environ.setdefault("HF_HOME", tempfile.mkdtemp(prefix="cs336-tests-"))
+if "HF_HOME" not in os.environ:
+    os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="cs336-tests-")
+    atexit.register(remove_cache, os.environ["HF_HOME"], os.getpid())
+CACHE = os.environ["HF_HOME"]
+
+from cs336_alignment.cli import NOISY
+
+for name in NOISY:  # before transformers is imported
+    logging.getLogger(name).setLevel(logging.ERROR)
 
 import pytest
 import torch

@@ -192,15 +192,6 @@ def _cannot_load(what: str, source: ModelSource, failure: Exception) -> UserErro
     )
 
 
-def enable_checkpointing(model: PreTrainedModel) -> None:
-    """Recompute activations in the backward pass instead of keeping them; no result changes."""
-    # transformers renames the method within the supported range of versions.
-    for name in ("activation_checkpointing_enable", "gradient_checkpointing_enable"):
-        if (enable := getattr(model, name, None)) is not None:
-            enable({"use_reentrant": False})
-            return
-
-
 def embedding_rows(model: PreTrainedModel) -> int:
     """Count the rows of the input embedding; token ids must be below."""
     weight = model.get_input_embeddings().weight

@@ -14,7 +14,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,7 @@ from cs336_alignment.files import (
     system_error,
     write_json,
 )
+from cs336_alignment.training.optimizer import allocate_state
 from cs336_alignment.training.safetensors_file import write_safetensors
 
 MANIFEST = "manifest.json"
@@ -70,12 +71,24 @@ def module_tensors(module: nn.Module) -> dict[str, Tensor]:
 
 
 def optimizer_tensors(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Give the optimizer's state as `kind:parameter name` → tensor."""
+    """Give the optimizer's state as `kind:parameter name` → tensor, `kind.part:…` where a state is
+    of several.
+    """
     return {
-        f"{kind}:{name}": value
+        f"{kind}{part}:{name}": tensor
         for name, parameter in module.named_parameters()
         for kind, value in optimizer.state.get(parameter, {}).items()
+        for part, tensor in _parts(value)
     }
+
+
+def _parts(value: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """Take a tensor of several (8-bit codes and their scales, say) apart."""
+    if not hasattr(value, "__tensor_flatten__"):
+        yield "", value
+        return
+    for part in value.__tensor_flatten__()[0]:
+        yield f".{part}", getattr(value, part)
 
 
 @dataclass(frozen=True)
@@ -125,9 +138,7 @@ def _copied(tensors: Mapping[str, Tensor], old: Mapping[str, Tensor]) -> dict[st
     return copies
 
 
-def restore(
-    folder: Path, module: nn.Module, optimizer: torch.optim.Optimizer, device: torch.device
-) -> TrainState:
+def restore(folder: Path, module: nn.Module, optimizer: torch.optim.Optimizer) -> TrainState:
     """Load a verified checkpoint into a module and its optimizer, in place.
 
     Raises:
@@ -144,11 +155,19 @@ def restore(
     with torch.no_grad():
         for name, tensor in own.items():
             tensor.copy_(weights[name])
-    parameters = dict(module.named_parameters())
-    for key, value in load_file(folder / OPTIMIZER).items():
-        kind, name = key.split(":", 1)
-        # Fused kernels want the step counter where the parameter is.
-        optimizer.state[parameters[name]][kind] = value.to(device)
+    moments = load_file(folder / OPTIMIZER)
+    if moments:
+        allocate_state(optimizer)
+    places = optimizer_tensors(module, optimizer)
+    if moments.keys() != places.keys() or any(moments[n].shape != places[n].shape for n in places):
+        raise UserError(
+            "R205",
+            f"{folder} holds the state of another optimizer",
+            ExitStatus.IO,
+            hint="give another run_name",
+        )
+    for name, place in places.items():
+        place.copy_(moments[name])
     state = json.loads((folder / STATE).read_text(encoding="utf-8"))
     return TrainState(**state["progress"])
 

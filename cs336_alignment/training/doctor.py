@@ -23,12 +23,12 @@ from cs336_alignment.model.compile import compile_layers
 from cs336_alignment.model.loading import (
     ModelSource,
     check_fits,
-    enable_checkpointing,
     load_model,
     load_tokenizer,
     resolve_model,
 )
 from cs336_alignment.model.policy import Policy
+from cs336_alignment.model.recompute import disable_checkpointing, enable_checkpointing
 from cs336_alignment.tracking.console import Console
 from cs336_alignment.training.batching_choice import choose_batching
 from cs336_alignment.training.checkpoint import Snapshot, TrainState, restore, save_checkpoint
@@ -127,6 +127,7 @@ def examine(config: Config, processes: Processes, console: Console) -> Iterator[
         check = partial(
             _check_gradients, replace(subject, dataset=dataset), subject, dtype,
             compiled=config.trainer.compile and dtype == torch.float32,
+            selective=config.trainer.gradient_checkpointing == "selective",
         )  # fmt: skip
         yield from guarded(f"gradients, {DTYPE_NAMES[dtype]}", check)
     model.to(torch.float32)  # type: ignore[arg-type]
@@ -143,7 +144,7 @@ def _load_data(config: Config, tokenizer: PreTrainedTokenizerBase, console: Cons
 
 
 def _check_gradients(
-    long: Subject, short: Subject, dtype: torch.dtype, *, compiled: bool
+    long: Subject, short: Subject, dtype: torch.dtype, *, compiled: bool, selective: bool
 ) -> Iterator[Finding]:
     """Compare the step, laid out and cut in every way, in one dtype, by way of plain transformers'
     and of padded rows.
@@ -170,7 +171,7 @@ def _check_gradients(
     del padded
     if dtype == torch.float32:
         yield _check_parameters(short, plain, batching)
-        yield _check_checkpointing(short, plain, batching)
+        yield _check_checkpointing(short, plain, batching, selective)
     if compiled:
         yield _check_compiled(short, plain, batching)
     del plain
@@ -219,20 +220,20 @@ def _check_parameters(subject: Subject, want: Gradient, batching: Batching) -> F
     return Finding("every parameter has a gradient", None, None, not (frozen or lost), text)
 
 
-def _check_checkpointing(subject: Subject, want: Gradient, batching: Batching) -> Finding:
-    name, model = "gradient checkpointing, fp32", subject.policy.model
+def _check_checkpointing(
+    subject: Subject, want: Gradient, batching: Batching, selective: bool
+) -> Finding:
+    kind, model = "selective" if selective else "gradient", subject.policy.model
+    name = f"{kind} checkpointing, fp32"
     if not model.supports_gradient_checkpointing:
         return Finding(name, None, None, None, "the model does not support it")
-    enable_checkpointing(model)
+    enable_checkpointing(model, selective)
     try:
         layers = [m for m in model.modules() if getattr(m, "gradient_checkpointing", False)]
         with in_training(layers) as calls:
             got = subject.step(1, batching)
     finally:
-        for off in ("activation_checkpointing_disable", "gradient_checkpointing_disable"):
-            if hasattr(model, off):
-                getattr(model, off)()
-                break
+        disable_checkpointing(model)
     if len(calls) < 2:
         return Finding(name, None, None, None, "it was asked for, and nothing was recomputed")
     return _compare(name, got, want, subject, torch.float32)
@@ -297,7 +298,7 @@ def _check_checkpoint(
     model = load_model(source, random_init=True, seed=1)
     fresh = Policy(model).to(device).eval()
     fresh.head = None if policy.head is None else fresh.head
-    restore(saved, model, torch.optim.AdamW(fresh.parameters()), device)
+    restore(saved, model, torch.optim.AdamW(fresh.parameters()))
     apart, differs = apart_by(_log_probs(fresh, subject), want), differing(model, policy.model)
     passed = apart == 0 and not differs
     return Finding("checkpoint written and read", apart, 0.0, passed, differs)

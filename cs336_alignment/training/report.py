@@ -76,10 +76,11 @@ def describe_run(
     lines += [("" if index else "batches", text) for index, text in enumerate(arithmetic)]
     lines.append(("rows", choice.reason))
     lines.append(("loss", _loss_line(trainer.loss_normalization, trainer.normalize_constant)))
+    eight = " in 8 bits" if optimizer.state_bits == 8 else ""
     lines.append(
         (
             "optimizer",
-            f"AdamW, peak {optimizer.learning_rate:g}, {optimizer.lr_scheduler_type} with "
+            f"AdamW{eight}, peak {optimizer.learning_rate:g}, {optimizer.lr_scheduler_type} with "
             f"{warmup_length(optimizer, total_steps)} warmup steps, "
             f"weight decay {optimizer.weight_decay:g}",
         )

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from torch.optim import AdamW
+from torch.optim import Optimizer
 from transformers import PreTrainedTokenizerBase
 
 from cs336_alignment.config import DEFAULT_MICROBATCH_TOKENS, Config
@@ -17,12 +17,12 @@ from cs336_alignment.evaluation.evaluator import Evaluator
 from cs336_alignment.model.loading import (
     ModelSource,
     check_fits,
-    enable_checkpointing,
     load_model,
     load_tokenizer,
     resolve_model,
 )
 from cs336_alignment.model.policy import Policy
+from cs336_alignment.model.recompute import enable_checkpointing
 from cs336_alignment.tracking.console import Console
 from cs336_alignment.tracking.metrics import MetricsFile
 from cs336_alignment.tracking.tracker import RunTracker
@@ -168,8 +168,8 @@ class _Run:
         parts = [part for part in (data, held_out) if part is not None]
         longest = max(int(part.dataset.lengths.max()) for part in parts)
         check_fits(model, max(part.largest_token_id for part in parts), longest)
-        if config.trainer.gradient_checkpointing:
-            enable_checkpointing(model)
+        if recompute := config.trainer.gradient_checkpointing:
+            enable_checkpointing(model, selective=recompute == "selective")
         device = self.processes.device
         policy = Policy(model, choose_precision(precision, device)).to(device)
         choice = choose_batching(policy, config.trainer.batching, longest)
@@ -251,10 +251,10 @@ class _Run:
         )  # fmt: skip
         return outcome
 
-    def _resume(self, policy: Policy, optimizer: AdamW, total_steps: int) -> TrainState:
+    def _resume(self, policy: Policy, optimizer: Optimizer, total_steps: int) -> TrainState:
         state, checkpoint = TrainState(), self.decision.checkpoint
         if checkpoint is not None:
-            state = restore(checkpoint, policy.model, optimizer, self.processes.device)
+            state = restore(checkpoint, policy.model, optimizer)
             self.console.note(
                 f"resuming   {checkpoint}: step {state.step} of {total_steps} is done"
             )
@@ -272,7 +272,7 @@ class _Run:
         return state
 
     def _rehearse_memory(
-        self, policy: Policy, optimizer: AdamW, plan: StepPlan, cut: Cut, steps: range
+        self, policy: Policy, optimizer: Optimizer, plan: StepPlan, cut: Cut, steps: range
     ) -> None:
         """Take the largest microbatch of the run now: for want of memory it fails here, not in the
         last hour.
@@ -288,7 +288,7 @@ class _Run:
             self.console.note(f"{'memory':<10} {text}")
 
     def _rehearse_saving(
-        self, writer: CheckpointWriter, policy: Policy, optimizer: AdamW, steps: int
+        self, writer: CheckpointWriter, policy: Policy, optimizer: Optimizer, steps: int
     ) -> None:
         every = self.config.trainer.save_steps
 

@@ -79,7 +79,7 @@ class Life:
         latest, _ = find_latest(self.folder)
         state = TrainState()
         if latest is not None:
-            state = restore(latest, model, optimizer, torch.device("cpu"))
+            state = restore(latest, model, optimizer)
         allocate_state(optimizer)
         dataset = build_dataset()
         self.report, self.policy, self.optimizer, self.dataset = (

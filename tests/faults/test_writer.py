@@ -117,7 +117,7 @@ def test_a_save_leaves_the_old_checkpoint_or_the_new_one(
             latest, _ = find_latest(checkpoints)
             assert latest is not None, "no checkpoint is left"
             assert fingerprint(latest) == wanted[latest.name], f"{latest.name} differs"
-            assert restore(latest, *build(seed=5), CPU).step == int(latest.name[-1])
+            assert restore(latest, *build(seed=5)).step == int(latest.name[-1])
             found.add(latest.name)
             if fault == "full":  # the process lives on and tidies up by itself
                 assert not [name for name in folder_names(checkpoints) if name.startswith(".")]

@@ -12,6 +12,7 @@ from cs336_alignment.errors import UserError
 from cs336_alignment.model import compile as compilation
 from cs336_alignment.model.compile import compiled_graphs, in_eager
 from cs336_alignment.model.policy import Policy
+from cs336_alignment.model.recompute import enable_checkpointing
 from cs336_alignment.training.parallel import Processes
 from cs336_alignment.training.preflight import warm_up_compiled
 from cs336_alignment.training.step import Cut, accumulate_gradients
@@ -25,14 +26,17 @@ CUTS = [
 ]  # fmt: skip
 
 
+@pytest.mark.parametrize("recompute", [False, True, "selective"])
 def test_compiled_layers_give_the_dense_gradient_and_are_compiled_once(
-    processes: Processes,
+    recompute: bool | str, processes: Processes
 ) -> None:
     torch._dynamo.reset()
     dataset, ids = build_dataset(prefix=19), list(range(8))
     reference = build_model("llama", torch.float32)
     dense_loss(reference, dataset, ids, "token").backward()
-    policy = Policy(build_model("llama", torch.float32))
+    policy = Policy(build_model("llama", torch.float32)).train()
+    if recompute:
+        enable_checkpointing(policy.model, selective=recompute == "selective")
     warm_up_compiled(policy, "flat")
     before = compiled_graphs()
     assert before > 0

@@ -12,8 +12,8 @@ from cs336_alignment.config import TrainerConfig
 from cs336_alignment.data.batching import shared_prefix
 from cs336_alignment.evaluation.loss import evaluate_loss
 from cs336_alignment.microbatch import Batching
-from cs336_alignment.model.loading import enable_checkpointing
 from cs336_alignment.model.policy import Policy
+from cs336_alignment.model.recompute import enable_checkpointing
 from cs336_alignment.training import step as step_module
 from cs336_alignment.training.parallel import Processes
 from cs336_alignment.training.step import Cut, accumulate_gradients
@@ -106,9 +106,10 @@ def test_weights_of_tokens_and_examples_enter_every_cut(
             assert relative_error(got, want) <= BOUNDS[dtype], (ids, cut)
 
 
-def test_gradient_checkpointing_changes_nothing(processes: Processes) -> None:
+@pytest.mark.parametrize("selective", [False, True])
+def test_gradient_checkpointing_changes_nothing(selective: bool, processes: Processes) -> None:
     policy, checkpointed = Policy(build_model("llama")), Policy(build_model("llama"))
-    enable_checkpointing(checkpointed.model)
+    enable_checkpointing(checkpointed.model, selective)
     checkpointed.train()
     for cut in (Cut(None, 2, "flat"), Cut(None, 2, "flat_shared_prefix")):
         want = step_gradient(policy, STEPS["full"], cut, "token", processes, prefix=PREFIX)

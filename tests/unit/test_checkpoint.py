@@ -93,7 +93,7 @@ def test_the_step_after_a_restore_is_bit_identical(tmp_path: Path) -> None:
         extra={}, save_sidecars=sidecars, keep=1,
     )  # fmt: skip
     other, other_optimizer = build(seed=1)
-    state = restore(folder, other, other_optimizer, CPU)
+    state = restore(folder, other, other_optimizer)
     assert state == TrainState(3, 30, 15)
     assert other.head.weight is other.embedding.weight
     assert other.scratch[0] == 1  # not saved, so not restored
@@ -122,7 +122,7 @@ def test_weights_of_another_model_are_refused(tmp_path: Path) -> None:
         if isinstance(other, Tiny):
             other.middle = nn.Linear(6, 5)
         with pytest.raises(UserError, match="another model") as caught:
-            restore(folder, other, torch.optim.AdamW(other.parameters()), CPU)
+            restore(folder, other, torch.optim.AdamW(other.parameters()))
         assert caught.value.status == ExitStatus.IO
 
 
@@ -281,7 +281,7 @@ def test_no_pickle_is_ever_loaded(tmp_path: Path, name: str, through: str) -> No
     (folder / "manifest.json").write_text(json.dumps(manifest))
     assert verify(folder) is None
     with pytest.raises(Exception, match="header"):
-        restore(folder, *build(), CPU)
+        restore(folder, *build())
     assert not canary.exists()
 
 
