@@ -1,9 +1,12 @@
-"""Training beside TRL's SFTTrainer: the same weights, rows, order, batch, optimizer and precision.
+"""Training beside TRL's SFTTrainer and LLaMA-Factory: the same weights, rows, order, batch,
+optimizer and precision.
 
     python scripts/bench_peers.py MODEL train.jsonl [--rounds 3] [--arms ours_shared trl_plain]
+        [--llama-factory ENVIRONMENT/bin/python]
 
-MODEL is a model folder, the file holds GSM8K rows; TRL comes with the extra `bench`. Every arm is
-a fresh process, this project's by its own command line, and the arms take turns. Prints a table
+MODEL is a model folder, the file holds GSM8K rows; TRL comes with the extra `bench`. LLaMA-Factory
+pins other versions and needs an environment of its own. Every arm is a fresh process, this
+project's by its own command line, and the arms take turns. Prints a table
 (medians of the rounds) with the loss and gradient norm of step 1 beside every speed, and writes
 what was measured and a picture to the folder given by --out.
 """
@@ -39,7 +42,13 @@ TRL: dict[str, dict[str, Any]] = {
     "trl_checkpointing": {"bf16": False},
     "trl_grouped": FLOAT32 | {"train_sampling_strategy": "group_by_length"},
 }
+LLAMA_FACTORY: dict[str, dict[str, Any]] = {
+    "lf_default": {},
+    "lf_plain": {"disable_gradient_checkpointing": True},
+}
 LABELS = {
+    "lf_default": "LLaMA-Factory, fp32, checkpointing",
+    "lf_plain": "LLaMA-Factory, fp32, no checkpointing",
     "ours_padded": "this project, padded",
     "ours_flat": "this project, flat",
     "ours_shared": "this project, flat + shared prefix",
@@ -82,31 +91,90 @@ def train_ours(name: str, model: str, data: str, folder: Path) -> dict[str, Any]
     }
 
 
-def train_trl(name: str, model: str, tokens: str) -> dict[str, Any]:
-    """Train in this process with SFTTrainer on the tokens that this project made."""
-    import resource
-
-    import datasets
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
-    from trl import SFTConfig, SFTTrainer
-
-    moments: list[float] = []
+def clock() -> Any:
+    """Make a callback of transformers' Trainer that notes when steps begin and end, and logs."""
+    from transformers import TrainerCallback
 
     class Clock(TrainerCallback):
+        def __init__(self) -> None:
+            self.moments: list[float] = []
+            self.logs: list[dict[str, Any]] = []
+
         def on_step_begin(self, *_: Any, **__: Any) -> None:
-            moments.append(time.time())
+            self.moments.append(time.time())
 
         def on_step_end(self, *_: Any, **__: Any) -> None:
-            moments.append(time.time())
+            self.moments.append(time.time())
 
+        def on_log(self, *_: Any, logs: dict[str, Any], **__: Any) -> None:
+            self.logs.append(logs)
+
+        def result(self) -> dict[str, Any]:
+            import resource
+
+            return {
+                "seconds": [
+                    b - a for a, b in zip(self.moments[::2], self.moments[1::2], strict=True)
+                ],
+                "loss": float(self.logs[0]["loss"]),
+                "grad_norm": float(self.logs[0]["grad_norm"]),
+                "first_step": self.moments[1],
+                "memory_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
+            }
+
+    return Clock()
+
+
+def train_llama_factory(name: str, model: str, tokens: str) -> dict[str, Any]:
+    """Train in this process with LLaMA-Factory on the tokens that this project made."""
+    import importlib.machinery
+    import types
+
+    # Imported for sound, which is not wanted here; its builds are for CUDA.
+    sound = types.ModuleType("torchaudio")
+    sound.__spec__ = importlib.machinery.ModuleSpec("torchaudio", None)
+    sys.modules["torchaudio"] = sound
+    import datasets
+    from llamafactory.train.tuner import run_exp
+
+    watch = clock()
+    with tempfile.TemporaryDirectory() as folder:
+        rows = datasets.Dataset.from_json(tokens).remove_columns("length")
+        rows = rows.map(lambda row: {"attention_mask": [1] * len(row["input_ids"])})
+        datasets.DatasetDict({"train": rows}).save_to_disk(f"{folder}/tokens")
+        run_exp(
+            {
+                "model_name_or_path": model, "stage": "sft", "do_train": True, "template": "empty",
+                "finetuning_type": "full", "dataset": "tokens", "cutoff_len": 4096,
+                "tokenized_path": f"{folder}/tokens", "output_dir": f"{folder}/out",
+                "per_device_train_batch_size": BATCH, "gradient_accumulation_steps": 1,
+                "max_steps": STEPS, "learning_rate": RATE, "lr_scheduler_type": "constant",
+                "weight_decay": 0.0, "max_grad_norm": 1.0, "logging_steps": 1,
+                "save_strategy": "no", "disable_shuffling": True, "use_cpu": True,
+                "optim": "adamw_torch_fused", "report_to": "none", "disable_tqdm": True,
+                **LLAMA_FACTORY[name],
+            },
+            callbacks=[watch],
+        )  # fmt: skip
+    result: dict[str, Any] = watch.result()
+    return result
+
+
+def train_trl(name: str, model: str, tokens: str) -> dict[str, Any]:
+    """Train in this process with SFTTrainer on the tokens that this project made."""
+    import datasets
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from trl import SFTConfig, SFTTrainer
+
+    watch = clock()
     options = {"train_sampling_strategy": "sequential"} | TRL[name]
     with tempfile.TemporaryDirectory() as folder:
         trainer = SFTTrainer(
             model=AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32),
             processing_class=AutoTokenizer.from_pretrained(model),
             train_dataset=datasets.Dataset.from_json(tokens),
-            callbacks=[Clock()],
+            callbacks=[watch],
             args=SFTConfig(
                 output_dir=folder, use_cpu=not torch.cuda.is_available(), report_to=[],
                 per_device_train_batch_size=BATCH, max_steps=STEPS, max_length=None,
@@ -117,14 +185,8 @@ def train_trl(name: str, model: str, tokens: str) -> dict[str, Any]:
             ),
         )  # fmt: skip
         trainer.train()
-    first = trainer.state.log_history[0]
-    return {
-        "seconds": [b - a for a, b in zip(moments[::2], moments[1::2], strict=True)],
-        "loss": first["loss"],
-        "grad_norm": first["grad_norm"],
-        "first_step": moments[1],
-        "memory_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
-    }
+    result: dict[str, Any] = watch.result()
+    return result
 
 
 def matrix_rate() -> dict[str, Any]:
@@ -185,11 +247,11 @@ def useful_flops(model: str, sizes: list[tuple[int, int]]) -> float:
     return 6.0 * (body * tokens + head * responses + config.num_hidden_layers * width * squares)
 
 
-def run_arm(arguments: list[str]) -> dict[str, Any]:
+def run_arm(arguments: list[str], python: str = sys.executable) -> dict[str, Any]:
     """Run a part of this script in a process of its own."""
     begin = time.time()
     done = subprocess.run(
-        [sys.executable, __file__, *arguments], stdout=subprocess.PIPE, text=True, check=False
+        [python, __file__, *arguments], stdout=subprocess.PIPE, text=True, check=False
     )
     if done.returncode:
         raise SystemExit(f"{' '.join(arguments)} ended with {done.returncode}")
@@ -207,8 +269,9 @@ def choose_rows(source: str, path: Path) -> str:
     return str(path)
 
 
-def summarize(found: dict[str, list[dict[str, Any]]], sizes: list[tuple[int, int]], flops: float,
-              rates: list[float]) -> dict[str, dict[str, float]]:  # fmt: skip
+def summarize(
+    found: dict[str, list[dict[str, Any]]], sizes: list[tuple[int, int]], flops: float
+) -> dict[str, dict[str, float]]:
     """Reduce each arm's rounds to medians."""
     measured = sizes[WARMUP_STEPS * BATCH :]
     rows = {}
@@ -219,7 +282,7 @@ def summarize(found: dict[str, list[dict[str, Any]]], sizes: list[tuple[int, int
         if name == "trl_grouped":
             seconds = [sum(each["seconds"]) * tokens / total for each in rounds]
         second = statistics.median(seconds)
-        shares = [flops / s / rate for s, rate in zip(seconds, rates, strict=True)]
+        shares = [flops / s / each["matrix_flops"] for s, each in zip(seconds, rounds, strict=True)]
         rows[name] = {
             "tokens_per_second": tokens / second,
             "response_tokens_per_second": sum(n for _, n in measured) / second,
@@ -277,15 +340,19 @@ def draw(rows: dict[str, dict[str, float]], path: Path) -> None:
 
 
 def report(
-    rows: dict[str, dict[str, float]], found: dict[str, list[dict[str, Any]]], rates: list[float],
-    out: Path,
+    rows: dict[str, dict[str, float]], found: dict[str, list[dict[str, Any]]], out: Path
 ) -> None:  # fmt: skip
     """Print the table, and write it, what it was made of, and the picture."""
     out.mkdir(parents=True, exist_ok=True)
-    measured = {"arms": rows, "rounds": found, "matrix_flops": rates}
+    measured = {"arms": rows, "rounds": found}
     (out / "peers.json").write_text(json.dumps(measured, indent=2) + "\n")
     draw(rows, out / "peers.png")
-    print(f"after round {len(rates)}; matrix products {statistics.median(rates) / 1e9:.0f} GFLOP/s")
+    rates = [each["matrix_flops"] / 1e9 for rounds in found.values() for each in rounds]
+    number = min(len(rounds) for rounds in found.values())
+    print(
+        f"after round {number}; matrix products {statistics.median(rates):.0f} GFLOP/s "
+        f"({min(rates):.0f} to {max(rates):.0f})"
+    )
     print(table_of(rows), flush=True)
 
 
@@ -296,14 +363,18 @@ def main() -> None:
     parser.add_argument("model")
     parser.add_argument("data")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--arms", nargs="+", choices=[*TRL, *OURS], default=[*TRL, *OURS])
+    parser.add_argument("--arms", nargs="+", choices=[*TRL, *LLAMA_FACTORY, *OURS])
+    parser.add_argument("--llama-factory", metavar="PYTHON", help="its environment's interpreter")
     parser.add_argument("--out", type=Path, default=Path("bench"))
     options = parser.parse_args()
+    other = LLAMA_FACTORY if options.llama_factory else {}
+    options.arms = options.arms or [*TRL, *other, *OURS]
+    if not other and set(options.arms) & set(LLAMA_FACTORY):
+        parser.error("the arms of LLaMA-Factory need --llama-factory")
 
     from rich.progress import track
 
     found: dict[str, list[dict[str, Any]]] = {name: [] for name in options.arms}
-    rates = []
     with tempfile.TemporaryDirectory(dir=".") as temporary:
         folder = Path(temporary)
         data = choose_rows(options.data, folder / "rows.jsonl")
@@ -312,18 +383,24 @@ def main() -> None:
         flops = useful_flops(options.model, sizes[WARMUP_STEPS * BATCH :])
         turns = [(turn, name) for turn in range(options.rounds) for name in options.arms]
         for turn, name in track(turns, "training"):
-            if name == options.arms[0]:
-                rates.append(run_arm(["--matrix-rate"])["flops"])
+            rate = run_arm(["--matrix-rate"])["flops"]
             if name in OURS:
                 result = train_ours(name, options.model, data, folder / str(turn))
-            else:
+            elif name in TRL:
                 result = run_arm(["--trl", name, options.model, str(tokens)])
-            found[name].append(result)
+            else:
+                part = ["--llama-factory-arm", name, options.model, str(tokens)]
+                result = run_arm(part, options.llama_factory)
+            found[name].append(result | {"matrix_flops": rate})
             if name == options.arms[-1]:  # a round is whole: what is known so far
-                report(summarize(found, sizes, flops, rates), found, rates, options.out)
+                report(summarize(found, sizes, flops), found, options.out)
 
 
-PARTS: dict[str, Callable[..., dict[str, Any]]] = {"--trl": train_trl, "--matrix-rate": matrix_rate}
+PARTS: dict[str, Callable[..., dict[str, Any]]] = {
+    "--trl": train_trl,
+    "--llama-factory-arm": train_llama_factory,
+    "--matrix-rate": matrix_rate,
+}
 
 if __name__ == "__main__":
     if sys.argv[1:2] and sys.argv[1] in PARTS:
