@@ -21,7 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +60,10 @@ LABELS = {
 BASE = "trl_plain"
 
 
-def train_ours(name: str, model: str, data: str, folder: Path) -> dict[str, Any]:
+def train_ours(
+    name: str, model: str, data: str, folder: Path, overrides: Sequence[str],
+    environment: Mapping[str, str] | None = None,
+) -> dict[str, Any]:  # fmt: skip
     """Run `cs336-sft train` and read what it logged."""
     command = [
         sys.executable, "-m", "cs336_alignment.cli", "train", f"data.train_path={data}",
@@ -70,9 +73,11 @@ def train_ours(name: str, model: str, data: str, folder: Path) -> dict[str, Any]
         f"trainer.max_steps={STEPS}", "trainer.save_steps=0", "trainer.precision=fp32",
         f"optimizer.learning_rate={RATE}", "optimizer.lr_scheduler_type=constant",
         "optimizer.warmup_ratio=0", "optimizer.weight_decay=0", "optimizer.max_grad_norm=1",
-        *OURS[name],
+        *overrides,
     ]  # fmt: skip
-    begin, process = time.time(), subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    environment = {**os.environ, **(environment or {})}
+    begin = time.time()
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, env=environment)
     metrics = folder / name / "metrics.jsonl"
     while process.poll() is None and not (metrics.exists() and metrics.stat().st_size):
         time.sleep(0.01)
@@ -385,7 +390,7 @@ def main() -> None:
         for turn, name in track(turns, "training"):
             rate = run_arm(["--matrix-rate"])["flops"]
             if name in OURS:
-                result = train_ours(name, options.model, data, folder / str(turn))
+                result = train_ours(name, options.model, data, folder / str(turn), OURS[name])
             elif name in TRL:
                 result = run_arm(["--trl", name, options.model, str(tokens)])
             else:
