@@ -26,7 +26,8 @@ from pathlib import Path
 from typing import Any
 
 WARMUP_STEPS = 1
-STEPS = 4  # in all
+STEPS = 4  # in all,
+FEWER = {"trl_default": 2}  # or less where a step takes minutes
 BATCH = 8
 RATE = 1e-5
 # Overrides of this project's arms; of TRL's, fields of SFTConfig.
@@ -182,7 +183,8 @@ def train_trl(name: str, model: str, tokens: str) -> dict[str, Any]:
             callbacks=[watch],
             args=SFTConfig(
                 output_dir=folder, use_cpu=not torch.cuda.is_available(), report_to=[],
-                per_device_train_batch_size=BATCH, max_steps=STEPS, max_length=None,
+                per_device_train_batch_size=BATCH, max_length=None,
+                max_steps=FEWER.get(name, STEPS),
                 learning_rate=RATE, lr_scheduler_type="constant", weight_decay=0.0,
                 max_grad_norm=1.0, logging_steps=1, save_strategy="no", disable_tqdm=True,
                 optim="adamw_torch_fused", dataset_kwargs={"skip_prepare_dataset": True},
@@ -275,18 +277,19 @@ def choose_rows(source: str, path: Path) -> str:
 
 
 def summarize(
-    found: dict[str, list[dict[str, Any]]], sizes: list[tuple[int, int]], flops: float
+    found: dict[str, list[dict[str, Any]]], sizes: list[tuple[int, int]], model: str
 ) -> dict[str, dict[str, float]]:
     """Reduce each arm's rounds to medians."""
-    measured = sizes[WARMUP_STEPS * BATCH :]
     rows = {}
     for name, rounds in found.items():
+        measured = sizes[WARMUP_STEPS * BATCH : FEWER.get(name, STEPS) * BATCH]
         seconds = [sum(each["seconds"][WARMUP_STEPS:]) for each in rounds]
         # Grouping changes which examples a step holds; over a whole epoch the tokens are the same.
         tokens, total = sum(n for n, _ in measured), sum(n for n, _ in sizes)
         if name == "trl_grouped":
             seconds = [sum(each["seconds"]) * tokens / total for each in rounds]
         second = statistics.median(seconds)
+        flops = useful_flops(model, measured)
         shares = [flops / s / each["matrix_flops"] for s, each in zip(seconds, rounds, strict=True)]
         rows[name] = {
             "tokens_per_second": tokens / second,
@@ -385,7 +388,6 @@ def main() -> None:
         data = choose_rows(options.data, folder / "rows.jsonl")
         tokens = folder / "tokens.jsonl"
         sizes = write_tokens(options.model, data, tokens, folder)
-        flops = useful_flops(options.model, sizes[WARMUP_STEPS * BATCH :])
         turns = [(turn, name) for turn in range(options.rounds) for name in options.arms]
         for turn, name in track(turns, "training"):
             rate = run_arm(["--matrix-rate"])["flops"]
@@ -398,7 +400,7 @@ def main() -> None:
                 result = run_arm(part, options.llama_factory)
             found[name].append(result | {"matrix_flops": rate})
             if name == options.arms[-1]:  # a round is whole: what is known so far
-                report(summarize(found, sizes, flops), found, options.out)
+                report(summarize(found, sizes, options.model), found, options.out)
 
 
 PARTS: dict[str, Callable[..., dict[str, Any]]] = {
