@@ -35,6 +35,7 @@ from cs336_alignment.data.store import Store, StoreWriter, check_store, locked
 from cs336_alignment.data.templates import PromptTemplate, load_template
 from cs336_alignment.data.tokenize import tokenizer_fingerprint
 from cs336_alignment.errors import MAX_SHOWN, ExitStatus, UserError, UserErrors
+from cs336_alignment.orphans import end_with
 
 BATCH_ROWS = 1_000
 BATCH_CHARACTERS = 2**22  # so that a batch of huge rows is no larger in memory than one of small
@@ -309,7 +310,7 @@ def _encode_in_processes(
     # fork shares the tokenizer; where it is not safe (macOS), processes start anew and get a copy.
     method = "fork" if sys.platform == "linux" else "spawn"
     pool = ProcessPoolExecutor(
-        workers, multiprocessing.get_context(method), _begin_worker, (encoder,)
+        workers, multiprocessing.get_context(method), _begin_worker, (encoder, os.getpid())
     )
     waiting: deque[Future[Encoded]] = deque()
     try:
@@ -332,8 +333,10 @@ def _encode_in_processes(
 _encoder: Encoder | None = None
 
 
-def _begin_worker(encoder: Encoder) -> None:
+def _begin_worker(encoder: Encoder, parent: int) -> None:
     global _encoder
+    if not end_with(parent):
+        os._exit(0)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # each process has its core
     # Ctrl-C reaches the whole group; the parent ends its processes in good order.
     signal.signal(signal.SIGINT, signal.SIG_IGN)

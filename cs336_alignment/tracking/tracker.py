@@ -69,14 +69,15 @@ class RunTracker:
         """Take an evaluation's metrics and generations; rows go to `generations/step-….jsonl`."""
         if self.metrics is None:
             return
+        if rows:  # first: an evaluation that the metrics hold is not made again
+            self.generations = rows
+            write_generations(self.folder / "generations" / f"step-{step:06d}.jsonl", rows)
         self.metrics.write(step, metrics)
         self.logger.log(step, metrics)
         shown = ("eval/loss", "eval/format_reward", "eval/answer_reward", "eval/stop_rate")
         parts = [f"{name} {metrics[name]:.4f}" for name in shown if name in metrics]
         self.console.note(f"evaluation at step {step}: " + "  ".join(parts))
         if rows:
-            self.generations = rows
-            write_generations(self.folder / "generations" / f"step-{step:06d}.jsonl", rows)
             self.logger.log_table("eval/generations", step, rows)
 
     def has_evaluated(self, step: int) -> bool:

@@ -8,13 +8,14 @@ in one operation.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import errno
 import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -179,6 +180,7 @@ def save_checkpoint(
     extra: Mapping[str, Any],
     save_sidecars: Callable[[Path], None],
     keep: int,
+    damaged: Collection[Path] = (),
 ) -> Path:
     """Write a checkpoint, make it the latest, and delete the oldest beyond `keep`.
 
@@ -188,32 +190,39 @@ def save_checkpoint(
         extra: more of `trainer_state.json` (versions, hashes).
         save_sidecars: writes small files (config, tokenizer) into the directory it is given.
         keep: checkpoints that stay, at least 1.
+        damaged: checkpoints that do not count and go, now that there is another one.
 
     Raises:
         UserError: the disk is full or failing (74); the checkpoints before this one are intact.
     """
     final = checkpoints / f"step-{snapshot.state.step:06d}"
     temporary = checkpoints / f"{TEMPORARY}{final.name}-{os.getpid()}"
+    replaced = checkpoints / f"{TEMPORARY}old-{final.name}-{os.getpid()}"
     try:
-        if not final.is_dir() or verify(final) is not None:
-            temporary.mkdir(parents=True)
-            if free_mib(checkpoints) * 2**20 < snapshot.bytes:  # before a slow disk finds out
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            save_sidecars(temporary)
-            manifest = {
-                WEIGHTS: write_safetensors(temporary / WEIGHTS, snapshot.weights),
-                OPTIMIZER: write_safetensors(temporary / OPTIMIZER, snapshot.moments),
-            }
-            write_json(temporary / STATE, {"progress": asdict(snapshot.state), **extra})
-            _seal(temporary, manifest)
-            if final.is_dir():  # one that does not verify stands in the way
-                shutil.rmtree(final)
-            temporary.rename(final)
-            flush_folder(checkpoints)
+        temporary.mkdir(parents=True)
+        if free_mib(checkpoints) * 2**20 < snapshot.bytes:  # before a slow disk finds out
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        save_sidecars(temporary)
+        manifest = {
+            WEIGHTS: write_safetensors(temporary / WEIGHTS, snapshot.weights),
+            OPTIMIZER: write_safetensors(temporary / OPTIMIZER, snapshot.moments),
+        }
+        write_json(temporary / STATE, {"progress": asdict(snapshot.state), **extra})
+        _seal(temporary, manifest)
+        if final.is_dir():  # the run began before it: it was damaged, or could not be read
+            final.rename(replaced)
+        temporary.rename(final)
+        flush_folder(checkpoints)
+        flush_folder(checkpoints.parent)
+        shutil.rmtree(replaced, ignore_errors=True)
         write_json(checkpoints / INDEX, {"latest": final.name, "best": None})
-        _rotate(checkpoints, snapshot.state.step, keep)
+        _rotate(checkpoints, snapshot.state.step, keep, damaged)
     except Exception as failure:
-        shutil.rmtree(temporary, ignore_errors=True)
+        if not final.is_dir() and replaced.is_dir():
+            with contextlib.suppress(OSError):
+                replaced.rename(final)
+        for leftover in (temporary, replaced):
+            shutil.rmtree(leftover, ignore_errors=True)
         if (reason := system_error(failure)) is None:
             raise
         raise UserError(
@@ -235,7 +244,6 @@ def _seal(folder: Path, manifest: dict[str, dict[str, int | str]]) -> None:
         if name not in manifest:
             manifest[name] = {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
     write_json(folder / MANIFEST, manifest)
-    flush_folder(folder)
 
 
 def verify(folder: Path) -> str | None:
@@ -268,18 +276,18 @@ def _verify(folder: Path) -> str | None:
     return None
 
 
-def find_latest(checkpoints: Path) -> tuple[Path | None, list[str]]:
+def find_latest(checkpoints: Path) -> tuple[Path | None, dict[Path, str]]:
     """Find the newest checkpoint that verifies.
 
     Returns:
-        Its folder, or None; and a line for each newer one that was passed over, with the reason.
+        Its folder, or None; and each newer one that was passed over with a line that says why.
     """
-    skipped: list[str] = []
+    skipped: dict[Path, str] = {}
     for folder in sorted(list_checkpoints(checkpoints), reverse=True, key=_step_of):
         reason = verify(folder)
         if reason is None:
             return folder, skipped
-        skipped.append(f"{folder}: {reason}")
+        skipped[folder] = f"{folder}: {reason}"
     return None, skipped
 
 
@@ -300,10 +308,16 @@ def remove_leftovers(checkpoints: Path) -> None:
         (checkpoints / f".{INDEX}").unlink(missing_ok=True)
 
 
-def _rotate(checkpoints: Path, step: int, keep: int) -> None:
-    # A later one is damaged, or this run would have begun there: it must not push out a whole one.
-    old = [folder for folder in list_checkpoints(checkpoints) if _step_of(folder) <= step]
-    for folder in sorted(old, key=_step_of)[:-keep]:
+def _rotate(checkpoints: Path, step: int, keep: int, damaged: Collection[Path]) -> None:
+    # What does not verify must not push out what does. A later one is of that kind, too, or this
+    # run would have begun there.
+    whole = [
+        folder
+        for folder in list_checkpoints(checkpoints)
+        if _step_of(folder) <= step and (folder not in damaged or _step_of(folder) == step)
+    ]
+    gone = [folder for folder in damaged if _step_of(folder) != step]
+    for folder in (*gone, *sorted(whole, key=_step_of)[:-keep]):
         shutil.rmtree(folder, ignore_errors=True)
 
 

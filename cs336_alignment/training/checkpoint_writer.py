@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,7 @@ class CheckpointWriter:
         keep: checkpoints that stay.
         asynchronous: copy the tensors, which takes their size in memory once more, and write the
             copy in a thread.
+        damaged: checkpoints that go once one is written.
     """
 
     def __init__(
@@ -44,12 +45,14 @@ class CheckpointWriter:
         save_sidecars: Callable[[Path], None],
         keep: int,
         asynchronous: bool,
+        damaged: Collection[Path] = (),
     ) -> None:
         self.asynchronous = asynchronous
         self._checkpoints = checkpoints
         self._extra = extra
         self._save_sidecars = save_sidecars
         self._keep = keep
+        self._damaged = damaged
         self._copy: Snapshot | None = None
         self._thread: threading.Thread | None = None
         self._failure: BaseException | None = None
@@ -90,6 +93,8 @@ class CheckpointWriter:
                 )
         finally:
             shutil.rmtree(folder, ignore_errors=True)
+        if self.asynchronous:  # the copy's memory is asked for now, too
+            self._copy = whole.copied(None)
         free, needed = free_mib(self._checkpoints), whole.bytes / 2**20
         if free < needed:
             raise UserError(
@@ -129,7 +134,9 @@ class CheckpointWriter:
             save_checkpoint(
                 self._checkpoints, snapshot,
                 extra=self._extra, save_sidecars=self._save_sidecars, keep=self._keep,
+                damaged=self._damaged,
             )  # fmt: skip
+            self._damaged = ()
         except BaseException as failure:
             self._failure = failure
         self._seconds = time.perf_counter() - start
@@ -145,13 +152,9 @@ class CheckpointWriter:
         Raises:
             UserError: the disk is full or failing (74); the checkpoints before are intact.
         """
-        self.close()
+        if self._thread is not None:
+            self._thread.join()
         self._thread, failure, self._failure = None, self._failure, None
         if failure is not None:
             raise failure
         return self._seconds
-
-    def close(self) -> None:
-        """Wait for what is being written, whatever comes of it: an error is on its way already."""
-        if self._thread is not None:
-            self._thread.join()

@@ -67,7 +67,7 @@ def build_manifest(
             of the earlier part were others (78).
     """
     questions = _evaluation_hash(config, held_out)
-    since = step + 1 if step and old else 0
+    since = step + 1 if step and "evaluation_sha256" in old else 0
     same_questions = old.get("evaluation_sha256") == questions
     manifest: dict[str, Any] = {
         "versions": versions(),
@@ -87,6 +87,10 @@ def build_manifest(
         "wandb_run_id": old.get("wandb_run_id") or uuid.uuid4().hex[:12],
         **count_parameters(model),
     }
+    changes = dict(old.get("changes", {}))
+    if found := _changes(old, manifest):
+        changes[str(step)] = found
+    manifest["changes"] = changes
     watched = [
         ("data_sha256", "training data"),
         ("tokenizer_sha256", "tokenizer"),
@@ -96,7 +100,7 @@ def build_manifest(
     if config.trainer.loss_normalization == "microbatch":  # a mean over the processes' means
         watched.append(("num_processes", "number of processes"))
     for key, what in watched:
-        if old and old.get(key) != manifest[key]:
+        if key in old and old[key] != manifest[key]:
             raise UserError(
                 "C302",
                 f"the {what} differs from what this run was started with",
@@ -106,6 +110,18 @@ def build_manifest(
                 hint=f"to start another run: run_name={config.run_name}-2",
             )
     return manifest
+
+
+def _changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """Name what rounding may depend on and that is not as it was."""
+    before = {**old, **old.get("versions", {})}
+    now = {**new, **new["versions"]}
+    names = ("num_processes", "threads_per_process", "git_commit", "python", *PACKAGES)
+    return [
+        f"{name} was {before[name]} and is {now.get(name)}"
+        for name in names
+        if name in before and before[name] != now.get(name)
+    ]
 
 
 def versions() -> dict[str, str]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from torch.optim import Optimizer
@@ -14,6 +15,7 @@ from cs336_alignment.data.batching import StepPlan
 from cs336_alignment.data.splits import RunData, ledger_json, prepare_run
 from cs336_alignment.errors import ExitStatus, UserError
 from cs336_alignment.evaluation.evaluator import Evaluator
+from cs336_alignment.files import sha256_of
 from cs336_alignment.model.loading import (
     ModelSource,
     check_fits,
@@ -93,8 +95,12 @@ def train(config: Config, arguments: Sequence[str]) -> ExitStatus:
     stop = StopRequest(config.trainer.max_hours, on_leave=status.ended, tell=is_main)
     try:
         with stop, status.covering():
-            completed = status.read().get("state") == "completed"
-            decision = folder.decide(config, completed=completed)
+            left = status.read()
+            decision = folder.decide(
+                config,
+                completed=left.get("state") == "completed",
+                saved_step=int(left.get("step", 0)),
+            )
             if is_main and not decision.complete:
                 status.running()
             # Before the processes wait for each other: one tokenizes, and that can take long.
@@ -134,6 +140,16 @@ def _load_inputs(config: Config, console: Console) -> _Inputs:
     for line in data.warnings:
         console.warn(line)
     return _Inputs(source, tokenizer, data)
+
+
+def _no_time(max_hours: float | None) -> UserError:
+    return UserError(
+        "R304",
+        "the time was over before a step was taken: the same command would come no further",
+        ExitStatus.BAD_CONFIG,
+        got=f"trainer.max_hours={max_hours:g}",
+        hint="give it more, or evaluate less: trainer.eval_steps, evaluation.generation_steps",
+    )
 
 
 def _nothing_to_do(folder: RunFolder, console: Console) -> ExitStatus:
@@ -202,8 +218,8 @@ class _Run:
         state = self._resume(policy, optimizer, total_steps)
         self._rehearse_memory(policy, optimizer, plan, cut, range(state.step, total_steps))
         manifest = build_manifest(
-            config, old=self.folder.read_manifest(), model=policy.model, tokenizer=tokenizer,
-            train=data, held_out=held_out, num_processes=self.processes.count,
+            config, old=self.folder.earlier_part(self.decision.checkpoint), model=policy.model,
+            tokenizer=tokenizer, train=data, held_out=held_out, num_processes=self.processes.count,
             precision=str(policy.autocast_dtype or policy.model.dtype).removeprefix("torch."),
             step=state.step,
         )  # fmt: skip
@@ -211,12 +227,19 @@ class _Run:
             self.console.warn(
                 "the evaluation data or options changed: results before this step do not compare"
             )
+        for line in manifest["changes"].get(str(state.step), []):
+            self.console.warn(f"{line}: the last digits of what follows may differ")
         self.processes.wait()  # nobody reads the folder any more: the main process may write
         tracker = self._open_tracker(manifest, state)
+
+        def sidecars(path: Path) -> None:
+            self.folder.check_lock()
+            save_sidecars(path, policy.model, tokenizer)
+
         writer = CheckpointWriter(
             self.folder.checkpoints, extra={"manifest": manifest},
-            save_sidecars=lambda path: save_sidecars(path, policy.model, tokenizer),
-            keep=config.trainer.save_total_limit, asynchronous=config.trainer.async_save,
+            save_sidecars=sidecars, keep=config.trainer.save_total_limit,
+            asynchronous=config.trainer.async_save, damaged=self.decision.damaged,
         )  # fmt: skip
         watchdog = Watchdog(
             self.folder.path, self.processes.index, config.trainer.watchdog_minutes,
@@ -240,9 +263,12 @@ class _Run:
             self._rehearse_saving(writer, policy, optimizer, total_steps - state.step)
             self.stop.wait_for_steps()
             with watchdog, telling_out_of_memory(self.processes.device):
+                begin = state.step
                 outcome = trainer.fit()
+            if self.processes.agree(self.stop.out_of_time) and state.step == begin:
+                raise _no_time(config.trainer.max_hours)
             if outcome == ExitStatus.DONE:
-                self._export(policy, state)
+                self._export(policy, state, manifest)
         finally:
             tracker.finish(outcome, config.run_name or "")
         say_goodbye(
@@ -373,11 +399,14 @@ class _Run:
             )  # fmt: skip
         return RunTracker(self.console, metrics, logger, folder.path, self.status.running)
 
-    def _export(self, policy: Policy, state: TrainState) -> None:
+    def _export(self, policy: Policy, state: TrainState, manifest: Mapping[str, Any]) -> None:
         def export() -> None:
             template = self.inputs.data.train.template
             text = "the tokenizer's chat template" if template is None else template.text
             card = write_card(self.config, state, self.folder.path, text)
-            export_model(self.folder.path / EXPORT, policy.model, self.inputs.tokenizer, card)
+            target = self.folder.path / EXPORT
+            export_model(target, policy.model, self.inputs.tokenizer, card)
+            weights = {path.name: sha256_of(path) for path in target.glob("*.safetensors")}
+            self.folder.write_json(MANIFEST, {**manifest, "export": weights})
 
         self.processes.on_main(export)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import fcntl
 import json
@@ -15,8 +16,8 @@ import yaml
 
 from cs336_alignment.config import Config, flatten
 from cs336_alignment.errors import ExitStatus, Place, UserError
-from cs336_alignment.files import write_json, write_text
-from cs336_alignment.training.checkpoint import find_latest, list_checkpoints, verify
+from cs336_alignment.files import sha256_of, write_json, write_text
+from cs336_alignment.training.checkpoint import STATE, find_latest, list_checkpoints, verify
 
 CONFIG = "config.yaml"
 STATUS = "status.json"
@@ -76,11 +77,13 @@ class Decision:
         complete: nothing is left to do.
         checkpoint: where training continues; None: from the start.
         notices: lines to show before training.
+        damaged: checkpoints later than that one, which go once another one is saved.
     """
 
     complete: bool = False
     checkpoint: Path | None = None
     notices: tuple[str, ...] = ()
+    damaged: tuple[Path, ...] = ()
 
 
 class RunFolder:
@@ -132,16 +135,40 @@ class RunFolder:
                 ExitStatus.CANNOT_CREATE,
                 hint="choose an output_root=… on another file system",
             ) from failure
-        self._lock.truncate(0)
-        self._lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-        self._lock.flush()
+        # A child that outlives this process must not go on holding the lock.
+        os.register_at_fork(after_in_child=self._lock.close)
+        with contextlib.suppress(OSError):  # a full disk: the lock holds without the name
+            self._lock.truncate(0)
+            self._lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+            self._lock.flush()
 
-    def decide(self, config: Config, *, completed: bool) -> Decision:
+    def check_lock(self) -> None:
+        """See that the folder is still this process's, before something is written into it.
+
+        Raises:
+            UserError: the lock's file was taken away, so another process may write here, too (73).
+        """
+        assert self._lock is not None
+        held = os.fstat(self._lock.fileno())
+        try:
+            there = (self.path / LOCK).stat()
+        except FileNotFoundError:
+            there = None
+        if there is None or (there.st_dev, there.st_ino) != (held.st_dev, held.st_ino):
+            raise UserError(
+                "R102",
+                f"{self.path / LOCK} was deleted or replaced while this run went on",
+                ExitStatus.CANNOT_CREATE,
+                hint="another process may be running there; when none is, the same command goes on",
+            )
+
+    def decide(self, config: Config, *, completed: bool, saved_step: int = 0) -> Decision:
         """Read the folder and say whether this command starts, continues or has nothing to do.
 
         Args:
             config: of the command.
             completed: whether the run in the folder came to its end.
+            saved_step: steps that a checkpoint of the run held, by its own word.
 
         Raises:
             UserError: `resume=never` on a folder that holds a run (73); a changed key (78);
@@ -163,25 +190,42 @@ class RunFolder:
         if named is not None and not named.is_dir():
             raise _no_checkpoint(named)
         checkpoint, skipped = find_latest(self.checkpoints)
-        if checkpoint is None and not skipped:
+        export = self.path / EXPORT
+        if checkpoint is None and not skipped and not saved_step and not export.is_dir():
             # Nothing was trained that another config could spoil.
             return Decision() if named is None else self._from_named(named)
         notices, lengthened = compare(old, config, Place(self.path / CONFIG))
-        if completed and not lengthened and (self.path / EXPORT).is_dir():
-            return Decision(complete=True)
+        if completed and not lengthened:
+            if (reason := self._damage(export)) is None:
+                return Decision(complete=True)
+            notices.append(f"the model is written once more: {reason}")
         if checkpoint is None:
             raise UserError(
                 "R201",
                 f"no checkpoint in {self.checkpoints} is whole",
                 ExitStatus.IO,
-                got="; ".join(skipped),
+                got="; ".join(skipped.values()) or f"none, and step {saved_step} was reached",
                 hint="restore one from a copy, or start anew with another run_name=…",
             )
         if named is not None and named.resolve() != checkpoint.resolve():
             self._refuse_going_back(named, checkpoint, config)
             notices.append(f"trainer.resume={named} was where this run began; it is further now")
-        notices += [f"passed over a damaged checkpoint: {line}" for line in skipped]
-        return Decision(checkpoint=checkpoint, notices=tuple(notices))
+        notices += [
+            f"passed over a damaged checkpoint, which goes with the next save: {line}"
+            for line in skipped.values()
+        ]
+        return Decision(checkpoint=checkpoint, notices=tuple(notices), damaged=tuple(skipped))
+
+    def _damage(self, export: Path) -> str | None:
+        """Say what is wrong with the exported weights; None: nothing."""
+        if not export.is_dir():
+            return f"there is no {export}"
+        for name, digest in self._read_manifest().get("export", {}).items():
+            if not (export / name).is_file():
+                return f"{export / name} is missing"
+            if sha256_of(export / name) != digest:
+                return f"{export / name} differs from its sha256"
+        return None
 
     def _refuse_going_back(self, named: Path, latest: Path, config: Config) -> None:
         if named.resolve().parent == self.checkpoints.resolve():
@@ -223,19 +267,34 @@ class RunFolder:
         """Replace another JSON file of the folder."""
         write_json(self.path / name, value)
 
-    def read_manifest(self) -> dict[str, Any]:
-        """Read what an earlier part of the run noted of itself; {} if there is none.
+    def earlier_part(self, checkpoint: Path | None) -> dict[str, Any]:
+        """Read what the part of this run that is continued noted of itself.
+
+        Args:
+            checkpoint: that training continues from.
+
+        Returns:
+            Its manifest, from the checkpoint if the folder's is lost; of a run that saved nothing
+            its wandb id alone, since all else may have been mended before the new start.
 
         Raises:
             UserError: it cannot be read, so what the run was made of is unknown (74).
         """
+        manifest = self._read_manifest()
+        if checkpoint is None or checkpoint.resolve().parent != self.checkpoints.resolve():
+            return {key: manifest[key] for key in ("wandb_run_id",) if key in manifest}
+        return manifest or dict(_read_json(checkpoint / STATE).get("manifest", {}))
+
+    def _read_manifest(self) -> dict[str, Any]:
         path = self.path / MANIFEST
-        if not path.is_file():
-            return {}
-        try:
-            return dict(json.loads(path.read_text(encoding="utf-8")))
-        except (OSError, ValueError, TypeError) as failure:
-            raise _unreadable(path, failure) from failure
+        return _read_json(path) if path.is_file() else {}
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as failure:
+        raise _unreadable(path, failure) from failure
 
 
 def _no_checkpoint(checkpoint: Path) -> UserError:

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import signal
-import sys
 import time
 from collections.abc import Callable
 from types import FrameType
 
 from cs336_alignment.errors import ExitStatus
+from cs336_alignment.orphans import end_with
 
 REPEAT_SECONDS = 2.0
-PR_SET_PDEATHSIG = 1  # linux/prctl.h
 TOLD = b"\nstopping: what is trained is saved first; once more to leave at once\n"
 
 
@@ -23,10 +21,10 @@ def end_with_launcher() -> None:
     torchrun starts its workers in sessions of their own. If it is killed, they would stay, wait for
     each other and hold the run's lock, and the same command could not go on. Linux alone can do it.
     """
-    if "TORCHELASTIC_RUN_ID" not in os.environ or not sys.platform.startswith("linux"):
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
         return
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() == 1:  # it died before
+    parent = os.getppid()
+    if not end_with(parent) or parent == 1:  # it died before
         os._exit(ExitStatus.STOPPED)
 
 
@@ -68,6 +66,7 @@ class StopRequest:
         self._tell = tell
         self._waits = False
         self._status: ExitStatus | None = None
+        self.out_of_time = False
         self._received = 0.0
         self._before: dict[int, object] = {}
 
@@ -90,8 +89,10 @@ class StopRequest:
         now = time.monotonic()
         if self._status is not None:
             if now - self._received > REPEAT_SECONDS:
-                self._on_leave(self._status)
-                os._exit(self._status)
+                try:
+                    self._on_leave(self._status)
+                finally:  # a full disk must not keep it here
+                    os._exit(self._status)
             return
         self._received = now
         self._status = ExitStatus.INTERRUPTED if number == signal.SIGINT else ExitStatus.STOPPED
@@ -109,4 +110,5 @@ class StopRequest:
             and time.monotonic() > self._deadline
         ):
             self._status = ExitStatus.STOPPED
+            self.out_of_time = True
         return self._status

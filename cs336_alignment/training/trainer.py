@@ -138,9 +138,19 @@ class Trainer:
             if self._saved != self.state.step:
                 self.save()
             self.settle()
-        finally:
-            self.writer.close()
+        except BaseException:
+            self._settle_alone()
+            raise
         return outcome
+
+    def _settle_alone(self) -> None:
+        """Wait for what is being written while another error is on its way, and tell of it."""
+        if self._writing is None or not self.processes.is_main:
+            return
+        try:
+            self.tracker.saved(self._writing, self.writer.finish())
+        except Exception as failure:
+            self.tracker.warn(f"the checkpoint of step {self._writing} failed, too: {failure}")
 
     def _take_steps(self) -> None:
         self.evaluate(self.state.step)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import faulthandler
+import os
 import threading
 import time
 from collections.abc import Callable
@@ -41,7 +42,7 @@ class Watchdog:
 
     def __enter__(self) -> Watchdog:
         if self._seconds is not None:
-            self._file = self._path.open("w", encoding="utf-8")
+            self._file = self._path.open("a", encoding="utf-8")  # an earlier hang's stacks stay
             self.beat()
             threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
         return self
@@ -53,10 +54,11 @@ class Watchdog:
             return
         self._over.set()
         faulthandler.cancel_dump_traceback_later()
+        empty = not os.fstat(self._file.fileno()).st_size
         self._file.close()
         self._file = None
-        if not self._path.stat().st_size:
-            self._path.unlink()
+        if empty:
+            self._path.unlink(missing_ok=True)
 
     def beat(self) -> None:
         """Say that the work goes on."""

@@ -403,3 +403,35 @@ def test_twenty_random_kills_of_two_processes(
                 break
             assert not differences(tmp_path / f"outputs/cut-{runs}", whole)
         tally.tried += lives - 1
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="prctl is Linux's")
+@pytest.mark.fault("T1 SIGKILL while several processes tokenize")
+def test_processes_that_tokenize_end_with_the_one_that_is_killed(
+    tmp_path: Path, tally: Tally
+) -> None:
+    line = json.dumps({"prompt": "What is 148 plus 67?", "response": "215 " * 30}) + "\n"
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(line * 60_000)
+    command = [
+        sys.executable, "-m", "cs336_alignment.cli", "train", *TINY, f"data.train_path={rows}",
+        "data.num_workers=2", "run_name=r", "trainer.max_steps=1", "data.lint.duplicate_rows=off", "data.cache_dir=cache",
+    ]  # fmt: skip
+    with tally.point("SIGKILL"):
+        run = subprocess.Popen(
+            command, cwd=tmp_path, env=clean_environment(), stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )  # fmt: skip
+        children = Path(f"/proc/{run.pid}/task/{run.pid}/children")
+        until = time.monotonic() + 120
+        while len(found := children.read_text().split()) < 2:
+            assert run.poll() is None and time.monotonic() < until
+            time.sleep(0.05)
+        run.kill()
+        run.wait()
+        until = time.monotonic() + 10
+        while alive := [pid for pid in found if Path(f"/proc/{pid}").exists()]:
+            assert time.monotonic() < until, alive
+            time.sleep(0.05)
+        again = subprocess.run(command, cwd=tmp_path, env=clean_environment(), timeout=280)
+        assert again.returncode == 0

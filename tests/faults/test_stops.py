@@ -246,6 +246,26 @@ def test_a_loss_spike_is_told_refused_or_left_out(
 
 
 @pytest.mark.fault("T6 disk full behind the training's back")
+@pytest.mark.parametrize("full", [False, True])
+def test_what_is_written_behind_is_told_when_another_error_ends_the_run(
+    full: bool, tmp_path: Path, processes: Processes, tally: Tally, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def evaluate(step: int) -> None:
+        if step == 2:  # its checkpoint is being written
+            raise RuntimeError("another error")
+
+    folder = tmp_path / "run"
+    life = Life(folder, processes, evaluate=evaluate, trainer={"async_save": True})
+    if full:
+        monkeypatch.setattr("cs336_alignment.training.checkpoint.free_mib", lambda path: 0.0)
+    with tally.point(f"full={full}"):
+        with pytest.raises(RuntimeError, match="another error"):
+            life.loop.fit()
+        told = [line for line in life.report.warnings if "checkpoint of step 2 failed, too" in line]
+        assert (len(told), life.report.checkpoints) == ((1, []) if full else (0, [2]))
+
+
+@pytest.mark.fault("T6 disk full behind the training's back")
 def test_a_failed_save_behind_the_training_stops_the_run(
     tmp_path: Path, processes: Processes, tally: Tally, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from cs336_alignment.training.watchdog import Watchdog
 from tests.conftest import ROOT, TINY, Sft, clean_environment
 from tests.faults.tally import Tally
 
@@ -90,6 +91,18 @@ def test_a_process_that_hangs_writes_down_where(how: str, tmp_path: Path, tally:
         assert "in stuck_here" in stacks
         if how == "waiting":
             assert "no progress for" in done.stdout and "stacks-process-*.txt" in done.stdout
+
+
+def test_stacks_of_an_earlier_hang_stay_and_a_deleted_file_is_no_error(tmp_path: Path) -> None:
+    path = tmp_path / "stacks-process-0.txt"
+    path.write_text("an earlier hang")
+    with Watchdog(tmp_path, 0, 1.0, print):
+        pass
+    assert path.read_text() == "an earlier hang"
+    path.unlink()
+    with Watchdog(tmp_path, 0, 1.0, print):
+        path.unlink()
+    assert not path.exists()
 
 
 @pytest.mark.fault("F16 a process that hangs says where")

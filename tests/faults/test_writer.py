@@ -197,7 +197,7 @@ def test_a_file_that_the_system_cuts_off_is_a_failure(tmp_path: Path, tally: Tal
                 lambda limit=limit: under_limit(limit, lambda: save(tmp_path, 2)), "full", 999
             )  # type: ignore[misc]
             assert outcome.error is not None and outcome.error[1] == ExitStatus.IO, outcome
-            assert find_latest(tmp_path) == (old, [])
+            assert find_latest(tmp_path) == (old, {})
             assert folder_names(tmp_path) == ["index.json", "step-000001"]
 
 

@@ -63,6 +63,17 @@ def test_twenty_steps_equal_ten_and_ten(sft: Sft, rows: Path, tmp_path: Path) ->
     assert texts == ["step-000000.jsonl", "step-000010.jsonl", "step-000020.jsonl"]
 
 
+@pytest.mark.fault("F20 a time limit that no step fits in")
+def test_a_time_limit_before_the_first_step_is_an_error(
+    sft: Sft, rows: Path, tmp_path: Path
+) -> None:
+    """With status 75 a scheduler would queue the same command again, for ever."""
+    overrides = (*TINY, f"data.train_path={rows}", f"data.eval_path={rows}", "run_name=r")
+    done = sft("train", *overrides, "trainer.max_hours=0.000001")
+    assert done.returncode == 78 and "error[R304]" in done.stderr, done.stderr
+    assert sft("train", *overrides, "trainer.max_steps=2").returncode == 0
+
+
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
 @pytest.mark.fault("T4 SIGTERM or SIGINT, once or twice, the same command again")
 def test_a_signal_before_the_first_step_leaves_a_run_that_goes_on(
@@ -134,11 +145,23 @@ def test_what_a_run_leaves_and_the_same_command_again(sft: Sft, rows: Path, tmp_
     assert never.returncode == 73 and "error[R103]" in never.stderr
     assert read(run / "status.json")["state"] == "completed"
 
+    manifest["versions"]["torch"] = "1.0"
+    (run / "manifest.json").write_text(json.dumps(manifest))
     longer = sft("train", *overrides, "trainer.max_steps=5")
     assert longer.returncode == 0
     assert "trainer.max_steps changed from 3 to 5" in longer.stderr
+    assert "torch was 1.0 and is" in " ".join(longer.stderr.split())
+    assert list(read(run / "manifest.json")["changes"]) == ["3"]
     assert read(run / "status.json")["step"] == 5
 
+    weights = run / "model" / "model.safetensors"
+    exported = weights.read_bytes()
+    weights.unlink()
+    once_more = sft("train", *overrides, "trainer.max_steps=5")
+    assert once_more.returncode == 0 and "the model is written once more" in once_more.stderr
+    assert weights.read_bytes() == exported
+
+    (run / "manifest.json").unlink()  # the checkpoint has a copy
     rows.write_text(rows.read_text().replace("Add 0", "Put 0"))
     other = sft("train", *overrides, "trainer.max_steps=7")
     assert other.returncode == 78 and "training data differs" in other.stderr

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import os
 import re
 import signal
 import socket
+import subprocess
+import sys
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -340,3 +343,89 @@ def test_a_folder_that_cannot_be_made_is_refused(tmp_path: Path, obstacle: str) 
         RunFolder(config).claim()
     assert caught.value.status == ExitStatus.CANNOT_CREATE
     assert caught.value.hint is not None and "output_root=" in caught.value.hint
+
+
+# What is gone or damaged beside the checkpoints.
+
+
+@pytest.mark.fault("T7 a file of the run missing or damaged")
+def test_a_run_whose_checkpoints_are_gone_is_not_begun_anew(tmp_path: Path) -> None:
+    folder = start_run(tmp_path)
+    with pytest.raises(UserError, match="R201") as caught:
+        folder.decide(make_config(tmp_path), completed=False, saved_step=20)
+    assert caught.value.status == ExitStatus.IO and "step 20 was reached" in str(caught.value)
+    (folder.path / "model").mkdir()
+    assert folder.decide(make_config(tmp_path), completed=True, saved_step=20).complete
+    other = make_config(tmp_path, optimizer__learning_rate=1e-3)
+    for saved_step in (20, 0):  # 0: status.json is gone, too
+        with pytest.raises(UserError, match="C301"):
+            folder.decide(other, completed=saved_step > 0, saved_step=saved_step)
+
+
+@pytest.mark.parametrize("damage", ["missing", "changed"])
+@pytest.mark.fault("T7 a file of the run missing or damaged")
+def test_a_damaged_export_is_written_once_more(tmp_path: Path, damage: str) -> None:
+    folder, config = start_run(tmp_path, 4), make_config(tmp_path)
+    weights = folder.path / "model" / "model.safetensors"
+    weights.parent.mkdir()
+    weights.write_bytes(b"weights")
+    digest = hashlib.sha256(b"weights").hexdigest()
+    folder.write_json("manifest.json", {"export": {"model.safetensors": digest}})
+    (weights.parent / "README.md").write_text("a card that a person may edit")
+    assert folder.decide(config, completed=True, saved_step=4).complete
+    weights.unlink() if damage == "missing" else weights.write_bytes(b"weightz")
+    decision = folder.decide(config, completed=True, saved_step=4)
+    assert not decision.complete and decision.checkpoint is not None
+    assert "model.safetensors" in decision.notices[0]
+
+
+def test_what_the_earlier_part_noted(tmp_path: Path) -> None:
+    folder = start_run(tmp_path)
+    note = {"data_sha256": "a", "wandb_run_id": "w"}
+    folder.write_json("manifest.json", note)
+    assert folder.earlier_part(None) == {"wandb_run_id": "w"}  # nothing was trained on that data
+    layer = nn.Linear(2, 2)
+    saved = save_checkpoint(
+        folder.checkpoints, Snapshot.of(TrainState(3), layer, torch.optim.AdamW(layer.parameters())),
+        extra={"manifest": note}, save_sidecars=lambda folder: None, keep=9,
+    )  # fmt: skip
+    assert folder.earlier_part(saved) == note
+    (folder.path / "manifest.json").unlink()
+    assert folder.earlier_part(saved) == note  # as the verified checkpoint has it
+    assert folder.earlier_part(save(tmp_path / "elsewhere", 3)) == {}
+
+
+def test_a_lock_that_was_taken_away_is_noticed(tmp_path: Path) -> None:
+    folder = RunFolder(make_config(tmp_path))
+    folder.claim()
+    folder.check_lock()
+    (folder.path / "run.lock").unlink()
+    with pytest.raises(UserError, match="R102"):
+        folder.check_lock()
+    (folder.path / "run.lock").touch()  # another process's
+    with pytest.raises(UserError, match="R102"):
+        folder.check_lock()
+
+
+@pytest.mark.fault("T5 a child that outlives its parent")
+def test_a_child_that_outlives_its_parent_holds_no_lock(tmp_path: Path) -> None:
+    code = f"""
+import os, sys, time
+sys.path.insert(0, {str(ROOT)!r})
+from pathlib import Path
+from tests.unit.test_run_folder import RunFolder, make_config
+RunFolder(make_config(Path({str(tmp_path)!r}))).claim()
+if (child := os.fork()) == 0:
+    time.sleep(30)
+    os._exit(0)
+print(child, flush=True)
+os._exit(1)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, timeout=60,
+        start_new_session=True,
+    )  # fmt: skip
+    try:
+        RunFolder(make_config(tmp_path)).claim()
+    finally:
+        os.kill(int(done.stdout), signal.SIGKILL)

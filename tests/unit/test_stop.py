@@ -94,3 +94,25 @@ def test_a_signal_before_the_time_limit_keeps_its_own_status(
         os.kill(os.getpid(), signal.SIGINT)
         now += 3601
         assert stop.status == ExitStatus.INTERRUPTED
+
+
+def test_a_second_signal_leaves_even_if_nothing_can_be_written(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    left: list[int] = []
+
+    def leave(status: int) -> None:
+        left.append(status)
+        raise SystemExit  # os._exit would not come back
+
+    def full(_: ExitStatus) -> None:
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(module.os, "_exit", leave)
+    monkeypatch.setattr(module, "REPEAT_SECONDS", -1.0)
+    with pytest.raises(SystemExit), StopRequest(on_leave=full) as stop:
+        stop.wait_for_steps()
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(1)
+    assert left == [ExitStatus.STOPPED]
