@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import json
 import re
 from collections.abc import Mapping, Sequence
 from datetime import datetime
+from functools import partial
 from typing import Any, NamedTuple
 
 import jinja2
@@ -18,6 +20,7 @@ from cs336_alignment.data.messages import (
     Message,
     clean_message,
     inside,
+    other_calls,
     spell_arguments,
     weight_of,
     wrong,
@@ -92,10 +95,11 @@ class ChatRenderer:
     """Renders conversations with a tokenizer's chat template and finds what is trained.
 
     An assistant turn is trained from where generation would begin, after the template's generation
-    prompt, up to and including the special token that ends it. Where that lies is found by
-    rendering beginnings of the conversation, each of which must begin the whole rendering too.
-    Where one does not, the template's `{% generation %}` tags decide; without them the conversation
-    is refused.
+    prompt, up to and including the special token that ends it. The template's `{% generation %}`
+    tags say where that is, if each marks one turn. Without them it is found by rendering beginnings
+    of the conversation, each of which must begin the whole rendering too; where one does not, the
+    conversation is refused. What the template writes before every turn is never trained, even where
+    its generation prompt leaves it out.
 
     Args:
         tokenizer: with a chat template.
@@ -131,7 +135,17 @@ class ChatRenderer:
             tokenizer = _with_fixed_date(tokenizer)
         self.tokenizer: Any = tokenizer  # transformers' own types leave out half of what it takes
         self.train_on = train_on
+        if getattr(tokenizer, "split_special_tokens", False):
+            raise UserError(
+                "D410",
+                "split_special_tokens would cut the chat template's own tokens into pieces",
+                ExitStatus.BAD_CONFIG,
+                hint="load the tokenizer without it (tokenizer_config.json)",
+            )
         self._end = TurnEnd(tokenizer, self._tail())
+        self._header = self._turn_header()
+        self._seen_tools: set[str] = set()
+        self._read_keys: dict[tuple[str, str], bool] = {}
         self._is_stable = self._keeps_turns()
         self._joiner = self._text_joiner()
         self._lint = ChatLint(tokenizer)
@@ -170,7 +184,7 @@ class ChatRenderer:
         turns = [i for i, message in enumerate(clean) if message["role"] == "assistant"]
         last = turns[-1:] if self.train_on == "last_turn" else turns
         trained = [i for i in last if weights[i] > 0]
-        findings = tuple(self._lint.check(clean, places, trained))
+        findings = tuple(self._lint.check(clean, places, trained, partial(self._reads, chat)))
         if self.train_on == "all":
             whole = (Span(0, len(chat.text)),) if chat.text else ()
             return Rendered(chat.text, whole, changed, findings)
@@ -199,22 +213,50 @@ class ChatRenderer:
         if refusal:
             raise refusal
         for index, message in enumerate(chat.messages if has_calls else ()):
-            if not message.get("tool_calls"):
-                continue
-            bare = [*chat.messages]
-            bare[index] = {key: value for key, value in message.items() if key != "tool_calls"}
-            bare[index].setdefault("content", "")
-            without = None
-            with contextlib.suppress(UserError):  # the template needs the calls, then
-                without = self._text(chat._replace(messages=bare))
-            if without == chat.text:
-                hint = "remove the calls from the data, or use a template that writes them"
-                raise wrong("D404", f"the chat template ignores the tool calls of message {index}",
-                            place, hint=hint)  # fmt: skip
-        if tools and self._text(chat._replace(tools=None)) == chat.text:
-            hint = "remove the tools from the data, or use a template that writes them"
-            raise wrong("D404", "the chat template ignores the tools", place, hint=hint)
+            for number, part, other_call in other_calls(message):
+                calls = [*message["tool_calls"]]
+                calls[number] = other_call
+                changed = [*chat.messages]
+                changed[index] = message | {"tool_calls": calls}
+                if self._same_text(chat, chat._replace(messages=changed)):
+                    hint = "remove it from the data, or use a template that writes it"
+                    what = f"the {part} of tool call {number} of message {index}"
+                    raise wrong("D404", f"the chat template ignores {what}", place, hint=hint)
+        self._check_tools(chat)
         return chat
+
+    def _check_tools(self, chat: _Chat) -> None:
+        """Refuse a template that leaves a tool out; each list of tools is looked at once."""
+        tools = chat.tools or []
+        key = json.dumps(tools, sort_keys=True, default=str)
+        if not tools or key in self._seen_tools:
+            return
+        self._seen_tools.add(key)
+        for index in range(len(tools)):
+            fewer = tools[:index] + tools[index + 1 :]
+            if self._same_text(chat, chat._replace(tools=fewer or None)):
+                hint = "remove it from the data, or use a template that writes it"
+                raise wrong("D404", f"the chat template ignores tool {index}", chat.place,
+                            hint=hint)  # fmt: skip
+
+    def _same_text(self, chat: _Chat, other: _Chat) -> bool:
+        """Whether another conversation renders to the same text; not if the template refuses it."""
+        with contextlib.suppress(UserError):
+            return self._text(other) == chat.text
+        return False
+
+    def _reads(self, chat: _Chat, index: int, key: str) -> bool:
+        """Whether the template writes another text without a key of a message; asked once for each
+        key of each role.
+        """
+        message = chat.messages[index]
+        kind = (message["role"], key)
+        if kind not in self._read_keys:
+            fewer = [*chat.messages]
+            fewer[index] = {name: value for name, value in message.items() if name != key}
+            same = self._same_text(chat, chat._replace(messages=fewer))
+            self._read_keys[kind] = not same
+        return self._read_keys[kind]
 
     def _text(self, chat: _Chat, count: int | None = None, *, prompt: bool = False) -> str:
         """Render the first messages, and the generation prompt if asked for."""
@@ -241,16 +283,22 @@ class ChatRenderer:
 
     def _find(self, chat: _Chat, trained: list[int], turns: list[int]) -> list[tuple[int, int]]:
         """Find the borders of the trained turns."""
+        tagged = self._tagged(chat, turns) if trained else None
+        if tagged is not None:
+            return [self._without_header(chat, *tagged[i]) for i in trained]
         found = []
         for index in trained:
             borders = self._borders(chat, index)
             if isinstance(borders, _Mismatch):
-                tagged = self._tagged(chat, turns)
-                if tagged is None:
-                    raise self._unstable(chat, borders, turns[-1])
-                return [tagged[i] for i in trained]
-            found.append(borders)
+                raise self._unstable(chat, borders, turns[-1])
+            found.append(self._without_header(chat, *borders))
         return found
+
+    def _without_header(self, chat: _Chat, start: int, end: int) -> tuple[int, int]:
+        """Leave out what is written before every turn, should a generation prompt not have it."""
+        if self._header.strip() and chat.text.startswith(self._header, start, end):
+            start += len(self._header)
+        return start, end
 
     def _borders(self, chat: _Chat, index: int) -> tuple[int, int] | _Mismatch:
         """Find where generation of a turn would begin and where it would stop."""
@@ -333,6 +381,14 @@ class ChatRenderer:
         text = self._probe([ASKED, {"role": "assistant", "content": PROBE}])
         return text.partition(PROBE)[2] if text.count(PROBE) == 1 else None
 
+    def _turn_header(self) -> str:
+        """Find what the template writes between a question and the answer to it."""
+        asked = self._probe([ASKED])
+        text = self._probe([ASKED, {"role": "assistant", "content": PROBE}])
+        if not asked or not text.startswith(asked) or text.count(PROBE) != 1:
+            return ""
+        return text[len(asked) : text.index(PROBE)]
+
     def _keeps_turns(self) -> bool:
         """Whether a plain turn is written in the same way when more follow."""
         turns = [ASKED, {"role": "assistant", "content": PROBE}]
@@ -360,8 +416,10 @@ def _shows_python(chat: _Chat) -> bool:
     calls = (call for message in chat.messages for call in message.get("tool_calls") or ())
     functions = (call.get("function", call) for call in calls)
     arguments = (function.get("arguments") for function in functions)
-    return any(
-        isinstance(each, Mapping) and each and str(dict(each)) in chat.text for each in arguments
+    shown = {str(dict(each)) for each in arguments if isinstance(each, Mapping) and each}
+    texts = [text for message in chat.messages for text in said(message)]
+    return any(  # a message may hold the same words
+        chat.text.count(each) > sum(text.count(each) for text in texts) for each in shown
     )
 
 

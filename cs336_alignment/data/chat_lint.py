@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -17,7 +17,7 @@ REASONING = ("reasoning_content", "thinking", "reasoning")
 CHECKED_ELSEWHERE = frozenset({"role", "content", "tool_calls", "tool_call_id", "id", *REASONING})
 # What other frameworks call `train` and `weight`.
 FLAGS_ELSEWHERE = ("loss", "loss_mask", "mask", "training", "train_detail", "trainable")
-WORD = re.compile(r"[A-Za-z_]\w*")
+COMMENT = re.compile(r"\{#.*?#\}", re.DOTALL)
 NOTHING: tuple[Any, ...] = (None, "", [], {})
 
 
@@ -29,9 +29,8 @@ class ChatLint:
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        self._words = frozenset(WORD.findall(str(tokenizer.chat_template)))
-        splits = getattr(tokenizer, "split_special_tokens", False)
-        names = [] if splits else sorted(_special_texts(tokenizer), key=len, reverse=True)
+        self._template = COMMENT.sub("", str(tokenizer.chat_template))
+        names = sorted(_special_texts(tokenizer), key=len, reverse=True)
         self._special = re.compile("|".join(map(re.escape, names)) or "(?!)")
 
     def check(
@@ -39,6 +38,7 @@ class ChatLint:
         messages: Sequence[Mapping[str, Any]],
         places: Sequence[Place],
         trained: Collection[int],
+        reads: Callable[[int, str], bool],
     ) -> Iterator[tuple[str, Place]]:
         """Yield the names of linter checks that a conversation shows, and where.
 
@@ -46,17 +46,19 @@ class ChatLint:
             messages: checked ones.
             places: of each.
             trained: the numbers of the trained ones.
+            reads: whether the template writes the key of a message.
 
         Raises:
             UserError: a message has another framework's flag for what is trained (65).
         """
         for index, (message, place) in enumerate(zip(messages, places, strict=True)):
-            for key in message.keys() - CHECKED_ELSEWHERE - self._words:
-                if key in FLAGS_ELSEWHERE and message[key] is not None:
+            for key in sorted(message.keys() - CHECKED_ELSEWHERE):
+                is_flag = key in FLAGS_ELSEWHERE and message[key] is not None
+                if is_flag and not re.search(rf"(\.|\[['\"]){key}\b", self._template):
                     raise wrong("D407", f"{key} says nothing here", inside(place, key),
                                 hint="say what is trained with `train` (true or false) and "
                                 "`weight`, or remove the key")  # fmt: skip
-                if message[key] not in NOTHING:
+                if message[key] not in NOTHING and not reads(index, key):
                     yield "ignored_keys", inside(place, key)
             texts = list(said(message))
             if any(self._special.search(text) for text in texts):

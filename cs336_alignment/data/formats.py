@@ -18,7 +18,7 @@ from cs336_alignment.errors import ExitStatus, Place, UserError, describe
 FINAL_MARK = "####"
 MOST_IDS = 2**31  # ids are kept in 32 bits
 CLOSING_TAG = "</think>"
-CALCULATOR = re.compile(r"<<[^<>]*>>")
+CALCULATOR = re.compile(r"<<[^<>a-zA-Z]*=[^<>]*>>")  # GSM8K's <<48/2=24>>
 # GSM8K's end: a line of its own, the last one. A Markdown heading further up is none.
 FINAL_LINE = re.compile(r"(?:\A|\n)[ \t]*####(?!#)[ \t]*([^\n]*)\s*\Z")
 OPTIONAL_ROLES = {*ANYWHERE, *(role for roles in OPTIONAL.values() for role in roles)}
@@ -98,14 +98,14 @@ def to_example(
     truth = _ground_truth(row, layout) or example.ground_truth
     messages = example.messages
     if layout.format == "prompt_response" and messages is not None and train_on != "all":
-        count = len(row.fields[layout.columns["prompt"]])
+        count = len(_parsed(row.fields[layout.columns["prompt"]]))
         messages = (*(_as_context(message) for message in messages[:count]), *messages[count:])
     return Example(row.place, example.texts, messages, example.tokens, example.tools, truth, weight)
 
 
 def _from_prompt(row: Row, layout: Layout, _: PromptTemplate | None) -> Example:
     prompt, response = layout.columns["prompt"], layout.columns["response"]
-    if isinstance(row.fields[prompt], list) and isinstance(row.fields[response], list):
+    if _holds_turns(row.fields[prompt]) and _holds_turns(row.fields[response]):
         turns = (*_messages(row, prompt), *_messages(row, response))
         return Example(row.place, messages=turns, tools=_tools(row, layout))
     if (tools := _tools(row, layout)) is not None:
@@ -238,6 +238,14 @@ def _messages(row: Row, column: str) -> tuple[Mapping[str, Any], ...]:
         raise _wrong(row, column, "D211", f"{column} is no conversation", describe(value),
                      "a list of messages, not empty")  # fmt: skip
     return tuple(value)
+
+
+def _holds_turns(value: Any) -> bool:
+    """Whether a value is a list, or a cell of text in which a list of messages stands."""
+    if not isinstance(value, str):
+        return isinstance(value, list)
+    parsed = _parsed(value)
+    return isinstance(parsed, list) and all(isinstance(m, dict) and "role" in m for m in parsed)
 
 
 def _as_context(message: Mapping[str, Any]) -> Mapping[str, Any]:

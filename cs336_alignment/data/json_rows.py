@@ -64,7 +64,9 @@ def read_json_lines(file: IO[bytes], path: Path) -> Iterator[Row | UserError]:
             text = line.decode("utf-8")
         except UnicodeDecodeError as failure:
             message = f"invalid UTF-8 at byte {failure.start + 1} of the line"
-            yield _bad(message, place, "UTF-8 text")
+            is_wide = line.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+            hint = "this is UTF-16: save the file as UTF-8" if is_wide else None
+            yield _bad(message, place, "UTF-8 text", hint=hint)
             continue
         yield _row(text, place, decoder)
 
@@ -88,7 +90,8 @@ def _row(text: str, place: Place, decoder: _Decoder) -> Row | UserError:
     except json.JSONDecodeError as failure:
         # Where a line breaks off, json points behind its end: at the next one.
         column = min(failure.pos, len(text.rstrip("\r\n"))) + 1
-        return _bad(f"broken JSON at column {column}: {failure.msg}", place, LINE)
+        hint = "a JSON array goes into a file called .json" if text.startswith("[") else None
+        return _bad(f"broken JSON at column {column}: {failure.msg}", place, LINE, hint=hint)
     except (ValueError, RecursionError) as failure:
         return _bad(f"broken JSON: {failure}", place, LINE)
     return _checked(value, place, decoder.take_twice(), _has_surrogate_escape(text))
@@ -259,5 +262,9 @@ def _shown(name: str, length: int | None = MAX_NAME_CHARS) -> str:
     return name[:length].encode("utf-8", "backslashreplace").decode()
 
 
-def _bad(message: str, place: Place, expected: str, got: str | None = None) -> UserError:
-    return UserError("D201", message, ExitStatus.BAD_DATA, place=place, expected=expected, got=got)
+def _bad(
+    message: str, place: Place, expected: str, got: str | None = None, hint: str | None = None
+) -> UserError:
+    return UserError(
+        "D201", message, ExitStatus.BAD_DATA, place=place, expected=expected, got=got, hint=hint
+    )

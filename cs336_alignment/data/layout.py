@@ -25,7 +25,7 @@ OPTIONAL: dict[str, dict[str, tuple[str, ...]]] = {
     "messages": {"tools": ("tools",)},
     "sharegpt": {"tools": ("tools",), "system": ("system",)},
     "prompt_response": {"tools": ("tools",)},
-    "alpaca": {"input": ("input",)},
+    "alpaca": {"input": ("input", "context")},
 }
 ANYWHERE = {"weight": ("weight",), "ground_truth": ("ground_truth",)}
 

@@ -70,7 +70,7 @@ CHECKS = {
     ),
     "special_text": Check(
         "L110", "a message spells a special token, which becomes that token, not text",
-        "take such text out of the messages, or set split_special_tokens for the tokenizer",
+        "take such text out of the messages: no tokenizer tells it from the template's own",
     ),
     "empty_turn": Check(
         "L111", "an assistant's turn without text is trained, so saying nothing is learned",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from cs336_alignment.errors import ExitStatus, Place, UserError, describe
@@ -62,7 +62,10 @@ def weight_of(message: Mapping[str, Any], place: Place, allowed: bool) -> float:
     for key, value in flags.items():
         at = inside(place, key)
         if message["role"] != "assistant":
-            raise wrong("D407", f"{key} stands in a message of another role than assistant", at)
+            if value in (0, False):  # what happens anyway
+                continue
+            raise wrong("D407", f"{key} stands in a message of another role than assistant", at,
+                        hint="what others say is never trained: remove the key")  # fmt: skip
         if not allowed:
             raise wrong("D407", f"{key} means nothing where all tokens are trained", at,
                          hint="set data.train_on=response, or remove the key")  # fmt: skip
@@ -89,6 +92,21 @@ def spell_arguments(messages: Sequence[Message], *, as_text: bool) -> list[Messa
             calls.append({**call, "function": function} if inner is not None else function)
         spelled.append({**message, "tool_calls": calls} if calls else message)
     return spelled
+
+
+def other_calls(message: Message) -> Iterator[tuple[int, str, Mapping[str, Any]]]:
+    """Yield each tool call of a message with another name, then with other arguments: its number,
+    what was changed, the call. A template that writes both writes another text then.
+    """
+    for number, call in enumerate(message.get("tool_calls") or ()):
+        inner = call.get("function")
+        function = inner if isinstance(inner, Mapping) else call
+        as_text = isinstance(function.get("arguments"), str)
+        other = {"name": "xyzzyQ7", "arguments": '{"xyzzyQ7": 7}' if as_text else {"xyzzyQ7": 7}}
+        for part, value in other.items():
+            if part in function:
+                changed = {**function, part: value}
+                yield number, part, {**call, "function": changed} if inner is not None else changed
 
 
 def _parsed(arguments: str) -> Any:

@@ -42,6 +42,7 @@ BATCH_CHARACTERS = 2**22  # so that a batch of huge rows is no larger in memory 
 NUMBER_CHARACTERS = 8  # as much memory as a number of a list takes
 ROWS_BEFORE_POOL = 8 * BATCH_ROWS  # below, starting processes costs more than they save
 ROWS_TO_DETECT = 100
+MOST_UNREADABLE = 10_000  # rows before the first that can be read
 LEFT_OUT = {  # why rows are not trained on, and what to do
     "overlong": "raise data.max_length (now {}), or set data.overlong=truncate or split",
     "prompt_fills_max_length": "raise data.max_length (now {}): the prompts alone fill it",
@@ -189,7 +190,8 @@ def _prepare(
 ) -> None:
     """Read, tokenize and write a source."""
     layout, rows = _detect(islice(opened.rows(), limit), source, opened.path)
-    _check_train_on(layout, config.train_on)
+    if layout.columns:  # or the rows say what is wrong
+        _check_train_on(layout, config.train_on)
     ledger, findings = LedgerEntry(opened.path, str(layout)), Findings()
     errors: list[UserError] = []
     digest = hashlib.sha256()
@@ -230,7 +232,12 @@ def _detect(
 ) -> tuple[Layout, Iterator[Row | UserError]]:
     """Find the layout of the first row that has one; the rows come back whole."""
     rows = iter(rows)
-    head = list(islice(rows, ROWS_TO_DETECT))
+    return _detect_in(list(islice(rows, ROWS_TO_DETECT)), rows, source, path)
+
+
+def _detect_in(
+    head: list[Row | UserError], rows: Iterator[Row | UserError], source: SourceConfig, path: str
+) -> tuple[Layout, Iterator[Row | UserError]]:
     columns = {role: name for role, name in asdict(source.columns).items() if name is not None}
     first: UserError | None = None
     for row in head:
@@ -244,9 +251,16 @@ def _detect(
             first = first or error
         else:
             return layout, chain(head, rows)
-    if first is None and any(isinstance(row, UserError) for row in head):
+    if first is None and head:  # none could be read
+        while len(head) < MOST_UNREADABLE and (more := next(rows, None)) is not None:
+            head.append(more)
+            if isinstance(more, Row):
+                return _detect_in(head, rows, source, path)
+        errors = [row for row in head if isinstance(row, UserError)]
+        if next(rows, None) is not None:
+            raise UserErrors(errors[:MAX_SHOWN], len(errors))
         layout = Layout("text", {}, "no row could be read", ())  # the errors are what is told
-        return layout, chain(head, rows)
+        return layout, iter(head)
     raise first or UserError("D301", f"there is no row in {path}", ExitStatus.BAD_DATA)
 
 

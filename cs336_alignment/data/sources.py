@@ -276,9 +276,10 @@ def _with_datasets(path: str, default_split: str) -> Source:
         if match is None:
             data: Any = datasets.load_from_disk(str(folder))
             if isinstance(data, dict):
-                if split not in data:
+                found = next((s for s in SPLITS.get(split, (split,)) if s in data), None)
+                if found is None:
                     raise LookupError(f"it has no split {split}, but {', '.join(data)}")
-                data = data[split]
+                data = data[found]
         else:
             name, config = match["repo"], match["config"] or None
             data = datasets.load_dataset(name, config, split=split, revision=revision)
@@ -288,9 +289,12 @@ def _with_datasets(path: str, default_split: str) -> Source:
             "D105",
             f"cannot load {path} with `datasets`: {reason}",
             ExitStatus.NOT_FOUND,
-            hint="check name, config and split (name[:config[:split]][@revision]); offline, only "
+            hint="give the folder of one split inside it"
+            if match is None
+            else "check name, config and split (name[:config[:split]][@revision]); offline, only "
             "what is in the local cache can be loaded",
         ) from failure
+    data = data.with_format(None)  # all columns, as plain values
     digest = hashlib.sha256(f"{data._fingerprint}:{split}:{revision}".encode())
     for file in sorted(folder.rglob("*.arrow")) if match is None else []:
         with file.open("rb") as opened:

@@ -76,8 +76,9 @@ class TurnEnd:
         names = sorted(self._added, key=len, reverse=True)
         self._run = re.compile(rf"\s*(?:{'|'.join(map(re.escape, names)) or '(?!)'})+")
         self._tail = tail
-        # The tokens that end a turn, with the white space before them; empty if there are none.
-        self.stop = "" if tail is None else tail[: self._run_end(tail, 0)]
+        # Up to the tokens that end a turn; empty if there are none.
+        run = None if tail is None else self._run.search(tail)
+        self.stop = "" if tail is None or run is None else tail[: run.end()]
 
     def find(self, text: str, content: str) -> int:
         """Give the end of what is trained of a text that is one turn, the last.

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
-from cs336_alignment.config import ColumnsConfig, DataConfig, SourceConfig
+from cs336_alignment.config import DataConfig, SourceConfig
 from cs336_alignment.data.batching import mix_seed
 from cs336_alignment.data.chat import FIXED_DATE, writes_date
 from cs336_alignment.data.dataset import TokenizedDataset
@@ -21,7 +21,7 @@ from cs336_alignment.data.lint import MAX_EXAMPLES, Findings, Judged, judge, ove
 from cs336_alignment.data.mixture import Mixture
 from cs336_alignment.data.prepare import PreparedSource, Progress, prepare_source
 from cs336_alignment.data.templates import PromptTemplate
-from cs336_alignment.errors import UserErrors
+from cs336_alignment.errors import ExitStatus, UserError, UserErrors
 
 SPLIT_STREAM = 7  # of the seeds mixed from the run's, one that no epoch uses
 
@@ -175,19 +175,35 @@ def prepare_evaluation(
 
 
 def split_off(data: PreparedData, fraction: float, seed: int) -> tuple[PreparedData, PreparedData]:
-    """Divide examples into training and evaluation data, by a permutation of the seed.
+    """Divide rows into training and evaluation data, by a permutation of the seed. All pieces of a
+    row that was split stay together.
 
     Args:
-        data: unweighted, at least two examples.
-        fraction: of the examples that are evaluated; at least one is, and one is trained.
+        data: unweighted.
+        fraction: of the rows that are evaluated; at least one is, and one is trained.
         seed: of the run.
+
+    Raises:
+        UserError: there is but one row (65).
     """
-    total = len(data.dataset)
+    numbers: dict[str, int] = {}
+    rows = np.array([numbers.setdefault(place, len(numbers)) for place in data.places])
+    total = len(numbers)
+    if total < 2:
+        raise UserError(
+            "D312",
+            "data.eval_fraction needs two rows or more to divide",
+            ExitStatus.BAD_DATA,
+            got=f"{total}",
+            hint="give data.eval_path, or data.eval_fraction=0",
+        )
     count = min(total - 1, max(1, math.ceil(total * fraction - 1e-9)))
     order = np.random.Generator(np.random.PCG64(mix_seed(seed, SPLIT_STREAM))).permutation(total)
-    return tuple(
-        PreparedData.of(data.sources, np.sort(part)) for part in (order[count:], order[:count])
-    )  # type: ignore[return-value]
+    evaluated = np.isin(rows, order[:count])
+    return (
+        PreparedData.of(data.sources, np.flatnonzero(~evaluated)),
+        PreparedData.of(data.sources, np.flatnonzero(evaluated)),
+    )
 
 
 def _held_out(
@@ -215,8 +231,8 @@ def _prepare(
     note: Callable[[str], None],
 ) -> PreparedSource:
     note(f"reading {source.path}")
-    if source.columns == ColumnsConfig():
-        source = replace(source, columns=config.columns)
+    own = {role: name for role, name in asdict(source.columns).items() if name is not None}
+    source = replace(source, columns=replace(config.columns, **own))
     if source.format == "auto":
         source = replace(source, format=config.format)
     prepared = prepare_source(

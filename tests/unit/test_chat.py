@@ -78,7 +78,7 @@ SHAPES: dict[str, list[Message]] = {
 
 def chatml(m: Message) -> str:
     written = "".join(
-        f"<tool_call>\n{json.dumps(c['function']['arguments'])}\n</tool_call>"
+        f"<tool_call>\nadd {json.dumps(c['function']['arguments'])}\n</tool_call>"
         for c in m.get("tool_calls", [])
     )
     return (m["content"] or "") + written + IMEND
@@ -98,13 +98,13 @@ def gemma(m: Message) -> str:
 
 def mistral(m: Message) -> str:
     if "tool_calls" in m:
-        return f"[TOOL_CALLS] [{json.dumps(m['tool_calls'][0]['function']['arguments'])}]</s>"
+        return f"[TOOL_CALLS] [add {json.dumps(m['tool_calls'][0]['function']['arguments'])}]</s>"
     return f" {m['content']}</s>"
 
 
 def plain_calls(m: Message) -> str:
     written = "".join(
-        f"<tool_call>{json.dumps(c['function']['arguments'])}</tool_call>"
+        f"<tool_call>add {json.dumps(c['function']['arguments'])}</tool_call>"
         for c in m.get("tool_calls", [])
     )
     return (m["content"] or "") + written + IMEND
@@ -293,8 +293,8 @@ def test_a_template_never_sees_the_flags() -> None:
         (user([{"type": "text", "text": "see"}, {"type": "image", "url": "x.png"}]), "D406", "messages[1].content"),
         (user([{"type": "audio", "audio": "x"}]), "D406", "messages[1].content"),
         (says(["4"]), "D406", "messages[1].content"),
-        (user(train=False), "D407", "messages[1].train"),
-        (user(weight=1.0), "D407", "messages[1].weight"),
+        (user(train=True), "D407", "messages[1].train"),
+        (user(weight=0.5), "D407", "messages[1].weight"),
         (says("4", train=1), "D407", "messages[1].train"),
         (says("4", train="no"), "D407", "messages[1].train"),
         (says("4", weight=-0.5), "D407", "messages[1].weight"),
@@ -387,17 +387,17 @@ def test_arguments_are_never_escaped_twice() -> None:
     assert '{"a": "é \\"b\\""}' in as_object
     assert render(tokenizer, [user(), calls(json.dumps({"a": 'é "b"'}))]).text == as_object
     flat = [user(), says("", tool_calls=[{"name": "add", "arguments": '{"a": 1}'}])]
-    assert '<tool_call>\n{"a": 1}\n' in render(tokenizer, flat).text
+    assert '<tool_call>\nadd {"a": 1}\n' in render(tokenizer, flat).text
     assert '"not json"' in render(tokenizer, [user(), calls("not json")]).text
-    wants_text = "{% for m in messages %}{{ m.content or '' }}{% for c in m.tool_calls or [] %}{{ ARGS }}{% endfor %}{% endfor %}"
+    wants_text = "{% for m in messages %}{{ m.content or '' }}{% for c in m.tool_calls or [] %}{{ c.function.name }}{{ ARGS }}{% endfor %}{% endfor %}"
     given = '{"a":  "x"}'  # two spaces: not what json.dumps writes
     for args in (
         "c.function.arguments + ''",
         "c.function.arguments",
     ):  # fails on an object; writes it as Python does
         tokenizer.chat_template = wants_text.replace("ARGS", args)
-        assert render(tokenizer, [user("q"), calls(given)]).text == "q" + given
-        assert render(tokenizer, [user("q"), calls({"a": "x"})]).text == 'q{"a": "x"}'
+        assert render(tokenizer, [user("q"), calls(given)]).text == "qadd" + given
+        assert render(tokenizer, [user("q"), calls({"a": "x"})]).text == 'qadd{"a": "x"}'
 
 
 @pytest.mark.parametrize(
@@ -444,13 +444,13 @@ def test_tool_turns_may_end_with_another_token() -> None:
     tokenizer.add_tokens(["<|eom|>"], special_tokens=True)
     tokenizer.chat_template = (
         "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + (m.content or '') }}"
-        "{{ ('call<|eom|>' if m.tool_calls else '<|im_end|>') + '\n' }}{% endfor %}"
+        "{{ ((m.tool_calls[0].function | tojson) + '<|eom|>' if m.tool_calls else '<|im_end|>') + '\n' }}{% endfor %}"
         "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
     )
     messages = [user(), calls(content="See: "), *SHAPES["tools"][2:]]
     rendered = render(tokenizer, messages)
     assert [rendered.text[s.start : s.end] for s in rendered.spans] == [
-        "See: call<|eom|>",
+        'See: {"name": "add", "arguments": {"a": "a \\"b\\""}}<|eom|>',
         f"It is 4.{IMEND}",
     ]
 
@@ -751,3 +751,117 @@ def test_flags_of_other_frameworks_are_never_disobeyed_in_silence(key: str) -> N
     assert (caught.value.code, caught.value.status) == ("D407", ExitStatus.BAD_DATA)
     assert "`train`" in (caught.value.hint or "")
     render(byte_tokenizer("chatml"), [user(), says("4.", **{key: None})])
+
+
+# What is not the assistant's is not trained, however the template leads up to it.
+
+LOOP = (
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}BODY{{ '\n' }}{% endfor %}"
+    "{% if add_generation_prompt UNLESS %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+BODY = "{{ m.content + '<|im_end|>' }}"
+TWO = [user("a"), says("one"), says("two")]
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        LOOP.partition("{% if")[0].replace("BODY", BODY),  # no generation prompt
+        LOOP.replace("BODY", BODY).replace("UNLESS", "and messages[-1].role != 'assistant'"),
+        LOOP.replace("BODY", BODY).replace("UNLESS", ""),
+        "{% for m in messages %}{% if m.role == 'assistant' %}{% generation %}"
+        "{{ '<|im_start|>assistant\n' + m.content + '<|im_end|>' }}{% endgeneration %}{% else %}"
+        "{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>' }}{% endif %}{{ '\n' }}{% endfor %}",
+    ],
+    ids=[
+        "without a generation prompt",
+        "not after the assistant",
+        "plain",
+        "tags around the header",
+    ],
+)
+def test_headers_are_never_trained(template: str) -> None:
+    tokenizer = byte_tokenizer("chatml")
+    tokenizer.chat_template = template
+    rendered = render(tokenizer, TWO)
+    want = [f"one{IMEND}", f"two{IMEND}"]
+    assert [rendered.text[s.start : s.end] for s in rendered.spans] == want
+
+
+def test_generation_tags_come_before_what_could_be_found_otherwise() -> None:
+    tokenizer = byte_tokenizer("chatml")
+    said = "<think>x</think>{% generation %}{{ m.content + '<|im_end|>' }}{% endgeneration %}"
+    body = "{% if m.role == 'assistant' %}" + said + "{% else %}" + BODY + "{% endif %}"
+    tokenizer.chat_template = LOOP.replace("BODY", body).replace("UNLESS", "")
+    rendered = render(tokenizer, [user(), says("ans")])
+    assert [rendered.text[s.start : s.end] for s in rendered.spans] == [f"ans{IMEND}"]
+
+
+def test_words_before_the_end_of_a_turn_are_trained_with_it() -> None:
+    tokenizer = byte_tokenizer("chatml")
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m.role | upper + ': ' + m.content + '\nEND<|im_end|>\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}ASSISTANT: {% endif %}"
+    )
+    rendered = render(tokenizer, [user("a"), says("one"), user("b"), says("two")])
+    want = [f"one\nEND{IMEND}", f"two\nEND{IMEND}"]
+    assert [rendered.text[s.start : s.end] for s in rendered.spans] == want
+
+
+def test_what_a_user_says_does_not_change_the_spelling_of_arguments() -> None:
+    tokenizer = byte_tokenizer("chatml")
+    with_words = [user("call it with {'a': 1}"), calls({"a": 1})]
+    assert 'add {"a": 1}' in render(tokenizer, with_words).text
+
+
+@pytest.mark.parametrize(
+    ("written", "ignored"),
+    [
+        ("m.tool_calls[0].function | tojson", "the name of tool call 1 of message 1"),
+        ("m.tool_calls | map(attribute='function.name') | join", "the arguments of tool call 0"),
+    ],
+)
+def test_a_part_of_a_call_that_is_left_out_is_refused(written: str, ignored: str) -> None:
+    tokenizer = byte_tokenizer("chatml")
+    body = (
+        "{{ (m.content or '') }}{% if m.tool_calls %}{{ "
+        + written
+        + " }}{% endif %}{{ '<|im_end|>' }}"
+    )
+    tokenizer.chat_template = LOOP.replace("BODY", body).replace("UNLESS", "")
+    two = calls()
+    two["tool_calls"] = [*two["tool_calls"], *calls({"b": 2})["tool_calls"]]
+    error = error_of("D404", lambda: render(tokenizer, [user(), two]))
+    assert ignored in error.message
+
+
+def test_a_tool_that_is_left_out_is_refused() -> None:
+    tokenizer = byte_tokenizer("chatml")
+    template = str(LOOP.replace("BODY", BODY).replace("UNLESS", ""))
+    tokenizer.chat_template = "{% if tools %}{{ tools[0] | tojson }}{% endif %}" + template
+    tools = [TOOLS[0], {"type": "function", "function": {"name": "sub", "parameters": {}}}]
+    assert render(tokenizer, SHAPES["single"], tools=tools[:1]).spans
+    error = error_of("D404", lambda: render(tokenizer, SHAPES["single"], tools=tools))
+    assert "ignores tool 1" in error.message
+
+
+def test_a_key_that_the_template_only_mentions_is_not_taken_for_read() -> None:
+    tokenizer = byte_tokenizer("chatml")
+    assert "function.name" in str(tokenizer.chat_template)
+    rendered = render(tokenizer, [user(), says("4.", name="Alice")])
+    assert [(name, place.field) for name, place in rendered.findings] == [
+        ("ignored_keys", "messages[1].name")
+    ]
+    tokenizer.chat_template = "{# for training only #}" + str(tokenizer.chat_template)
+    error_of("D407", lambda: render(tokenizer, [user(), says("4.", training=False)]))
+
+
+def test_flags_that_say_what_happens_anyway_are_taken() -> None:
+    messages = [user(weight=0), says("4."), user(train=False), says("5.", weight=0)]
+    assert len(render(byte_tokenizer("chatml"), messages).spans) == 1
+
+
+def test_a_tokenizer_that_splits_special_tokens_is_refused() -> None:
+    tokenizer = byte_tokenizer("chatml")
+    tokenizer.split_special_tokens = True
+    error_of("D410", lambda: ChatRenderer(tokenizer, "response"), ExitStatus.BAD_CONFIG)

@@ -99,7 +99,7 @@ def test_gsm8k_without_tags() -> None:
         ("  a  \n\n####  5 \n", "a", "5"),
         ("a #### b\n#### 5", "a #### b", "5"),  # the last mark parts
         ("2 < 3 and <<1+1=2>>2 > 1\n#### 5", "2 < 3 and 2 > 1", "5"),
-        ("<<<1>>>\n#### 5", "<>", "5"),
+        ("<<<1=1>>>\n#### 5", "<>", "5"),
     ],
 )
 def test_how_an_answer_is_parted(
@@ -319,6 +319,29 @@ def test_lists_may_stand_as_json_in_a_cell_of_text() -> None:
     ids = example_of(input_ids="[4, 5]", labels="[-100, 5]")
     assert ids.tokens == ([4, 5], [0.0, 1.0])
     assert example_of(prompt="[1]", response="[2]").texts == ("[1]", "[2]")
+    cells = example_of(prompt=json.dumps(turns[:1]), response=json.dumps(turns[1:]))
+    assert cells.messages == tuple(turns)
+    asked = [*turns, turns[0]]  # what the assistant said in the prompt is context
+    context = example_of(prompt=json.dumps(asked), response=json.dumps(turns[1:])).messages
+    assert context is not None and [m.get("train", True) for m in context] == [
+        True,
+        False,
+        True,
+        True,
+    ]
+
+
+def test_only_calculations_are_taken_out_of_an_answer() -> None:
+    kept = "kernel<<<1, 2>>>(x); a <<b>> c <<int x=1>>"
+    shaped = shape(
+        row(question="q", answer=f"{kept} 2+2=<<2+2=4>>4\n#### 4"), load_template("question_only")
+    )
+    assert shaped.response == f"{kept} 2+2=4\n#### 4"
+
+
+def test_the_context_of_an_instruction_is_its_input() -> None:
+    given = row(instruction="Sum.", context="1 {instruction}", response="c")
+    assert shape(given, load_template("alpaca")).prompt == ALPACA_INPUT
 
 
 @pytest.mark.parametrize(("cell", "weight"), [("", 1.0), ("0.5", 0.5), ("0", 0.0), (2, 2.0)])
@@ -342,7 +365,7 @@ def test_an_empty_name_takes_the_role_from_a_column() -> None:
 
 
 def test_without_a_template_a_question_is_a_users_turn() -> None:
-    example = example_of(question="q", answer="why <<1>>\n#### 3")
+    example = example_of(question="q", answer="why <<1=1>>\n#### 3")
     assert [m["content"] for m in example.messages or ()] == [
         "q",
         "why \n#### 3".replace(" \n", "\n"),

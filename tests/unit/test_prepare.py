@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from cs336_alignment.config import DataConfig, LintConfig, SourceConfig
+from cs336_alignment.config import ColumnsConfig, DataConfig, LintConfig, SourceConfig
 from cs336_alignment.data import prepare as module
 from cs336_alignment.data.ledger import LedgerEntry
 from cs336_alignment.data.row import Row
@@ -459,6 +459,51 @@ def test_a_fraction_is_split_off_the_same_way_every_time(run: Run) -> None:
     ledger = ledger_json(first.everything)
     assert ledger["train"]["examples"] == 40 and ledger["eval"]["examples"] == 10
     assert ledger["train"]["rows_read"] == 50
+
+
+def test_the_pieces_of_a_row_stay_on_one_side(run: Run) -> None:
+    rows = [pair(2 + i, 20) for i in range(4)]
+    data = run(rows, eval_fraction=0.5, overlong="split", max_length=8)
+    held_out = data.everything.held_out
+    assert held_out is not None and len(held_out.dataset) > 2 < len(data.dataset)
+    assert not set(data.data.places) & set(held_out.places)
+    with pytest.raises(UserError, match="D312"):
+        run(rows[:1], eval_fraction=0.5, overlong="split", max_length=8)
+
+
+def test_a_sources_own_columns_are_added_to_those_of_all(run: Run, tmp_path: Path) -> None:
+    rows = [{**pair(2, 3), "weight": 1}, {**pair(3, 3), "weight": 0.5}]
+    columns = ColumnsConfig(weight="")
+    source = SourceConfig(str(tmp_path / "rows.jsonl"), columns=ColumnsConfig(prompt="prompt"))
+    for sources in ([], [source]):
+        data = run(rows, columns=columns, sources=sources)
+        assert [data.dataset[i].example_weight for i in range(2)] == [1.0, 1.0]
+
+
+def test_rows_may_begin_with_many_that_cannot_be_read(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    good = json.dumps(pair(2, 3)) + "\n"
+    data = run(('{"prompt": \n' * 120 + good * 3).encode(), on_bad_row="drop", max_bad_fraction=1.0)
+    assert (data.ledger.kept, data.ledger.bad_rows) == (3, 120)
+    for raw in ('{"prompt": \n' * 120, '{"prompt": \n' * 120 + good):
+        with pytest.raises(UserErrors, match="D201"):
+            run(raw.encode())
+    monkeypatch.setattr(module, "MOST_UNREADABLE", 110)
+    with pytest.raises(UserErrors, match="D201"):
+        run(('{"prompt": \n' * 120 + good).encode(), on_bad_row="drop", max_bad_fraction=1.0)
+
+
+@pytest.mark.parametrize(
+    ("raw", "hint"),
+    [
+        (json.dumps([pair(2, 3)] * 2, indent=1).encode(), "a file called .json"),
+        (json.dumps(pair(2, 3)).encode("utf-16"), "UTF-16"),
+    ],
+)
+def test_a_file_of_another_kind_is_told_what_it_is(raw: bytes, hint: str, run: Run) -> None:
+    with pytest.raises(UserErrors, match=f"D201[\\s\\S]*{hint}"):
+        run(raw)
 
 
 def test_several_sources_are_joined(run: Run, tmp_path: Path) -> None:

@@ -268,6 +268,20 @@ def test_a_folder_saved_by_datasets(folder: Path, kind: str) -> None:
     assert result.errors == [] and result.fingerprint == read(folder).fingerprint != ""
 
 
+@pytest.mark.parametrize("kind", ["numpy", "torch"])
+def test_a_saved_format_changes_nothing(folder: Path, kind: str) -> None:
+    rows = [{"input_ids": [5, 6, 7], "labels": [-100, 6, 7], "note": "a"}]
+    data = datasets.Dataset.from_list(rows).with_format(kind, columns=["input_ids"])
+    data.save_to_disk(folder)
+    assert [row.fields for row in read(folder).rows] == rows
+
+
+def test_saved_splits_of_which_validation_stands_for_test(folder: Path) -> None:
+    data = datasets.Dataset.from_list(ROWS)
+    datasets.DatasetDict(train=data.select([0]), validation=data.select([1])).save_to_disk(folder)
+    assert [row.fields for row in read(folder, split="test").rows] == ROWS[1:2]
+
+
 TEXTS = [
     "2024-01-31",
     "007",
