@@ -30,8 +30,7 @@ class ChatLint:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self._template = COMMENT.sub("", str(tokenizer.chat_template))
-        names = sorted(_special_texts(tokenizer), key=len, reverse=True)
-        self._special = re.compile("|".join(map(re.escape, names)) or "(?!)")
+        self._special = special_spelling(tokenizer)
 
     def check(
         self,
@@ -76,6 +75,8 @@ def said(message: Mapping[str, Any]) -> Iterator[str]:
             yield text
 
 
-def _special_texts(tokenizer: PreTrainedTokenizerBase) -> set[str]:
+def special_spelling(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str]:
+    """Give what finds the special tokens that a text spells."""
     added = getattr(tokenizer, "added_tokens_decoder", {}).values()
-    return {token.content for token in added if token.special} | set(tokenizer.all_special_tokens)
+    names = {token.content for token in added if token.special} | set(tokenizer.all_special_tokens)
+    return re.compile("|".join(map(re.escape, sorted(names, key=len, reverse=True))) or "(?!)")

@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from cs336_alignment.config import DataConfig
 from cs336_alignment.data.chat import ChatRenderer, tokenize_rendered
+from cs336_alignment.data.chat_lint import special_spelling
 from cs336_alignment.data.formats import Example, to_example
 from cs336_alignment.data.layout import Layout
 from cs336_alignment.data.ledger import LedgerEntry
@@ -71,6 +72,12 @@ class Encoder:
         self.template = template
         self.special = special_tokens(tokenizer)
         self._vocabulary = max(tokenizer.get_vocab().values(), default=-1) + 1
+        late = {layout.columns[role] for role in layout.late}
+        self._first = {*layout.ignored, *layout.columns.values()} - late
+        self._late = late
+        self._special = special_spelling(tokenizer)
+        own = [] if template is None else [template.text, template.text_with_input or ""]
+        self._own_special = max((len(self._special.findall(text)) for text in own), default=0)
         is_chat = template is None or layout.format in ("messages", "sharegpt")
         self._renderer = ChatRenderer(tokenizer, config.train_on) if is_chat else None
 
@@ -83,6 +90,8 @@ class Encoder:
             try:
                 if isinstance(row, UserError):
                     raise row
+                for name in sorted(row.fields.keys() - self._first):
+                    done.ledger.come_late(f"{name} ({'read' if name in self._late else 'ignored'})")
                 example = to_example(row, self.layout, self.template, self.config.train_on)
                 self._check_ids(example)
                 examples.append(example)
@@ -152,11 +161,21 @@ class Encoder:
             # A response whose text already ends with EOS gets no second one.
             ends = config.append_eos and response[-1:] != [tokenizer.eos_token_id]
             ids = prompt + response + [tokenizer.eos_token_id] * ends
-            start = 1 if config.train_on == "all" else len(prompt)
-            rows.append(TokenRow.of_response(ids, start, example.weight))
+            whole = config.train_on == "all"
+            rows.append(TokenRow.of_response(ids, len(prompt), example.weight, whole=whole))
             if is_moved:
                 done.findings.add("moved_boundary", example.place)
+            if self._spells_special(example.texts):
+                done.findings.add("special_text", example.place)
         return rows
+
+    def _spells_special(self, texts: tuple[str, str] | None) -> bool:
+        """Whether a question or instruction spells a special token that its template does not; in a
+        prompt that stands verbatim it may be meant.
+        """
+        if texts is None or self.layout.format not in ("question_answer", "alpaca"):
+            return False
+        return len(self._special.findall(texts[0])) > self._own_special
 
     def _render(self, example: Example, done: Encoded) -> Any:
         if self._renderer is None:  # prompts and responses may be lists of messages, too

@@ -13,6 +13,7 @@ from cs336_alignment.data.tokenize import TokenRow
 
 PERCENTILES = (5, 25, 50, 75, 95, 99)
 HISTOGRAM_BINS = 24
+MOST_LATE_COLUMNS = 20
 PLACES_SHOWN = 5
 BARS = "▁▂▃▄▅▆▇█"
 
@@ -32,6 +33,7 @@ class LedgerEntry:
         pieces: what they were cut into.
         dropped: reason → rows.
         bad_places: the first bad rows that were dropped, with the code of what is wrong.
+        late_columns: columns that the first row does not have, and whether they are read → rows.
         tokens: of all examples.
         response_tokens: of these, trained ones.
         longest: tokens of the longest example.
@@ -50,6 +52,7 @@ class LedgerEntry:
     pieces: int = 0
     dropped: dict[str, int] = field(default_factory=dict)
     bad_places: list[str] = field(default_factory=list)
+    late_columns: dict[str, int] = field(default_factory=dict)
     tokens: int = 0
     response_tokens: int = 0
     longest: int = 0
@@ -60,6 +63,11 @@ class LedgerEntry:
     def drop(self, reason: str, count: int = 1) -> None:
         """Count rows that are not trained on."""
         self.dropped[reason] = self.dropped.get(reason, 0) + count
+
+    def come_late(self, column: str, count: int = 1) -> None:
+        """Count rows with a column that the first row does not have; of many, some."""
+        if column in self.late_columns or len(self.late_columns) < MOST_LATE_COLUMNS:
+            self.late_columns[column] = self.late_columns.get(column, 0) + count
 
     def keep(self, row: TokenRow, *, stops: frozenset[int]) -> None:
         """Count an example."""
@@ -80,6 +88,8 @@ class LedgerEntry:
             setattr(self, name, max(getattr(self, name), getattr(other, name)))
         for reason, count in other.dropped.items():
             self.drop(reason, count)
+        for column, count in other.late_columns.items():
+            self.come_late(column, count)
 
     def measure(self, lengths: NDArray[np.integer]) -> None:
         """Take the lengths' percentiles and histogram.
@@ -113,6 +123,8 @@ class LedgerEntry:
         if self.bad_places:
             more = ", …" if self.bad_rows > PLACES_SHOWN else ""
             yield "bad rows", ", ".join(self.bad_places[:PLACES_SHOWN]) + more
+        for column, count in self.late_columns.items():
+            yield f"later column {column}", f"{count:,}"
         if self.truncated:
             yield "truncated", f"{self.truncated:,}"
         if self.split:

@@ -69,8 +69,8 @@ CHECKS = {
         "remove the key, or use a template that writes it",
     ),
     "special_text": Check(
-        "L110", "a message spells a special token, which becomes that token, not text",
-        "take such text out of the messages: no tokenizer tells it from the template's own",
+        "L110", "a message or question spells a special token, which becomes that token, not text",
+        "take such text out: no tokenizer tells it from the template's own",
     ),
     "empty_turn": Check(
         "L111", "an assistant's turn without text is trained, so saying nothing is learned",

@@ -35,10 +35,16 @@ class TokenRow:
     example_weight: float = 1.0
 
     @staticmethod
-    def of_response(ids: Sequence[int], num_prompt: int, example_weight: float = 1.0) -> TokenRow:
-        """Make a row that trains everything after its prompt."""
+    def of_response(
+        ids: Sequence[int], num_prompt: int, example_weight: float = 1.0, *, whole: bool = False
+    ) -> TokenRow:
+        """Make a row that trains everything after its prompt; `whole`: the prompt, too, as a
+        stretch of its own.
+        """
         start = max(num_prompt, 1)
-        spans = np.array([(start, len(ids))] if start < len(ids) else [], dtype=np.int32)
+        borders = [(1, start)] if whole else []
+        borders.append((start, len(ids)))
+        spans = np.array([(a, b) for a, b in borders if a < b], dtype=np.int32)
         weights = np.ones(len(spans), dtype=np.float32)
         return TokenRow(
             np.asarray(ids, dtype=np.int32), spans.reshape(-1, 2), weights, example_weight

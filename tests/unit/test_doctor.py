@@ -180,7 +180,7 @@ def test_a_data_step_whose_mask_is_shifted_fails(
 ) -> None:
     """Every gradient agrees: all of them are computed from the same wrong mask."""
 
-    def shifted(ids: Any, num_prompt: int, weight: float = 1.0) -> TokenRow:
+    def shifted(ids: Any, num_prompt: int, weight: float = 1.0, **_: Any) -> TokenRow:
         start, end = num_prompt + shift, len(ids) + min(shift, 0)
         each = [float(start <= i < end) for i in range(len(ids))]
         return TokenRow.of_weights(ids, each, weight)
@@ -192,8 +192,8 @@ def test_a_data_step_whose_mask_is_shifted_fails(
 def test_a_data_step_without_eos_fails(diagnose: Diagnose, monkeypatch: pytest.MonkeyPatch) -> None:
     original = TokenRow.of_response
 
-    def endless(ids: Any, *rest: Any) -> TokenRow:
-        return original(ids[:-1], *rest)
+    def endless(ids: Any, *rest: Any, **more: Any) -> TokenRow:
+        return original(ids[:-1], *rest, **more)
 
     monkeypatch.setattr(TokenRow, "of_response", staticmethod(endless))
     assert failed(diagnose("llama")) == {TEXTS}

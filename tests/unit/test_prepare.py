@@ -471,6 +471,39 @@ def test_the_pieces_of_a_row_stay_on_one_side(run: Run) -> None:
         run(rows[:1], eval_fraction=0.5, overlong="split", max_length=8)
 
 
+def test_the_prompt_is_known_even_where_all_is_trained(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "eval.jsonl").write_text(json.dumps(pair(3, 2)))
+    options = {"eval_path": str(tmp_path / "eval.jsonl"), "lint": LintConfig()}
+    rows = [pair(3, 1), pair(2, 1)]
+    for train_on in ("response", "all"):
+        data = run(rows, train_on=train_on, **options)
+        assert len(data.dataset.prompt_ids(0)) == 4  # BOS, and three
+        assert any(line.startswith("L108") for line in data.everything.warnings), train_on
+
+
+def test_a_question_that_spells_a_special_token_is_told(run: Run, tmp_path: Path) -> None:
+    template = tmp_path / "own.prompt"
+    template.write_text("<s> {question} </s>")  # its own are meant
+    rows = [{"question": "1 2", "answer": "3"}, {"question": "1 </s> 2", "answer": "3"}]
+    data = run(rows, prompt_template=str(template), lint=LintConfig())
+    (line,) = [line for line in data.everything.warnings if line.startswith("L110")]
+    assert "1 of 2 rows" in line and "rows.jsonl:2" in line
+    verbatim = [{"prompt": "1 </s> 2", "response": "3"}]
+    assert not any("L110" in line for line in run(verbatim, lint=LintConfig()).everything.warnings)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_columns_that_come_late_are_told(
+    workers: int, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "BATCH_ROWS", 5)
+    monkeypatch.setattr(module, "ROWS_BEFORE_POOL", 10)
+    rows = [{**pair(2, 3), "id": 1}] * 20 + [{**pair(2, 3), "weight": 0.5, "system": "s"}] * 7
+    ledger = run(rows, num_workers=workers).ledger
+    assert ledger.late_columns == {"system (ignored)": 7, "weight (read)": 7}
+    assert ("later column system (ignored)", "7") in list(ledger.rows())
+
+
 def test_a_sources_own_columns_are_added_to_those_of_all(run: Run, tmp_path: Path) -> None:
     rows = [{**pair(2, 3), "weight": 1}, {**pair(3, 3), "weight": 0.5}]
     columns = ColumnsConfig(weight="")
