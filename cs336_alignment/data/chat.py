@@ -77,9 +77,15 @@ def writes_date(tokenizer: PreTrainedTokenizerBase) -> bool:
 
 
 def _with_fixed_date(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
-    template = str(tokenizer.chat_template)
-    fixed = ASKS_DATE.sub(lambda asks: repr(FIXED_DATE.strftime(asks[2])), template)
-    if ASKS_DATE_SOMEHOW.search(fixed):
+    template: Any = tokenizer.chat_template
+
+    def fix(text: str) -> str:
+        return ASKS_DATE.sub(lambda asks: repr(FIXED_DATE.strftime(asks[2])), text)
+
+    # Several templates may have names: `default`, `tool_use`.
+    named = isinstance(template, dict)
+    fixed = {name: fix(text) for name, text in template.items()} if named else fix(template)
+    if ASKS_DATE_SOMEHOW.search(str(fixed)):
         raise UserError(
             "D409",
             "the chat template asks for the date in a way that cannot be given a fixed one",
@@ -320,6 +326,9 @@ class ChatRenderer:
         closing = closing[:end]
         if not chat.text.startswith(closing):
             return _Mismatch(f"up to message {index}", closing)
+        eos = self.tokenizer.eos_token  # some templates leave it out after the last turn alone
+        if eos and not self._end.stop and chat.text.startswith(eos, end):
+            end += len(eos)
         return start, end
 
     def _opening(self, chat: _Chat, index: int) -> str | None:

@@ -218,7 +218,8 @@ def _from_tokens(row: Row, layout: Layout, _: PromptTemplate | None) -> Example:
         if label not in (token, IGNORED_LABEL):
             raise _wrong(row, column, "D212", "labels are not those of input_ids", describe(label),
                          f"{token}, the token itself, or {IGNORED_LABEL} where it is only read "
-                         "(not shifted)")  # fmt: skip
+                         "(not shifted); a mask of 0 and 1 is read from a column called "
+                         "response_mask")  # fmt: skip
     return Example(row.place, tokens=(ids, [float(label != IGNORED_LABEL) for label in labels]))
 
 

@@ -9,12 +9,15 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
+
+from cs336_alignment.files import sha256_of
 
 
 @dataclass(frozen=True)
@@ -112,8 +115,14 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         model = json.dumps(tokenizer.get_vocab(), sort_keys=True)
+        for kind in sorted(tokenizer.vocab_files_names):  # merges, a sentencepiece model
+            path = Path(str(getattr(tokenizer, kind, "")))
+            model += sha256_of(path) if path.is_file() else ""
     else:
-        model = backend.to_str()
+        state = json.loads(backend.to_str())
+        # What an earlier call asked for; no call here leaves it as it was.
+        state |= {"truncation": None, "padding": None}
+        model = json.dumps(state, sort_keys=True)
     special = {name: str(value) for name, value in tokenizer.special_tokens_map.items()}
     parts = [type(tokenizer).__name__, model, json.dumps(special, sort_keys=True),
              json.dumps(tokenizer.chat_template, sort_keys=True),

@@ -707,6 +707,9 @@ def test_a_template_that_writes_the_date_writes_the_same_one_every_day() -> None
     tokenizer.chat_template = "{{ strftime_now('%d %b %Y') }}" + str(tokenizer.chat_template)
     text = render(tokenizer, SHAPES["single"]).text
     assert text.startswith("26 Jul 2024<|im_start|>")
+    tokenizer.chat_template = {"default": tokenizer.chat_template, "tool_use": "{{ 1 }}"}
+    assert render(tokenizer, SHAPES["single"]).text == text
+    tokenizer.chat_template = tokenizer.chat_template["default"]
     tokenizer.chat_template = "{{ strftime_now(f) }}" + str(tokenizer.chat_template)
     with pytest.raises(UserError, match="asks for the date"):
         render(tokenizer, SHAPES["single"])
@@ -865,3 +868,13 @@ def test_a_tokenizer_that_splits_special_tokens_is_refused() -> None:
     tokenizer = byte_tokenizer("chatml")
     tokenizer.split_special_tokens = True
     error_of("D410", lambda: ChatRenderer(tokenizer, "response"), ExitStatus.BAD_CONFIG)
+
+
+def test_an_end_that_only_the_last_turn_lacks_is_trained_where_it_stands() -> None:
+    tokenizer = byte_tokenizer("chatml")
+    eos = tokenizer.eos_token
+    body = "{{ m.content }}{{ '' if loop.last and m.role == 'assistant' else eos_token }}"
+    tokenizer.chat_template = LOOP.replace("BODY", body).replace("UNLESS", "")
+    rendered = render(tokenizer, [user("a"), says("one"), user("b"), says("two")])
+    want = [f"one{eos}", "two"]  # L102 tells of the second
+    assert [rendered.text[s.start : s.end] for s in rendered.spans] == want

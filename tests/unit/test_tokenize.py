@@ -13,6 +13,7 @@ from cs336_alignment.data.tokenize import (
     tokenize_plain,
     tokenize_prompt_and_output,
     tokenize_prompts,
+    tokenizer_fingerprint,
 )
 
 TokenizerOf = Callable[..., PreTrainedTokenizerFast]
@@ -51,6 +52,17 @@ def test_a_prompt_that_brings_the_prefix_does_not_get_it_twice(tokenizer_of: Tok
 def test_the_prefix_can_be_left_out(tokenizer_of: TokenizerOf) -> None:
     tokenizer = tokenizer_of(template="<s> $A")
     assert tokenize_prompts(["1", "<s> 1"], tokenizer, add_special_tokens=False) == [[5], [BOS, 5]]
+
+
+def test_what_an_earlier_call_asked_for_is_no_part_of_the_fingerprint(
+    tokenizer_of: TokenizerOf,
+) -> None:
+    tokenizer = tokenizer_of()
+    before = tokenizer_fingerprint(tokenizer)
+    tokenizer("1 2 3", truncation=True, max_length=2)
+    assert tokenizer_fingerprint(tokenizer) == before
+    tokenizer.add_tokens(["<|new|>"])
+    assert tokenizer_fingerprint(tokenizer) != before
 
 
 def test_no_texts(tokenizer_of: TokenizerOf) -> None:
