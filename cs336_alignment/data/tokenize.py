@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -96,6 +97,13 @@ class TokenizedExample:
     example_weight: float = 1.0
 
 
+# In a tokenizer's JSON, truncation and padding as an earlier call asked for them; no call here
+# leaves them so. Read as text, since parsing it takes half a second.
+EARLIER_CALL = re.compile(
+    r'\A(\{"version":"[^"]*",)"truncation":.*?,"padding":.*?,(?="added_tokens":)'
+)
+
+
 def special_prefix(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Find the special tokens that a tokenizer puts before a text by itself (often BOS, often
     none).
@@ -119,10 +127,7 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
             path = Path(str(getattr(tokenizer, kind, "")))
             model += sha256_of(path) if path.is_file() else ""
     else:
-        state = json.loads(backend.to_str())
-        # What an earlier call asked for; no call here leaves it as it was.
-        state |= {"truncation": None, "padding": None}
-        model = json.dumps(state, sort_keys=True)
+        model = EARLIER_CALL.sub(r"\1", backend.to_str(), count=1)
     special = {name: str(value) for name, value in tokenizer.special_tokens_map.items()}
     parts = [type(tokenizer).__name__, model, json.dumps(special, sort_keys=True),
              json.dumps(tokenizer.chat_template, sort_keys=True),
