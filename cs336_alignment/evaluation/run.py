@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from cs336_alignment.config import DEFAULT_MICROBATCH_TOKENS, Config
+from cs336_alignment.cores import keep_freed_memory
 from cs336_alignment.data.splits import prepare_evaluation
 from cs336_alignment.errors import ExitStatus, UserError
 from cs336_alignment.evaluation.evaluator import Evaluator
@@ -113,6 +114,8 @@ def _build(config: Config, precision: str, processes: Processes, console: Consol
     )
     for line in warnings:
         console.warn(line)
+    if processes.device.type == "cpu":
+        keep_freed_memory()
     console.note(f"loading {options.name_or_path}")
     if options.random_init:
         console.warn(f"its weights are drawn from seed {config.seed} (model.random_init=true)")

@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 from transformers import PreTrainedTokenizerBase
 
 from cs336_alignment.config import DEFAULT_MICROBATCH_TOKENS, Config
+from cs336_alignment.cores import keep_freed_memory
 from cs336_alignment.data.batching import StepPlan
 from cs336_alignment.data.splits import RunData, ledger_json, prepare_run
 from cs336_alignment.errors import ExitStatus, UserError
@@ -176,6 +177,8 @@ class _Run:
     def to_the_end(self, precision: str) -> ExitStatus:
         """Load the model, fail early where something is wrong, then train."""
         config, data, held_out = self.config, self.inputs.data.train, self.inputs.data.held_out
+        if self.processes.device.type == "cpu":
+            keep_freed_memory()
         self.console.note(f"loading {config.model.name_or_path}")
         model = load_model(
             self.inputs.source, random_init=config.model.random_init, seed=config.seed
