@@ -1,82 +1,130 @@
 """What each idea brings: padded rows with logits everywhere, then one thing more an arm.
 
-    python scripts/bench_ablation.py MODEL train.jsonl [ROUNDS]
+    python scripts/bench_ablation.py MODEL train.jsonl [--rounds 5] [--compile]
 
 MODEL is a model folder, the file holds GSM8K rows; microbatches of 8 in float32, forward and
-backward. The arms take turns in one process. Prints for each the seconds a step (median), the gain
-over the arm before, what the matrix products alone predict, and how far its gradient is from the
-first arm's.
+backward. The arms of the ladder take turns in one process; what cannot be undone in a process comes
+after them: the allocator keeps what is freed, as in training, then the layers are compiled
+(`--compile`, which takes a minute). Prints for each the seconds a step (median), the gain over the
+arm before, what the matrix products alone predict, the share of what matrix products reached beside
+it, and how far its gradient is from the first arm's.
 """
 
 from __future__ import annotations
 
+import argparse
 import statistics
-import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from bench_common import (
     LADDER,
     SMOLLM2_PRODUCTS,
+    Arm,
     Shape,
     product_rate,
     seconds_of,
     sizes_of,
     take_step,
-)  # fmt: skip
+)
 from rich.progress import track
 
 from cs336_alignment.config import DataConfig
+from cs336_alignment.cores import keep_freed_memory
+from cs336_alignment.data.batching import collate
 from cs336_alignment.data.splits import prepare_run
+from cs336_alignment.data.tokenize import TokenizedExample
 from cs336_alignment.model.loading import load_model, load_tokenizer, resolve_model
 from cs336_alignment.model.policy import Policy
+from cs336_alignment.training.preflight import warm_up_compiled
 
 EXAMPLES = 8
 
 
-def main(model_path: str, data_path: str, rounds: int) -> None:
-    source = resolve_model(model_path, None, False)
-    data = prepare_run(DataConfig(data_path), load_tokenizer(source), seed=0).train.dataset
+@dataclass
+class Found:
+    """What was measured of an arm; `rates`: of matrix products beside it, FLOP/s."""
+
+    arm: Arm
+    seconds: list[float] = field(default_factory=list)
+    rates: list[float] = field(default_factory=list)
+    loss: float = 0.0
+    gradient: torch.Tensor | None = None
+
+
+def measure(
+    policy: Policy, examples: Sequence[TokenizedExample], arms: Sequence[Arm], rounds: int
+) -> list[Found]:
+    """Let arms take turns; the first round warms up and leaves its gradients."""
+    head, cpu = policy.head, torch.device("cpu")
+    found = [Found(arm) for arm in arms]
+    for turn in track(range(rounds + 1), arms[-1].name):
+        for each in found:
+            rate = product_rate(SMOLLM2_PRODUCTS, torch.float32, cpu)
+            begin = time.perf_counter()
+            each.loss = take_step(policy, head, [examples], each.arm)
+            second = time.perf_counter() - begin
+            if turn == 0:
+                each.gradient = torch.cat([p.grad.flatten() for p in policy.parameters()])
+                continue
+            each.seconds.append(second)
+            each.rates.append(rate)
+    policy.head = head
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("model")
+    parser.add_argument("data")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--compile", action="store_true", help="also with compiled layers")
+    options = parser.parse_args()
+    source = resolve_model(options.model, None, False)
+    data = prepare_run(DataConfig(options.data), load_tokenizer(source), seed=0).train.dataset
     model = load_model(source, random_init=False, seed=0)
-    policy, shape, cpu = Policy(model), Shape.of(model), torch.device("cpu")
-    head = policy.head
+    policy, shape = Policy(model), Shape.of(model)
     every = len(data) // EXAMPLES
     examples = [data[i * every] for i in range(EXAMPLES)]
-    found: dict[str, list[float]] = {arm.name: [] for arm in LADDER}
-    losses, errors, rates = {}, {}, []
-    reference = None
-    for turn in track(range(rounds + 1), "training"):
-        rates.append(product_rate(SMOLLM2_PRODUCTS, torch.float32, cpu))
-        for arm in LADDER:
-            seconds = seconds_of(
-                lambda arm=arm: losses.update(
-                    {arm.name: take_step(policy, head, [examples], arm)}
-                ),
-                cpu,
-            )  # fmt: skip
-            if turn:  # the first round warms up
-                found[arm.name].append(seconds)
-                continue
-            gradient = torch.cat([p.grad.flatten() for p in model.parameters()])
-            reference = gradient if reference is None else reference
-            errors[arm.name] = float((gradient - reference).norm() / reference.norm())
-    rate = statistics.median(rates)
-    tokens = sum(n for n, _ in sizes_of(examples))
-    useful = shape.useful(sizes_of(examples))
+    best = LADDER[-1]
+    found = measure(policy, examples, LADDER, options.rounds)
+    keep_freed_memory()
+    found += measure(policy, examples, [replace(best, name="+ freed memory kept")], options.rounds)
+    if options.compile:
+        warm_up_compiled(policy, best.batching)
+        found += measure(
+            policy, examples, [replace(best, name="+ compiled layers")], options.rounds
+        )
+    sizes = sizes_of(examples)
+    tokens, useful = sum(n for n, _ in sizes), shape.useful(sizes)
     print("| arm | s | tokens/s | gain | predicted | share of GEMM rate | loss | gradient apart |")
     print("|---|---|---|---|---|---|---|---|")
+    reference = found[0].gradient
+    assert reference is not None
     before: tuple[float, float] | None = None
-    for arm in LADDER:
-        second, products = statistics.median(found[arm.name]), shape.products([examples], arm)
+    for each in found:
+        assert each.gradient is not None
+        apart = float((each.gradient - reference).norm() / reference.norm())
+        second, products = statistics.median(each.seconds), shape.products([examples], each.arm)
         gain, predicted = (before[0] / second, before[1] / products) if before else (1.0, 1.0)
         print(
-            f"| {arm.name} | {second:.2f} | {tokens / second:.0f} | {gain:.2f} | {predicted:.2f} | "
-            f"{useful / second / rate:.0%} | {losses[arm.name]:.6f} | {errors[arm.name]:.0e} |"
+            f"| {each.arm.name} | {second:.2f} | {tokens / second:.0f} | {gain:.2f} | "
+            f"{predicted:.2f} | {useful / second / statistics.median(each.rates):.0%} | "
+            f"{each.loss:.6f} | {apart:.0e} |"
         )
         before = second, products
+    rate = statistics.median(rate for each in found for rate in each.rates)
     print(f"matrix products: {rate / 1e9:.0f} GFLOP/s; useful: {useful / 1e9:.0f} GFLOP a step")
+    collating = statistics.median(
+        seconds_of(lambda: collate(examples, batching=best.batching), torch.device("cpu"))
+        for _ in range(50)
+    )
+    print(f"collating the microbatch takes {collating * 1e3:.2f} ms")
 
 
 if __name__ == "__main__":
-    if len(sys.argv) < 3:
-        sys.exit(__doc__)
-    main(sys.argv[1], sys.argv[2], int((sys.argv[3:] or ["5"])[0]))
+    main()

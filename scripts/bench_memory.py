@@ -34,7 +34,6 @@ ARMS: dict[str, Arm] = {
         ["trainer.gradient_accumulation_steps=null", "trainer.microbatch_tokens=1024"],
         {},
     ),
-    "MALLOC_MMAP_THRESHOLD_=1000000": ([], {"MALLOC_MMAP_THRESHOLD_": "1000000"}),
 }
 
 

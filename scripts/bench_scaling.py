@@ -22,6 +22,7 @@ from bench_common import LADDER, seconds_of, take_step
 from rich.progress import track
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from cs336_alignment.cores import keep_freed_memory
 from cs336_alignment.data.batching import StepPlan, plan_microbatches
 from cs336_alignment.data.tokenize import TokenizedExample
 from cs336_alignment.model.policy import Policy
@@ -34,6 +35,8 @@ ON_GPU = DEVICE.type == "cuda"
 
 
 def build(vocabulary: int = VOCABULARY) -> Policy:
+    if not ON_GPU:
+        keep_freed_memory()  # as training does
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=vocabulary, hidden_size=576, intermediate_size=1536, num_hidden_layers=6,
