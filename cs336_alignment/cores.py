@@ -24,8 +24,11 @@ def keep_freed_memory() -> bool:
     step asks for the same again.
 
     Returns:
-        Whether it took effect; another system or C library has no such setting, and is left alone.
+        Whether it took effect. Another system or C library has no such setting, and whoever set
+        glibc's own variables (`MALLOC_…`, `GLIBC_TUNABLES`) has chosen already.
     """
+    if any(name.startswith("MALLOC_") for name in os.environ) or "GLIBC_TUNABLES" in os.environ:
+        return False
     set_option = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
     if set_option is None:
         return False
