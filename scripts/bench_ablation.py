@@ -3,9 +3,8 @@
     python scripts/bench_ablation.py MODEL train.jsonl [--rounds 5] [--compile]
 
 MODEL is a model folder, the file holds GSM8K rows; microbatches of 8 in float32, forward and
-backward. The arms of the ladder take turns in one process; what cannot be undone in a process comes
-after them: the allocator keeps what is freed, as in training, then the layers are compiled
-(`--compile`, which takes a minute). Prints for each the seconds a step (median), the gain over the
+backward. The arms of the ladder take turns in one process; compiled layers, which cannot be undone,
+come after them (`--compile`, which takes a minute). Prints for each the seconds a step (median), the gain over the
 arm before, what the matrix products alone predict, the share of what matrix products reached beside
 it, and how far its gradient is from the first arm's.
 """
@@ -84,6 +83,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--compile", action="store_true", help="also with compiled layers")
     options = parser.parse_args()
+    keep_freed_memory()  # as training does
     source = resolve_model(options.model, None, False)
     data = prepare_run(DataConfig(options.data), load_tokenizer(source), seed=0).train.dataset
     model = load_model(source, random_init=False, seed=0)
@@ -92,8 +92,6 @@ def main() -> None:
     examples = [data[i * every] for i in range(EXAMPLES)]
     best = LADDER[-1]
     found = measure(policy, examples, LADDER, options.rounds)
-    keep_freed_memory()
-    found += measure(policy, examples, [replace(best, name="+ freed memory kept")], options.rounds)
     if options.compile:
         warm_up_compiled(policy, best.batching)
         found += measure(

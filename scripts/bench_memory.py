@@ -18,9 +18,13 @@ from typing import Any
 from bench_peers import STEPS, WARMUP_STEPS, choose_rows, train_ours
 from rich.progress import track
 
+from cs336_alignment.cores import count_cores
+
 Arm = tuple[list[str], dict[str, str]]  # overrides, environment
 ARMS: dict[str, Arm] = {
-    "as it comes": ([], {}),
+    "this project as it comes": ([], {}),
+    # Any variable of glibc's makes the project leave the allocator as it is; this is its default.
+    "glibc as it comes": ([], {"MALLOC_ARENA_MAX": str(8 * count_cores())}),
     "padded rows": (["trainer.batching=padded"], {}),
     "flat rows, no shared prefix": (["trainer.batching=flat"], {}),
     "selective checkpointing": (["trainer.gradient_checkpointing=selective"], {}),
