@@ -4,9 +4,9 @@
 
 MODEL is a model folder, the file holds GSM8K rows; microbatches of 8 in float32, forward and
 backward. The arms of the ladder take turns in one process; compiled layers, which cannot be undone,
-come after them (`--compile`, which takes a minute). Prints for each the seconds a step (median), the gain over the
-arm before, what the matrix products alone predict, the share of what matrix products reached beside
-it, and how far its gradient is from the first arm's.
+come after them (`--compile`, which takes a minute). Prints for each the seconds a step (median),
+the gain over the arm before, what the matrix products alone predict, the share of what matrix
+products reached beside it, and how far its gradient is from the first arm's.
 """
 
 from __future__ import annotations
