@@ -188,8 +188,10 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("axes", nargs="*", choices=[[], *AXES], default=list(AXES))
+    parser.add_argument("axes", nargs="*", help=f"of {', '.join(AXES)}; none: all")
     parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()
-    for axis in options.axes:
+    if unknown := set(options.axes) - set(AXES):
+        parser.error(f"there is no {', '.join(unknown)}")
+    for axis in options.axes or AXES:
         AXES[axis](options.rounds)
