@@ -20,7 +20,7 @@ def keep_freed_memory() -> bool:
     """Let glibc's allocator keep what is freed instead of handing it back to the system.
 
     As it comes, each tensor of some MiB is mapped anew and the system zeroes its pages again at
-    every use: a training step on a CPU spends a tenth of its time so. The peak stays, since every
+    every use, which costs a training step several percent (docs/performance.md, Memory). The peak stays, since every
     step asks for the same again.
 
     Returns:
