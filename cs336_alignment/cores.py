@@ -20,8 +20,8 @@ def keep_freed_memory() -> bool:
     """Let glibc's allocator keep what is freed instead of handing it back to the system.
 
     As it comes, each tensor of some MiB is mapped anew and the system zeroes its pages again at
-    every use, which costs a training step several percent (docs/performance.md, Memory). The peak stays, since every
-    step asks for the same again.
+    every use, which costs a training step several percent (docs/performance.md, Memory). The peak
+    stays, since every step asks for the same again.
 
     Returns:
         Whether it took effect. Another system or C library has no such setting, and whoever set
