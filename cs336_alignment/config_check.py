@@ -32,7 +32,10 @@ SELECTIONS = ("first", "longest", "random", "findings")
 LEVELS = ("error", "warning", "off")
 SCHEDULES = ("cosine", "linear", "constant", "warmup_stable_decay")
 LOGGERS = ("wandb", "none")
-REWARDS = ("r1_zero",)
+REWARDS = ("r1_zero", "gsm8k", "exact_match", "multiple_choice")
+CUSTOM_REWARD = re.compile(r"[\w.]+:\w+")
+FILTERS = ("none", "correct")
+BACKENDS = ("transformers", "server", "vllm")
 RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,150}")
 
 
@@ -76,6 +79,7 @@ _RULES = (
     _one_of("data.mixture_stop", MIXTURE_STOPS),
     _one_of("data.format", FORMATS),
     _one_of("data.train_on", TRAIN_ON),
+    _one_of("data.filter", FILTERS),
     _one_of("data.on_bad_row", ("error", "drop")),
     _Rule("data.max_bad_fraction", lambda v: 0 <= v <= 1, "a number from 0 to 1"),
     _Rule("data.num_workers", _at_least(1), "a whole number of at least 1, or null for the cores"),
@@ -110,6 +114,8 @@ _RULES = (
         "a whole number of at least 0 (0 = only on stop and end)",
     ),
     _Rule("trainer.save_total_limit", _at_least(1), "a whole number of at least 1"),
+    _Rule("trainer.metric_for_best_model", lambda v: bool(v.strip()), "a metric's name, or null"),
+    _Rule("trainer.early_stopping_patience", _at_least(1), "a whole number of at least 1, or null"),
     _Rule("trainer.resume", lambda v: bool(v.strip()), "auto, never or the path of a checkpoint"),
     _Rule("trainer.max_hours", _above(0), "a number above 0, or null"),
     _one_of("trainer.loss_spike", LOSS_SPIKES),
@@ -143,7 +149,25 @@ _RULES = (
     _Rule(
         "evaluation.stop", lambda v: all(isinstance(s, str) and s for s in v), "non-empty strings"
     ),
-    _one_of("evaluation.reward", REWARDS),
+    _Rule("evaluation.num_samples", _at_least(1), "a whole number of at least 1"),
+    _Rule("evaluation.min_new_tokens", _at_least(0), "a whole number of at least 0"),
+    _Rule("evaluation.top_p", lambda v: 0 < v <= 1, "a number above 0, at most 1"),
+    _Rule(
+        "evaluation.reward",
+        lambda v: v in REWARDS or bool(CUSTOM_REWARD.fullmatch(v)),
+        f"one of {', '.join(REWARDS)}, or module:function",
+    ),
+    _Rule("evaluation.reward_seconds", _above(0), "a number of seconds above 0"),
+    _one_of("evaluation.backend", BACKENDS),
+    _Rule("evaluation.server_url", lambda v: v.startswith(("http://", "https://")), "a URL or null"),
+    _Rule("evaluation.baseline", lambda v: bool(v.strip()), "a hub id, a local folder or null"),
+    _Rule("expert_iteration.iterations", _at_least(1), "a whole number of at least 1"),
+    _Rule("expert_iteration.num_questions", _at_least(1), "a whole number of at least 1, or null"),
+    _Rule("expert_iteration.num_samples", _at_least(1), "a whole number of at least 1"),
+    _Rule("expert_iteration.temperature", _above(0), "a number above 0"),
+    _Rule("expert_iteration.top_p", lambda v: 0 < v <= 1, "a number above 0, at most 1"),
+    _Rule("sweep.num_trials", _at_least(1), "a whole number of at least 1"),
+    _Rule("sweep.metric", lambda v: bool(v.strip()), "a metric's name"),
     _one_of("inspect.select", SELECTIONS),
     _Rule("inspect.num_examples", _at_least(1), "a whole number of at least 1"),
     _Rule("inspect.rows", lambda v: all(row >= 1 for row in v), "numbers of examples from 1"),

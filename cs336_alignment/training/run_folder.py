@@ -39,6 +39,8 @@ FREE = frozenset(
         "trainer.resume",
         "trainer.max_hours",
         "trainer.async_save",
+        "trainer.metric_for_best_model",
+        "trainer.greater_is_better",
         "trainer.watchdog_minutes",
         "data.eval_path",
         "data.max_eval_examples",
@@ -48,7 +50,9 @@ FREE = frozenset(
         "parallel.timeout_minutes",
     }
 )
-FREE_SECTIONS = ("evaluation.", "logger.", "inspect.", "data.lint.")
+FREE_SECTIONS = (
+    "evaluation.", "logger.", "inspect.", "data.lint.", "sweep.", "expert_iteration.",
+)  # fmt: skip
 # These are told: the same examples in the same steps, with sums in another order, or a longer run.
 NOTICED = frozenset(
     {
@@ -59,6 +63,7 @@ NOTICED = frozenset(
         "trainer.batching",
         "trainer.gradient_checkpointing",
         "trainer.compile",
+        "trainer.early_stopping_patience",
         "trainer.loss_spike",
         "trainer.loss_spike_nats",
     }
