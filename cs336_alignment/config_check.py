@@ -159,7 +159,9 @@ _RULES = (
     ),
     _Rule("evaluation.reward_seconds", _above(0), "a number of seconds above 0"),
     _one_of("evaluation.backend", BACKENDS),
-    _Rule("evaluation.server_url", lambda v: v.startswith(("http://", "https://")), "a URL or null"),
+    _Rule(
+        "evaluation.server_url", lambda v: v.startswith(("http://", "https://")), "a URL or null"
+    ),
     _Rule("evaluation.baseline", lambda v: bool(v.strip()), "a hub id, a local folder or null"),
     _Rule("expert_iteration.iterations", _at_least(1), "a whole number of at least 1"),
     _Rule("expert_iteration.num_questions", _at_least(1), "a whole number of at least 1, or null"),
