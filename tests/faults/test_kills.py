@@ -195,18 +195,21 @@ def test_a_second_signal_leaves_at_once_and_nothing_is_lost(
     number: signal.Signals, code: int, command: list[str], start: Start, sft: Sft, zygote: Zygote,
     tmp_path: Path, tally: Tally,
 ) -> None:  # fmt: skip
-    # One batch of generation that takes long: the first request is not read before the second.
-    slow = [*command, "evaluation.num_prompts=40", "evaluation.batch_size=40",
-            "evaluation.max_new_tokens=350", "evaluation.stop=[]"]  # fmt: skip
-    slow = [*slow, "trainer.max_steps=14", "evaluation.generation_steps=0"]
+    # One microbatch that takes long: the first request is not read before the second.
+    long_rows = tmp_path / "long.jsonl"
+    row = json.dumps({"prompt": "Seven:", "response": "7" * 480})
+    long_rows.write_text(f"{row}\n" * 120)
+    slow = [*command, f"data.train_path={long_rows}", "data.lint.duplicate_rows=off",
+            "data.lint.eval_overlap=off", "trainer.global_batch_size=120",
+            "trainer.gradient_accumulation_steps=1", "evaluation.generation_steps=null"]  # fmt: skip
     run, printed = tmp_path / "outputs/cut", tmp_path / "stdout"
-    with tally.point("in a generation"):
+    with tally.point("in a microbatch"):
         process_id = start([*slow, "run_name=cut"])
         assert when(lambda: printed.is_file() and LOOP_BEGINS in printed.read_text(), process_id)
         time.sleep(0.5)
         os.kill(process_id, number)
         time.sleep(2.2)
-        assert not is_zombie(process_id), "the generation was too short"
+        assert not is_zombie(process_id), "the microbatch was too short"
         asked = time.monotonic()
         os.kill(process_id, number)
         assert zygote.wait(process_id) == code
