@@ -14,9 +14,11 @@ from cs336_alignment.data.dataset import TokenizedDataset
 from cs336_alignment.data.prepare import Progress
 from cs336_alignment.data.templates import PromptTemplate
 from cs336_alignment.errors import ExitStatus
-from cs336_alignment.evaluation.log_generations import generate_rows, summarize
+from cs336_alignment.evaluation.generate import LocalGenerator, decode
+from cs336_alignment.evaluation.log_generations import generation_row, summarize
 from cs336_alignment.evaluation.loss import evaluate_loss
 from cs336_alignment.evaluation.rewards import REWARDS
+from cs336_alignment.evaluation.sampling import Generation, Request, Sampling, request_seed
 from cs336_alignment.microbatch import Batching
 from cs336_alignment.model.compile import in_eager
 from cs336_alignment.model.loading import check_fits
@@ -84,10 +86,14 @@ class Evaluator:
         self.seed = seed
         self.progress = progress
         self.asked = asked
-        gradable = [(i, truth) for i, truth in enumerate(ground_truths) if truth is not None]
-        self.prompts = [
-            (dataset.prompt_ids(i), truth) for i, truth in gradable[: config.num_prompts]
+        self.ground_truths = ground_truths
+        self.gradable = [i for i, truth in enumerate(ground_truths) if truth is not None][
+            : config.num_prompts
         ]
+        self.generator = LocalGenerator(
+            policy.model, tokenizer, batch_size=config.batch_size,
+            autocast_dtype=policy.autocast_dtype,
+        )  # fmt: skip
 
     def check(self, model: PreTrainedModel, template: PromptTemplate | None) -> list[str]:
         """Look before the first generation at what would make it useless.
@@ -102,9 +108,9 @@ class Evaluator:
         Raises:
             UserError: prompt and response do not fit into the model's positions (78).
         """
-        if not self.prompts:
+        if not self.gradable:
             return ["no evaluation row has a ground truth, so nothing is generated"]
-        longest = max(len(ids) for ids, _ in self.prompts)
+        longest = max(len(self.dataset.prompt_ids(i)) for i in self.gradable)
         check_fits(model, 0, 0, longest + self.config.max_new_tokens)
         if self.config.reward == "r1_zero" and template is not None and not template.tagged:
             return [
@@ -130,7 +136,7 @@ class Evaluator:
                 stopped=lambda: self.asked() is not None,
             )
         self._leave_if_asked()
-        if not generate or not self.prompts:
+        if not generate or not self.gradable:
             return EvaluationResult(metrics, [])
         with in_eager():
             rows = self.generate()
@@ -157,31 +163,36 @@ class Evaluator:
         everywhere.
         """
         count, index = self.processes.count, self.processes.index
-        mine = self.prompts[index::count]
+        wanted = [(i, n) for i in self.gradable for n in range(self.config.num_samples)]
+        mine = sorted(wanted, key=lambda one: -len(self.dataset.prompt_ids(one[0])))[index::count]
+        requests = [
+            Request(self.dataset.prompt_ids(i), request_seed(self.seed, i, n)) for i, n in mine
+        ]
 
         def note(n: int) -> None:
             if self.asked() is not None:
                 raise _Stopped
             advance(n * count)
 
-        mine_done: list[dict[str, Any]] = []
-        with self.progress("generation", len(self.prompts)) as advance, suppress(_Stopped):
-            mine_done = generate_rows(
-                self.policy.model,
-                self.tokenizer,
-                [ids for ids, _ in mine],
-                [truth for _, truth in mine],
-                REWARDS[self.config.reward],
-                max_new_tokens=self.config.max_new_tokens,
-                temperature=self.config.temperature,
-                batch_size=self.config.batch_size,
-                stop=self.config.stop,
-                seed=self.seed + index,
-                advance=note,
-            )
+        options = self.config
+        sampling = Sampling(
+            options.max_new_tokens, options.min_new_tokens, options.temperature, options.top_p,
+            tuple(options.stop),
+        )  # fmt: skip
+        generations: list[Generation] = []
+        with self.progress("generation", len(wanted)) as advance, suppress(_Stopped):
+            generations = self.generator.generate(requests, sampling, advance=note)
         self._leave_if_asked()
-        shares = self.processes.gather(mine_done)
-        rows: list[dict[str, Any]] = [{} for _ in self.prompts]
-        for process, share in enumerate(shares):
-            rows[process::count] = share
-        return rows
+        reward = REWARDS[options.reward]
+        rows = [
+            generation_row(
+                generation, decode(self.tokenizer, request.prompt_ids),
+                str(self.ground_truths[i]), reward, index=i, sample=n,
+            )
+            for (i, n), request, generation in zip(mine, requests, generations, strict=True)
+        ]  # fmt: skip
+        shares = self.processes.gather(rows)
+        return sorted(
+            (row for share in shares for row in share),
+            key=lambda row: (row["index"], row["sample"]),
+        )

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 import inspect
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +19,9 @@ from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_f
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from cs336_alignment.microbatch import FlatLayout, SharedPrefix
+
+if TYPE_CHECKING:  # it needs the switch below
+    from cs336_alignment.model.slots import SlotCache
 
 FLAT_ATTENTION = "cs336_flat"
 _HAS_VARLEN = importlib.util.find_spec("torch.nn.attention.varlen") is not None
@@ -32,6 +35,7 @@ def flat_attention(
     attention_mask: Tensor | None,
     *,
     flat_layout: FlatLayout | None = None,
+    slot_cache: SlotCache | None = None,
     dropout: float = 0.0,
     scaling: float | None = None,
     **kwargs: Any,
@@ -45,6 +49,7 @@ def flat_attention(
         value: (1, key heads, T, D).
         attention_mask: read only without a layout.
         flat_layout: the sequences; None: SDPA as transformers does it.
+        slot_cache: while decoding, what stores keys and values and attends to them.
         dropout: probability of dropping an attention weight.
         scaling: of the scores; None: 1 / sqrt(D).
 
@@ -55,13 +60,17 @@ def flat_attention(
         ValueError: the layer asks for something that would be left out silently (soft-capped
             scores).
     """
-    if flat_layout is None:
+    if flat_layout is None and slot_cache is None:
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
     for name in ("softcap", "s_aux", "position_bias"):
         if kwargs.get(name) is not None:
             raise ValueError(f"flat attention does not implement {name}")
+    if slot_cache is not None:
+        layer: Any = module.layer_idx
+        return slot_cache.attend(layer, query, key, value, scaling), None
+    assert flat_layout is not None
     return _attend(query, key, value, flat_layout, dropout, scaling), None
 
 

@@ -78,6 +78,21 @@ def head_log_probs(
     return log_probs, (entropy if with_entropy else None)
 
 
+def head_logits(head: Head, hidden: Tensor) -> Tensor:
+    """Give the logits of a few positions, whole.
+
+    Args:
+        head: the model's head.
+        hidden: (n, H), few enough that (n, V) is small.
+
+    Returns:
+        (n, V) logits in float32 or wider.
+    """
+    weight, bias = head.linear.weight, head.linear.bias
+    exact = torch.promote_types(torch.float32, weight.dtype)
+    return _logits(hidden.to(weight.dtype), weight, bias, exact, head.scale, head.softcap)
+
+
 def _chunk_rows(vocabulary: int, dtype: torch.dtype, device: torch.device) -> int:
     budget = CHUNK_BYTES.get(device.type, CHUNK_BYTES["cuda"])
     return max(16, budget // (vocabulary * dtype.itemsize))
