@@ -18,7 +18,13 @@ from cs336_alignment.evaluation.generate import LocalGenerator, decode
 from cs336_alignment.evaluation.log_generations import generation_row, summarize
 from cs336_alignment.evaluation.loss import evaluate_loss
 from cs336_alignment.evaluation.rewards import REWARDS
-from cs336_alignment.evaluation.sampling import Generation, Request, Sampling, request_seed
+from cs336_alignment.evaluation.sampling import (
+    Generation,
+    Generator,
+    Request,
+    Sampling,
+    request_seed,
+)
 from cs336_alignment.microbatch import Batching
 from cs336_alignment.model.compile import in_eager
 from cs336_alignment.model.loading import check_fits
@@ -90,7 +96,7 @@ class Evaluator:
         self.gradable = [i for i, truth in enumerate(ground_truths) if truth is not None][
             : config.num_prompts
         ]
-        self.generator = LocalGenerator(
+        self.generator: Generator = LocalGenerator(
             policy.model, tokenizer, batch_size=config.batch_size,
             autocast_dtype=policy.autocast_dtype,
         )  # fmt: skip

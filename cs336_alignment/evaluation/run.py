@@ -1,4 +1,6 @@
-"""`cs336-sft evaluate`: loss, generations and rewards of any model folder, checkpoint or hub id."""
+"""`cs336-sft evaluate`: loss, generations and rewards of any model folder, checkpoint or hub id,
+alone or beside a baseline.
+"""
 
 from __future__ import annotations
 
@@ -10,11 +12,22 @@ from typing import Any
 
 from cs336_alignment.config import DEFAULT_MICROBATCH_TOKENS, Config
 from cs336_alignment.cores import keep_freed_memory
-from cs336_alignment.data.splits import prepare_evaluation
 from cs336_alignment.errors import ExitStatus, UserError
-from cs336_alignment.evaluation.evaluator import Evaluator
-from cs336_alignment.files import write_json
-from cs336_alignment.model.loading import check_fits, load_model, load_tokenizer, resolve_model
+from cs336_alignment.evaluation.arms import Arm, identity_of, prepare_arms
+from cs336_alignment.evaluation.evaluator import EvaluationResult, Evaluator
+from cs336_alignment.evaluation.kept_responses import (
+    FOLDER,
+    KeptGenerator,
+    KeptResponses,
+    forget,
+)
+from cs336_alignment.evaluation.summary import Summary, summarize_evaluation, to_json
+from cs336_alignment.evaluation.summary_page import table_of, to_markdown
+from cs336_alignment.files import write_json, write_text
+from cs336_alignment.model.loading import (
+    check_fits,
+    load_model,
+)
 from cs336_alignment.model.policy import Policy
 from cs336_alignment.tracking.console import Console
 from cs336_alignment.tracking.tracker import show_examples, write_generations
@@ -26,16 +39,24 @@ from cs336_alignment.training.parallel import (
     start_processes,
 )
 from cs336_alignment.training.preflight import choose_precision
+from cs336_alignment.training.stop import StopNow
 
 EXAMPLES_SHOWN = 3
 RESULT = "evaluation.json"
+PAGE = "evaluation.md"
+GENERATIONS = "generations.jsonl"
+BASELINE_GENERATIONS = "generations-baseline.jsonl"
 
 
 def evaluate(config: Config) -> ExitStatus:
-    """Evaluate `model` on `data.eval_path`, into `<output_root>/<run_name>/evaluation.json`.
+    """Evaluate `model`, and `evaluation.baseline` beside it, on `data.eval_path`, into
+    `<output_root>/<run_name>/`.
+
+    Responses are kept as they come, and the same command goes on after a stop.
 
     Raises:
         UserError: no evaluation data (78), and as everywhere.
+        StopNow: a signal.
     """
     if config.data.eval_path is None:
         raise UserError(
@@ -55,15 +76,17 @@ def evaluate(config: Config) -> ExitStatus:
     processes = Processes(start_processes(config.parallel))
     console = Console(enabled=processes.is_main)
     try:
-        evaluator = _build(config, precision, processes, console)
-        result = evaluator.run(generate=True)
+        arms = prepare_arms(config, console)
+        results = [_run(arm, config, precision, folder, processes, console) for arm in arms]
         if processes.is_main:
-            report = {**subject, "options": asdict(config.evaluation), **result.metrics}
-            _write(folder, report, result.rows)
-            show_examples(console, result.rows, EXAMPLES_SHOWN)
-            rows = [[name, f"{value:.4f}"] for name, value in sorted(result.metrics.items())]
-            console.table(config.model.name_or_path, ["metric", "value"], rows)
+            report: dict[str, Any] = {**subject, "options": asdict(config.evaluation)}
+            _write(folder, report, results, arms, config, console)
+            forget(folder / FOLDER)
             console.note(f"results  {folder}")
+    except StopNow:
+        if (folder / FOLDER).is_dir():
+            console.note(f"stopped; responses are kept in {folder}: the same command goes on")
+        raise
     finally:
         processes.close()
     return ExitStatus.DONE
@@ -90,46 +113,28 @@ def _refuse_another(path: Path, subject: dict[str, str | None]) -> None:
         )
 
 
-def _write(folder: Path, report: dict[str, Any], rows: Sequence[dict[str, Any]]) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_json(folder / RESULT, report)
-        if rows:
-            write_generations(folder / "generations.jsonl", rows)
-    except OSError as failure:
-        raise UserError(
-            "R101",
-            f"cannot write to {folder}: {failure.strerror or failure}",
-            ExitStatus.CANNOT_CREATE,
-            hint="choose another output_root=… or run_name=…",
-        ) from failure
-
-
-def _build(config: Config, precision: str, processes: Processes, console: Console) -> Evaluator:
-    options = config.model
-    source = resolve_model(options.name_or_path, options.revision, options.trust_remote_code)
-    tokenizer = load_tokenizer(source)
-    data, warnings = prepare_evaluation(
-        config.data, tokenizer, seed=config.seed, progress=console.progress, note=console.note
-    )
-    for line in warnings:
-        console.warn(line)
+def _run(
+    arm: Arm, config: Config, precision: str, folder: Path, processes: Processes, console: Console
+) -> EvaluationResult:
+    """Load a model, evaluate it and let it go."""
     if processes.device.type == "cpu":
         keep_freed_memory()
-    console.note(f"loading {options.name_or_path}")
-    if options.random_init:
+    console.note(f"loading {arm.options.name_or_path}")
+    if arm.options.random_init:
         console.warn(f"its weights are drawn from seed {config.seed} (model.random_init=true)")
-    model = load_model(source, random_init=options.random_init, seed=config.seed)
+    model = load_model(arm.source, random_init=arm.options.random_init, seed=config.seed)
     set_threads(processes.local_count, model.num_parameters())
-    longest = int(data.dataset.lengths.max())
-    check_fits(model, data.largest_token_id, longest)
-    policy = Policy(model, choose_precision(precision, processes.device)).to(processes.device)
+    dataset = arm.dataset
+    longest = int(dataset.lengths.max())
+    check_fits(model, arm.data.largest_token_id, longest)
+    dtype = choose_precision(precision, processes.device)
+    policy = Policy(model, dtype).to(processes.device)
     choice = choose_batching(policy, config.trainer.batching, longest)
     evaluator = Evaluator(
         policy,
-        tokenizer,
-        data.dataset,
-        data.ground_truths,
+        arm.tokenizer,
+        dataset,
+        arm.ground_truths,
         config=config.evaluation,
         processes=processes,
         microbatch_tokens=config.trainer.microbatch_tokens or DEFAULT_MICROBATCH_TOKENS,
@@ -137,6 +142,99 @@ def _build(config: Config, precision: str, processes: Processes, console: Consol
         seed=config.seed,
         progress=console.progress,
     )
-    for line in evaluator.check(model, data.template):
+    for line in evaluator.check(model, arm.data.template):
         console.warn(line)
-    return evaluator
+    identity = identity_of(arm, model, config) if processes.is_main else ""
+    identity = processes.agree(f"{identity} {dtype} {processes.device.type}")
+    kept = KeptResponses(folder / FOLDER, identity, processes.index)
+    if kept.kept:
+        console.note(f"going on: {kept.kept:,} responses of an earlier command are there")
+    evaluator.generator = KeptGenerator(
+        evaluator.generator, kept, batch_size=config.evaluation.batch_size
+    )
+    return evaluator.run(generate=True)
+
+
+def _write(
+    folder: Path,
+    report: dict[str, Any],
+    results: Sequence[EvaluationResult],
+    arms: Sequence[Arm],
+    config: Config,
+    console: Console,
+) -> None:
+    """Write the results and show them."""
+    model, *others = results
+    report |= model.metrics
+    names = [arm.options.name_or_path for arm in arms]
+    if others:
+        report["baseline"] = names[1]
+        report["baseline_metrics"] = others[0].metrics
+    summary = None
+    if model.rows:
+        groups = arms[0].categories(config.seed)
+        baseline = others[0].rows if others else None
+        summary = summarize_evaluation(model.rows, baseline, groups=groups, seed=config.seed)
+        report |= to_json(summary)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if summary is not None:
+            write_generations(folder / GENERATIONS, model.rows)
+            for other in others:
+                write_generations(folder / BASELINE_GENERATIONS, other.rows)
+            write_text(folder / PAGE, _page(summary, model, names, config))
+        write_json(folder / RESULT, report)
+    except OSError as failure:
+        raise UserError(
+            "R101",
+            f"cannot write to {folder}: {failure.strerror or failure}",
+            ExitStatus.CANNOT_CREATE,
+            hint="choose another output_root=… or run_name=…",
+        ) from failure
+    show_examples(console, model.rows, EXAMPLES_SHOWN)
+    _show(console, summary, results, names)
+
+
+def _page(summary: Summary, model: EvaluationResult, names: Sequence[str], config: Config) -> str:
+    options = asdict(config.evaluation)
+    shown = (
+        "reward",
+        "max_new_tokens",
+        "min_new_tokens",
+        "temperature",
+        "top_p",
+        "stop",
+        "backend",
+    )
+    return to_markdown(
+        summary,
+        model.rows,
+        model=names[0],
+        baseline=names[1] if len(names) > 1 else None,
+        data=str(config.data.eval_path),
+        settings={
+            **{f"evaluation.{name}": options[name] for name in shown},
+            "data.prompt_template": config.data.prompt_template,
+            "seed": config.seed,
+        },
+        examples=EXAMPLES_SHOWN,
+    )
+
+
+def _show(
+    console: Console,
+    summary: Summary | None,
+    results: Sequence[EvaluationResult],
+    names: Sequence[str],
+) -> None:
+    header: list[str] = ["metric", "value"]
+    rows: list[list[str]] = []
+    if summary is not None:
+        header, rows = table_of(summary)
+    named = {row[0] for row in rows}
+    for name in sorted(results[0].metrics.keys() - named):
+        values = [result.metrics.get(name) for result in reversed(results)]  # the baseline first
+        cells = ["" if value is None else f"{value:.4f}" for value in values]
+        rows.append([name, *cells, *[""] * (len(header) - 1 - len(cells))])
+    title = names[0] if len(names) == 1 else f"{names[0]} beside {names[1]}"
+    console.table(title, header, rows)

@@ -1,0 +1,188 @@
+"""The models of an evaluation, each with the same examples as its own tokenizer makes them."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from importlib import metadata
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from cs336_alignment.config import Config, ModelConfig
+from cs336_alignment.data.dataset import TokenizedDataset
+from cs336_alignment.data.splits import PreparedData, prepare_evaluation
+from cs336_alignment.data.tokenize import tokenizer_fingerprint
+from cs336_alignment.errors import ExitStatus, UserError
+from cs336_alignment.evaluation.categories import find_categories
+from cs336_alignment.files import sha256_of
+from cs336_alignment.model.loading import WEIGHT_FILES, ModelSource, load_tokenizer, resolve_model
+from cs336_alignment.tracking.console import Console
+
+
+@dataclass(frozen=True)
+class Arm:
+    """A model that is evaluated, and its data.
+
+    Attributes:
+        options: which model.
+        source: where it is.
+        tokenizer: its own.
+        data: as the tokenizer makes them.
+        chosen: (N,) numbers of the examples that every arm has, in the same order in all of them.
+    """
+
+    options: ModelConfig
+    source: ModelSource
+    tokenizer: PreTrainedTokenizerBase
+    data: PreparedData
+    chosen: NDArray[np.int64]
+
+    @property
+    def dataset(self) -> TokenizedDataset:
+        """The chosen examples."""
+        return self.data.dataset.select(self.chosen)
+
+    @property
+    def ground_truths(self) -> list[str | None]:
+        """Of the chosen examples."""
+        truths = self.data.ground_truths
+        return [truths[i] for i in self.chosen.tolist()]
+
+    def categories(self, seed: int) -> dict[str, dict[int, str]]:
+        """Give the columns that sort the rows, by the numbers of the chosen examples."""
+        places = {int(old): new for new, old in enumerate(self.chosen)}
+        return {
+            column: {places[i]: value for i, value in values.items() if i in places}
+            for column, values in find_categories(self.data, seed=seed).items()
+        }
+
+
+def prepare_arms(config: Config, console: Console) -> list[Arm]:
+    """Prepare the data for each model's tokenizer, before any model is loaded.
+
+    Args:
+        config: of the command.
+        console: shows what happens.
+
+    Returns:
+        The model, and the baseline if there is one.
+
+    Raises:
+        UserError: an empty prompt, nothing that a baseline could be compared on, or no example that
+            both tokenizers leave in (65); and as the data step does.
+    """
+    options = config.evaluation
+    arms = [_prepare_arm(config, config.model, None, console)]
+    if options.baseline is not None:
+        baseline = ModelConfig(name_or_path=options.baseline)
+        arms.append(_prepare_arm(config, baseline, arms[0].tokenizer, console))
+        arms = _same_examples(arms, console)
+    truths = arms[0].ground_truths
+    gradable = [i for i, truth in enumerate(truths) if truth is not None]
+    if 0 < len(gradable) < len(truths):
+        lacking = len(truths) - len(gradable)
+        console.note(f"{lacking:,} of {len(truths):,} rows have no ground truth: only their loss")
+    if options.baseline is not None and not gradable:
+        raise UserError(
+            "D330",
+            f"no row of {config.data.eval_path} has a ground truth, so nothing can be compared",
+            ExitStatus.BAD_DATA,
+            hint="name their column: data.columns.ground_truth=…",
+        )
+    for arm in arms:
+        _refuse_empty_prompts(arm, gradable[: options.num_prompts])
+    if options.num_samples > 1 and options.temperature == 0:
+        console.warn("all samples of a prompt are equal: evaluation.temperature=0 is greedy")
+    return arms
+
+
+def _prepare_arm(
+    config: Config,
+    options: ModelConfig,
+    model_tokenizer: PreTrainedTokenizerBase | None,
+    console: Console,
+) -> Arm:
+    source = resolve_model(options.name_or_path, options.revision, options.trust_remote_code)
+    tokenizer = load_tokenizer(source)
+    if model_tokenizer is not None and model_tokenizer.chat_template:
+        tokenizer.chat_template = model_tokenizer.chat_template  # both are asked the same text
+    data, warnings = prepare_evaluation(
+        config.data, tokenizer, seed=config.seed, progress=console.progress, note=console.note
+    )
+    for line in warnings:
+        console.warn(line)
+    return Arm(options, source, tokenizer, data, np.arange(len(data.dataset)))
+
+
+def _same_examples(arms: Sequence[Arm], console: Console) -> list[Arm]:
+    """Choose the examples that all arms have: a tokenizer may make one too long."""
+    keys = []
+    for arm in arms:
+        seen: Counter[str] = Counter()
+        numbers = {}
+        for number, place in enumerate(arm.data.places):
+            numbers[place, seen[place]] = number  # a row that was split is several examples
+            seen[place] += 1
+        keys.append(numbers)
+    common = [key for key in keys[0] if all(key in other for other in keys[1:])]
+    left_out = max(map(len, keys)) - len(common)
+    if not common:
+        raise UserError(
+            "D331",
+            "model and baseline have no example in common: their tokenizers drop different ones",
+            ExitStatus.BAD_DATA,
+            hint="raise data.max_length",
+        )
+    if left_out:
+        console.warn(f"{left_out:,} examples are left out: too long in one of the tokenizers")
+    return [
+        replace(arm, chosen=np.array([numbers[key] for key in common]))
+        for arm, numbers in zip(arms, keys, strict=True)
+    ]
+
+
+def _refuse_empty_prompts(arm: Arm, gradable: Sequence[int]) -> None:
+    for number in gradable:
+        example = int(arm.chosen[number])
+        if not arm.data.dataset.prompt_ids(example):
+            raise UserError(
+                "D332",
+                f"the prompt of example {number + 1} is empty, so there is nothing to answer",
+                ExitStatus.BAD_DATA,
+                got=arm.data.places[example],
+                expected="a row with a prompt or question",
+                hint="evaluation data for generation need prompts; rows of text alone have none",
+            )
+
+
+def identity_of(arm: Arm, model: PreTrainedModel, config: Config) -> str:
+    """Name all that decides what a model answers to a request.
+
+    The reward is not among it: it is computed anew from the text.
+
+    Args:
+        arm: the model.
+        model: loaded.
+        config: of the command.
+    """
+    weights: object = getattr(model.config, "_commit_hash", None)  # of the hub
+    if arm.options.random_init:
+        weights = config.seed
+    elif arm.source.is_local:
+        files = [
+            f for p in (*WEIGHT_FILES, "*config.json") for f in Path(arm.source.location).glob(p)
+        ]
+        weights = {path.name: sha256_of(path) for path in sorted(files)}
+    options = asdict(config.evaluation)
+    sampling = ("max_new_tokens", "min_new_tokens", "temperature", "top_p", "stop")
+    backend = ("backend", "server_url", "server_model")
+    return json.dumps([
+        arm.source.location, weights, tokenizer_fingerprint(arm.tokenizer),
+        {name: options[name] for name in (*sampling, *backend)},
+        {name: metadata.version(name) for name in ("cs336-alignment", "transformers", "torch")},
+    ])  # fmt: skip
