@@ -89,6 +89,40 @@ def _doctor(arguments: Sequence[str]) -> ExitStatus:
     return run_with_config("doctor", arguments, job)
 
 
+def _chat(arguments: Sequence[str]) -> ExitStatus:
+    from cs336_alignment.compose import run_with_config
+
+    model, overrides = take_model(arguments)
+
+    def job(config: Config) -> ExitStatus:
+        from cs336_alignment.chat_command import chat
+
+        given = [word.split("=", 1)[0].lstrip("+~") for word in overrides if "=" in word]
+        return chat(config, model, given)
+
+    return run_with_config("chat", overrides, job)
+
+
+def take_model(arguments: Sequence[str]) -> tuple[str, list[str]]:
+    """Take the model or run out of a command line: its first word.
+
+    Raises:
+        UserError: there is none (2).
+    """
+    first = arguments[0] if arguments else ""
+    if first.startswith("-"):  # --help
+        return "", list(arguments)
+    if not first or ("=" in first and not Path(first).expanduser().exists()):
+        raise UserError(
+            "C152",
+            "chat needs a model",
+            ExitStatus.USAGE,
+            expected="the folder of a run or model, or a hub id, before any override",
+            hint="cs336-sft chat outputs/quickstart",
+        )
+    return first, list(arguments[1:])
+
+
 def take_html(arguments: Sequence[str]) -> tuple[list[str], Path | None]:
     """Take `--html FILE` out of a command line.
 
@@ -119,6 +153,7 @@ VERBS = (
     Verb("inspect", "see what is trained, token by token (--html FILE: a page)", _inspect),
     Verb("doctor", "prove the invariances on this model, tokenizer and data", _doctor),
     Verb("evaluate", "loss, generations and rewards of a model, checkpoint or export", _evaluate),
+    Verb("chat", "talk to a run's model, a model folder or a hub id", _chat),
 )
 
 

@@ -30,7 +30,10 @@ from cs336_alignment.config_names import VALUE_FLAGS
 from cs336_alignment.errors import ExitStatus, UserError
 
 MIXTURE = "mixture"  # stands for the path where data.sources names several
-OPTIONAL_KEYS = {"evaluate": ("data.train_path",)}
+OPTIONAL_KEYS = {
+    "evaluate": ("data.train_path",),
+    "chat": ("data.train_path", "model.name_or_path"),
+}
 Job = Callable[[Config], ExitStatus]
 
 

@@ -76,7 +76,14 @@ def writes_date(tokenizer: PreTrainedTokenizerBase) -> bool:
     return "strftime_now" in str(tokenizer.chat_template)
 
 
-def _with_fixed_date(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+def with_fixed_date(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """Give the tokenizer a chat template that writes the same date every day.
+
+    Raises:
+        UserError: it asks for the date in a way that cannot be answered so (78).
+    """
+    if not writes_date(tokenizer):
+        return tokenizer
     template: Any = tokenizer.chat_template
 
     def fix(text: str) -> str:
@@ -137,8 +144,7 @@ class ChatRenderer:
                 got=f"{len(str(tokenizer.chat_template)):,}",
                 hint="look at its chat_template.jinja",
             )
-        if writes_date(tokenizer):
-            tokenizer = _with_fixed_date(tokenizer)
+        tokenizer = with_fixed_date(tokenizer)
         self.tokenizer: Any = tokenizer  # transformers' own types leave out half of what it takes
         self.train_on = train_on
         if getattr(tokenizer, "split_special_tokens", False):

@@ -22,7 +22,7 @@ from cs336_alignment.evaluation.kept_responses import (
     forget,
 )
 from cs336_alignment.evaluation.summary import Summary, summarize_evaluation, to_json
-from cs336_alignment.evaluation.summary_page import table_of, to_markdown
+from cs336_alignment.evaluation.summary_page import brief_table_of, to_markdown
 from cs336_alignment.files import write_json, write_text
 from cs336_alignment.model.loading import (
     check_fits,
@@ -230,11 +230,11 @@ def _show(
     header: list[str] = ["metric", "value"]
     rows: list[list[str]] = []
     if summary is not None:
-        header, rows = table_of(summary)
-    named = {row[0] for row in rows}
+        header, rows = brief_table_of(summary)
+    named = set() if summary is None else {found.metric for found in summary.findings}
     for name in sorted(results[0].metrics.keys() - named):
         values = [result.metrics.get(name) for result in reversed(results)]  # the baseline first
         cells = ["" if value is None else f"{value:.4f}" for value in values]
-        rows.append([name, *cells, *[""] * (len(header) - 1 - len(cells))])
+        rows.append([name.removeprefix("eval/"), *cells, *[""] * (len(header) - 1 - len(cells))])
     title = names[0] if len(names) == 1 else f"{names[0]} beside {names[1]}"
     console.table(title, header, rows)

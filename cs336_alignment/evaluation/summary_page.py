@@ -22,6 +22,18 @@ def table_of(summary: Summary) -> tuple[list[str], list[list[str]]]:
     return header, [_cells(found.metric, found) for found in summary.findings]
 
 
+def brief_table_of(summary: Summary) -> tuple[list[str], list[list[str]]]:
+    """Give a table for a terminal of 80 columns: beside a baseline, the interval of the difference
+    alone.
+    """
+    header, rows = table_of(summary)
+    for row, found in zip(rows, summary.findings, strict=True):
+        row[0] = found.metric.removeprefix("eval/")
+        if found.baseline is not None:
+            row[1:3] = [f"{found.baseline.value:.4f}", f"{found.model.value:.4f}"]
+    return header, rows
+
+
 def _cells(name: str, found: Finding) -> list[str]:
     if found.test is None:
         return [name, str(found.model)]

@@ -27,7 +27,7 @@ LAYERS = [
     {"training.run_folder", "training.export", "training.manifest", "training.report",
      "training.trainer", "training.run", "training.doctor", "training.invariances",
      "training.token_check"},
-    {"data_commands"}, {"cli", "sft"},
+    {"data_commands", "chat_command"}, {"cli", "sft"},
 ]  # fmt: skip
 OWNERS = {
     "hydra": {"compose", "compose_errors"}, "omegaconf": {"compose", "compose_errors"}, "datasets": {"data.sources"},
