@@ -82,6 +82,8 @@ def prepare_arms(config: Config, console: Console) -> list[Arm]:
         baseline = ModelConfig(name_or_path=options.baseline)
         arms.append(_prepare_arm(config, baseline, arms[0].tokenizer, console))
         arms = _same_examples(arms, console)
+        if arms[0].tokenizer.get_vocab() != arms[1].tokenizer.get_vocab():
+            console.warn("the tokenizers differ: losses, entropies and lengths count other tokens")
     truths = arms[0].ground_truths
     gradable = [i for i, truth in enumerate(truths) if truth is not None]
     if 0 < len(gradable) < len(truths):

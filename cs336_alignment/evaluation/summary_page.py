@@ -31,6 +31,8 @@ def brief_table_of(summary: Summary) -> tuple[list[str], list[list[str]]]:
         row[0] = found.metric.removeprefix("eval/")
         if found.baseline is not None:
             row[1:3] = [f"{found.baseline.value:.4f}", f"{found.model.value:.4f}"]
+        if (gap := found.difference) is not None:
+            row[3] = f"{gap.value:+.3f} [{gap.low:+.3f}, {gap.high:+.3f}]"
     return header, rows
 
 
