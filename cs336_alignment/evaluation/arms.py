@@ -13,10 +13,10 @@ import numpy as np
 from numpy.typing import NDArray
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from cs336_alignment.config import Config, ModelConfig
+from cs336_alignment.config import Config, DataConfig, ModelConfig
 from cs336_alignment.data.dataset import TokenizedDataset
 from cs336_alignment.data.splits import PreparedData, prepare_evaluation
-from cs336_alignment.data.tokenize import tokenizer_fingerprint
+from cs336_alignment.data.tokenize import special_prefix, tokenizer_fingerprint
 from cs336_alignment.errors import ExitStatus, UserError
 from cs336_alignment.evaluation.categories import find_categories
 from cs336_alignment.files import sha256_of
@@ -97,7 +97,7 @@ def prepare_arms(config: Config, console: Console) -> list[Arm]:
             hint="name their column: data.columns.ground_truth=…",
         )
     for arm in arms:
-        _refuse_empty_prompts(arm, gradable[: options.num_prompts])
+        _refuse_empty_prompts(arm, gradable[: options.num_prompts], config.data)
     if options.num_samples > 1 and options.temperature == 0:
         console.warn("all samples of a prompt are equal: evaluation.temperature=0 is greedy")
     return arms
@@ -148,17 +148,19 @@ def _same_examples(arms: Sequence[Arm], console: Console) -> list[Arm]:
     ]
 
 
-def _refuse_empty_prompts(arm: Arm, gradable: Sequence[int]) -> None:
+def _refuse_empty_prompts(arm: Arm, gradable: Sequence[int], config: DataConfig) -> None:
+    prefix = special_prefix(arm.tokenizer) if config.add_special_tokens else []
     for number in gradable:
         example = int(arm.chosen[number])
-        if not arm.data.dataset.prompt_ids(example):
+        length = len(arm.data.dataset.prompt_ids(example))
+        # Where all is trained, the first token stands before it: nothing could predict that one.
+        if length <= len(prefix) or (length == 1 and config.train_on == "all"):
             raise UserError(
                 "D332",
                 f"the prompt of example {number + 1} is empty, so there is nothing to answer",
                 ExitStatus.BAD_DATA,
                 got=arm.data.places[example],
-                expected="a row with a prompt or question",
-                hint="evaluation data for generation need prompts; rows of text alone have none",
+                expected="a row with a prompt or question, and data.train_on=response",
             )
 
 

@@ -57,7 +57,7 @@ def test_samples_are_averaged_before_prompts_are_resampled() -> None:
 
 
 def test_rows_in_any_order_pair_by_prompt() -> None:
-    model = [row(i, float(i % 2)) for i in range(20)]
+    model = [row(i, float(i % 3 == 0)) for i in range(20)]
     shuffled = sorted(model, key=lambda r: (r["index"] * 7) % 20)
     summary = summarize_evaluation(model, shuffled, groups={}, seed=0)
     assert summary.findings[0].test is not None and summary.findings[0].test.discordant == 0
