@@ -120,6 +120,7 @@ class TrainerConfig:
     metric_for_best_model: str | None = None
     greater_is_better: bool | None = None
     early_stopping_patience: int | None = None
+    reload_check: bool = True
     resume: str = "auto"
     async_save: bool = False
     max_hours: float | None = None

@@ -11,6 +11,7 @@ from typing import Any
 
 from cs336_alignment.config import ALL_KEYS, DEFAULT_WARMUP_RATIO, Config, DataConfig, flatten
 from cs336_alignment.errors import ExitStatus, UserError, UserErrors, describe
+from cs336_alignment.metric_names import GENERATED, greater_is_better, nearest_metric
 
 LOSS_NORMALIZATIONS = ("token", "sequence", "microbatch", "constant")
 BATCHINGS = ("auto", "flat", "flat_shared_prefix", "padded")
@@ -246,12 +247,63 @@ def _clashes(config: Config) -> Iterator[UserError]:
             "the constant is read only by trainer.loss_normalization=constant",
         )
     yield from _source_clashes(config.data)
+    yield from _best_clashes(config)
     if model.trust_remote_code and not re.fullmatch(r"[0-9a-f]{40}", model.revision or ""):
         yield clash(
             "model.trust_remote_code",
             "model.revision",
             "code from the hub runs only at a pinned commit: model.revision=<40 hex digits>",
         )
+
+
+def _best_clashes(config: Config) -> Iterator[UserError]:
+    trainer, data, metric = config.trainer, config.data, config.trainer.metric_for_best_model
+    if metric is None:
+        if trainer.early_stopping_patience is not None:
+            yield UserError(
+                "C134",
+                "trainer.early_stopping_patience needs a metric to be patient with",
+                ExitStatus.BAD_CONFIG,
+                hint="trainer.metric_for_best_model=eval/loss",
+            )
+        return
+    if not metric.startswith("eval/"):
+        near = nearest_metric(metric)
+        yield UserError(
+            "C131",
+            f"trainer.metric_for_best_model={metric} is no metric that an evaluation writes",
+            ExitStatus.BAD_CONFIG,
+            expected="a name that begins with eval/",
+            hint=f"did you mean {near}?" if near else "trainer.metric_for_best_model=eval/loss",
+        )
+        return
+    if trainer.greater_is_better is None and greater_is_better(metric) is None:
+        near = nearest_metric(metric)
+        yield UserError(
+            "C133",
+            f"{metric} does not say by its name whether greater is better",
+            ExitStatus.BAD_CONFIG,
+            hint="trainer.greater_is_better=true or false"
+            + (f"; or did you mean {near}?" if near else ""),
+        )
+    cadences = (
+        ("evaluation.generation_steps",)
+        if metric in GENERATED
+        else ("trainer.eval_steps", "evaluation.generation_steps")
+    )
+    values = (trainer.eval_steps, config.evaluation.generation_steps)
+    if data.eval_path is None and not data.eval_fraction:
+        lacking = "there is no evaluation data (data.eval_path, data.eval_fraction)"
+    elif not any(values[2 - len(cadences) :]):
+        lacking = f"{' and '.join(cadences)} ask for no evaluation between start and end"
+    else:
+        return
+    yield UserError(
+        "C135",
+        f"trainer.metric_for_best_model={metric} finds nothing to choose from: {lacking}",
+        ExitStatus.BAD_CONFIG,
+        hint=f"{cadences[0]}=100, say; or trainer.metric_for_best_model=null",
+    )
 
 
 def _source_clashes(data: DataConfig) -> Iterator[UserError]:

@@ -41,6 +41,7 @@ FREE = frozenset(
         "trainer.async_save",
         "trainer.metric_for_best_model",
         "trainer.greater_is_better",
+        "trainer.reload_check",
         "trainer.watchdog_minutes",
         "data.eval_path",
         "data.max_eval_examples",
