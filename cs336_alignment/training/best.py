@@ -54,9 +54,7 @@ class Criterion:
 
     def scores(self, rows: Iterable[Mapping[str, Any]]) -> list[Score]:
         """Find the metric in a run's metrics, in their order."""
-        return [
-            Score(row["step"], _number(row[self.metric])) for row in rows if self.metric in row
-        ]
+        return [Score(row["step"], _number(row[self.metric])) for row in rows if self.metric in row]
 
     def best(self, scores: Sequence[Score]) -> Score | None:
         """Choose the best of some evaluations, the earliest of equals; None if no value is a
@@ -129,8 +127,7 @@ class Judge:
         """
         if self.criterion is None:
             return Verdict()
-        rows = [r for r in self._evaluations() if r["step"] >= self._comparable_since]
-        scores = self.criterion.scores([*rows, {"step": step, **(metrics or {})}])
+        scores = self._comparable({"step": step, **(metrics or {})})
         trained = [score for score in scores if score.step > 0]
         saved = set(self._saved_steps())
         best = self.criterion.best(trained)
@@ -142,6 +139,23 @@ class Judge:
             lost=None if best == kept else best,
             stop=self._patience is not None and stale >= self._patience,
         )
+
+    def choices(self, step: int) -> list[Score]:
+        """Give the trained steps that have a checkpoint or are the present one, best first."""
+        found = []
+        if self.criterion is not None:
+            left = [s for s in self._comparable() if 0 < s.step <= step]
+            saved = {*self._saved_steps(), step}
+            left = [score for score in left if score.step in saved]
+            while (score := self.criterion.best(left)) is not None:
+                found.append(score)
+                left.remove(score)
+        return found
+
+    def _comparable(self, *more: Mapping[str, Any]) -> list[Score]:
+        assert self.criterion is not None
+        rows = [row for row in self._evaluations() if row["step"] >= self._comparable_since]
+        return self.criterion.scores([*rows, *more])
 
     def refuse_missing(self, metrics: Mapping[str, float]) -> None:
         """Refuse to go on for a metric that does not come.

@@ -26,7 +26,7 @@ LAYERS = [
     {"tracking"}, {"evaluation"},
     {"training.run_folder", "training.export", "training.manifest", "training.report",
      "training.trainer", "training.run", "training.doctor", "training.invariances",
-     "training.token_check"},
+     "training.token_check", "training.best", "training.finish", "training.reload_check", "training.reload_child"},
     {"data_commands"}, {"cli", "sft"},
 ]  # fmt: skip
 OWNERS = {
