@@ -19,6 +19,7 @@ from cs336_alignment.data.batching import StepPlan
 from cs336_alignment.data.ledger import LedgerEntry
 from cs336_alignment.data.splits import PreparedData
 from cs336_alignment.errors import ExitStatus
+from cs336_alignment.metric_names import greater_is_better
 from cs336_alignment.model.policy import Policy
 from cs336_alignment.tracking.console import Console
 from cs336_alignment.tracking.metrics import read_metrics
@@ -120,14 +121,16 @@ def ledger_line(ledger: LedgerEntry) -> str:
     return "; ".join(pieces)
 
 
-def before_and_after(folder: Path, step: int) -> list[tuple[str, float, float]]:
+def before_and_after(
+    folder: Path, step: int, chosen_by: str | None
+) -> list[tuple[str, float, float]]:
     """Compare the first evaluation of a run with that of the exported step, metric by metric; only
-    those count that asked the questions of now.
+    those count that asked the questions of now. The metric that chose the step is among them.
     """
     since = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["evaluation_since_step"]
     rows = [row for row in read_metrics(folder / METRICS) if since <= row["step"] <= step]
     results = []
-    for name in COMPARED:
+    for name in dict.fromkeys((*COMPARED, *filter(None, [chosen_by]))):
         found = [(row["step"], row[name]) for row in rows if row.get(name) is not None]
         if len(found) > 1 and found[-1][0] == step:
             results.append((name, found[0][1], found[-1][1]))
@@ -136,7 +139,7 @@ def before_and_after(folder: Path, step: int) -> list[tuple[str, float, float]]:
 
 def show_metric(name: str, value: float) -> str:
     """Write an evaluation metric as people read it: losses as numbers, shares in percent."""
-    return f"{value:.4f}" if name == "eval/loss" else f"{100 * value:.1f} %"
+    return f"{100 * value:.1f} %" if greater_is_better(name) else f"{value:.4f}"
 
 
 def resume_command(arguments: Sequence[str]) -> str:
@@ -195,7 +198,7 @@ def write_card(
         run_name=config.run_name or "",
         data=config.data.train_path,
         facts=facts,
-        results=before_and_after(folder, state.step),
+        results=before_and_after(folder, state.step, config.trainer.metric_for_best_model),
         prompt_template=template,
     )
 
@@ -207,6 +210,7 @@ def say_goodbye(
     *,
     step: int,
     exported: int,
+    chosen_by: str | None,
     generations: Sequence[Mapping[str, Any]],
     command: str,
 ) -> None:
@@ -218,6 +222,7 @@ def say_goodbye(
         outcome: DONE, or the status of the request that stopped it.
         step: the last one done.
         exported: the one whose weights are in `model/`.
+        chosen_by: the metric that is best there; None: it is the last one.
         generations: of the last evaluation.
         command: what continues the run.
     """
@@ -231,7 +236,7 @@ def say_goodbye(
     if generations:
         console.note(f"\nThe first {EXAMPLES_SHOWN} generations after training:\n")
         show_examples(console, generations, EXAMPLES_SHOWN)
-    if results := before_and_after(folder, exported):
+    if results := before_and_after(folder, exported, chosen_by):
         cells = [
             [name, show_metric(name, before), show_metric(name, after)]
             for name, before, after in results

@@ -303,6 +303,7 @@ class _Run:
             tracker.finish(outcome, config.run_name or "")
         say_goodbye(
             self.console, self.folder.path, outcome, step=state.step, exported=exported,
+            chosen_by=config.trainer.metric_for_best_model,
             generations=tracker.generations, command=self.status.command,
         )  # fmt: skip
         return outcome
