@@ -407,7 +407,8 @@ class _Run:
 
         def evaluate(step: int) -> Verdict:
             generate = due(generation_steps, step)
-            if step == first_step and not pending:
+            if step == first_step and not (pending and (generate or due(eval_steps, step))):
+                # The best step of the parts before is kept from the first save on.
                 return self._tell(judged(step), step, total_steps)
             if not generate and not due(eval_steps, step):
                 return Verdict()
