@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from tests.conftest import TINY, Sft, launch, without_times
 
@@ -153,6 +153,66 @@ def test_a_run_that_is_stopped_ends_early_at_the_same_step(
         assert (run / name).read_bytes() == (whole / name).read_bytes()
     assert without_times(run / "metrics.jsonl") == without_times(whole / "metrics.jsonl")
     assert checkpoints(run) == checkpoints(whole)
+
+
+@pytest.mark.fault("T2 a kill or a request to stop while the export is loaded")
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGKILL, -9), (signal.SIGTERM, 75)])
+def test_an_end_during_the_reload_check_costs_the_check_alone(
+    number: signal.Signals, code: int, command: list[str], sft: Sft, tmp_path: Path, zygote: Any
+) -> None:
+    mine = [*command, "trainer.max_steps=6", "trainer.reload_check=true"]
+    process_id = zygote.start(mine, tmp_path, tmp_path)
+    until = time.monotonic() + 60
+    while "in a fresh process" not in (tmp_path / "stdout").read_text():
+        assert time.monotonic() < until
+        time.sleep(0.01)
+    os.kill(process_id, number)
+    assert zygote.wait(process_id) == code
+    run = tmp_path / "outputs/r"
+    status = read(run / "status.json")
+    assert (status["state"], status["reload_check"]) == (
+        "running" if number == signal.SIGKILL else "preempted", None,
+    )  # fmt: skip
+    metrics = (run / "metrics.jsonl").read_bytes()
+    again = sft(*mine)
+    assert again.returncode == 0 and "reload check passed" in again.stdout, again.stderr
+    assert "loss" not in "".join(li for li in again.stdout.splitlines() if li.startswith("step"))
+    assert (run / "metrics.jsonl").read_bytes() == metrics
+    assert read(run / "status.json")["reload_check"] == "passed"
+
+
+@pytest.mark.fault("T7 an export that is not what was trained")
+def test_a_failed_reload_check_fails_the_run_and_keeps_its_weights(
+    command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """The export is damaged just before it is looked at."""
+    from cs336_alignment import cli
+    from cs336_alignment.training import finish
+
+    def damaged(folder: Path, *args: Any, **options: Any) -> Any:
+        tensors = load_file(folder / "model.safetensors")
+        tensors["model.norm.weight"].zero_()
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+        return look(folder, *args, **options)
+
+    look = finish.check_export
+    monkeypatch.setattr(finish, "check_export", damaged)
+    monkeypatch.chdir(tmp_path)
+    mine = [*command, "trainer.max_steps=6", "trainer.reload_check=true"]
+    assert cli.run(mine) == 70
+    error = capsys.readouterr().err
+    assert "error[R305]" in error and "model.norm.weight" in error
+    run = tmp_path / "outputs/r"
+    status = read(run / "status.json")
+    assert (status["state"], status["exit_code"]) == ("failed", 70)
+    assert status["reload_check"].startswith(
+        "failed: other weights than the trained ones in model."
+    )
+    assert checkpoints(run) == [3, 6]
+    monkeypatch.setattr(finish, "check_export", look)
+    assert cli.run(mine) == 0
+    assert read(run / "status.json")["reload_check"] == "passed"
 
 
 def test_a_metric_that_never_comes_ends_the_run_at_its_first_evaluation(
