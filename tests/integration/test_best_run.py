@@ -163,7 +163,8 @@ def test_an_end_during_the_reload_check_costs_the_check_alone(
     mine = [*command, "trainer.max_steps=6", "trainer.reload_check=true"]
     process_id = zygote.start(mine, tmp_path, tmp_path)
     until = time.monotonic() + 60
-    while "in a fresh process" not in (tmp_path / "stdout").read_text():
+    printed = tmp_path / "stdout"
+    while not printed.is_file() or "in a fresh process" not in printed.read_text():
         assert time.monotonic() < until
         time.sleep(0.01)
     os.kill(process_id, number)
@@ -210,9 +211,6 @@ def test_a_failed_reload_check_fails_the_run_and_keeps_its_weights(
         "failed: other weights than the trained ones in model."
     )
     assert checkpoints(run) == [3, 6]
-    monkeypatch.setattr(finish, "check_export", look)
-    assert cli.run(mine) == 0
-    assert read(run / "status.json")["reload_check"] == "passed"
 
 
 def test_a_metric_that_never_comes_ends_the_run_at_its_first_evaluation(
