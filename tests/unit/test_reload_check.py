@@ -223,11 +223,23 @@ def test_it_ends_with_its_time_on_request_and_for_want_of_memory(
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 @pytest.mark.fault("T2 SIGKILL while the export is loaded")
 def test_the_other_process_ends_with_the_run(check: Check) -> None:
+    reader, writer = os.pipe()
     if (run := os.fork()) == 0:
+        request = reload_check._request
+
+        def work_for_minutes(*args: Any) -> dict[str, Any]:
+            asked = request(*args)
+            return asked | {"sequences": asked["sequences"] * 20_000}
+
+        def tell(*_: Any) -> None:  # the other process has its request
+            os.write(writer, b"x")
+            time.sleep(99)
+
+        reload_check._request, reload_check._trained = work_for_minutes, tell  # type: ignore[assignment]
         check()
         os._exit(0)
-    while not (child := child_of(run)):
-        time.sleep(0.01)
+    assert os.read(reader, 1) == b"x"
+    child = child_of(run)
     os.kill(run, signal.SIGKILL)
     os.waitpid(run, 0)
     until = time.monotonic() + 30
