@@ -94,7 +94,6 @@ class DataConfig:
     max_bad_fraction: float = 0.01
     num_workers: int | None = None
     cache_dir: str | None = None
-    filter: str = "none"
     lint: LintConfig = field(default_factory=LintConfig)
 
 
@@ -120,6 +119,7 @@ class TrainerConfig:
     metric_for_best_model: str | None = None
     greater_is_better: bool | None = None
     early_stopping_patience: int | None = None
+    reload_check: bool = True
     resume: str = "auto"
     async_save: bool = False
     max_hours: float | None = None
@@ -166,33 +166,7 @@ class EvaluationConfig:
     batch_size: int = 16
     stop: list[str] = field(default_factory=lambda: ["</answer>"])
     reward: str = "r1_zero"
-    allow_custom_reward: bool = False
-    reward_seconds: float = 10.0
-    backend: str = "transformers"
-    server_url: str | None = None
-    server_model: str | None = None
     baseline: str | None = None
-
-
-@dataclass
-class ExpertIterationConfig:
-    """How `cs336-sft expert-iteration` samples; the rest is `evaluation`'s and `trainer`'s."""
-
-    iterations: int = 2
-    num_questions: int | None = None
-    num_samples: int = 4
-    temperature: float = 1.0
-    top_p: float = 1.0
-
-
-@dataclass
-class SweepConfig:
-    """How `cs336-sft sweep` searches."""
-
-    num_trials: int = 16
-    metric: str = "eval/loss"
-    greater_is_better: bool | None = None
-    prune: bool = True
 
 
 @dataclass
@@ -226,8 +200,6 @@ class Config:
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     logger: LoggerConfig = field(default_factory=LoggerConfig)
     inspect: InspectConfig = field(default_factory=InspectConfig)
-    expert_iteration: ExpertIterationConfig = field(default_factory=ExpertIterationConfig)
-    sweep: SweepConfig = field(default_factory=SweepConfig)
     run_name: str | None = None  # null: the names of model and data, joined
     output_root: str = "outputs"
     seed: int = 42

@@ -11,6 +11,7 @@ from typing import Any
 
 from cs336_alignment.config import ALL_KEYS, DEFAULT_WARMUP_RATIO, Config, DataConfig, flatten
 from cs336_alignment.errors import ExitStatus, UserError, UserErrors, describe
+from cs336_alignment.metric_names import GENERATED, greater_is_better, nearest_metric
 
 LOSS_NORMALIZATIONS = ("token", "sequence", "microbatch", "constant")
 BATCHINGS = ("auto", "flat", "flat_shared_prefix", "padded")
@@ -32,10 +33,7 @@ SELECTIONS = ("first", "longest", "random", "findings")
 LEVELS = ("error", "warning", "off")
 SCHEDULES = ("cosine", "linear", "constant", "warmup_stable_decay")
 LOGGERS = ("wandb", "none")
-REWARDS = ("r1_zero", "gsm8k", "exact_match", "multiple_choice")
-CUSTOM_REWARD = re.compile(r"[\w.]+:\w+")
-FILTERS = ("none", "correct")
-BACKENDS = ("transformers", "server", "vllm")
+REWARDS = ("r1_zero",)
 RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,150}")
 
 
@@ -79,7 +77,6 @@ _RULES = (
     _one_of("data.mixture_stop", MIXTURE_STOPS),
     _one_of("data.format", FORMATS),
     _one_of("data.train_on", TRAIN_ON),
-    _one_of("data.filter", FILTERS),
     _one_of("data.on_bad_row", ("error", "drop")),
     _Rule("data.max_bad_fraction", lambda v: 0 <= v <= 1, "a number from 0 to 1"),
     _Rule("data.num_workers", _at_least(1), "a whole number of at least 1, or null for the cores"),
@@ -152,24 +149,8 @@ _RULES = (
     _Rule("evaluation.num_samples", _at_least(1), "a whole number of at least 1"),
     _Rule("evaluation.min_new_tokens", _at_least(0), "a whole number of at least 0"),
     _Rule("evaluation.top_p", lambda v: 0 < v <= 1, "a number above 0, at most 1"),
-    _Rule(
-        "evaluation.reward",
-        lambda v: v in REWARDS or bool(CUSTOM_REWARD.fullmatch(v)),
-        f"one of {', '.join(REWARDS)}, or module:function",
-    ),
-    _Rule("evaluation.reward_seconds", _above(0), "a number of seconds above 0"),
-    _one_of("evaluation.backend", BACKENDS),
-    _Rule(
-        "evaluation.server_url", lambda v: v.startswith(("http://", "https://")), "a URL or null"
-    ),
+    _one_of("evaluation.reward", REWARDS),
     _Rule("evaluation.baseline", lambda v: bool(v.strip()), "a hub id, a local folder or null"),
-    _Rule("expert_iteration.iterations", _at_least(1), "a whole number of at least 1"),
-    _Rule("expert_iteration.num_questions", _at_least(1), "a whole number of at least 1, or null"),
-    _Rule("expert_iteration.num_samples", _at_least(1), "a whole number of at least 1"),
-    _Rule("expert_iteration.temperature", _above(0), "a number above 0"),
-    _Rule("expert_iteration.top_p", lambda v: 0 < v <= 1, "a number above 0, at most 1"),
-    _Rule("sweep.num_trials", _at_least(1), "a whole number of at least 1"),
-    _Rule("sweep.metric", lambda v: bool(v.strip()), "a metric's name"),
     _one_of("inspect.select", SELECTIONS),
     _Rule("inspect.num_examples", _at_least(1), "a whole number of at least 1"),
     _Rule("inspect.rows", lambda v: all(row >= 1 for row in v), "numbers of examples from 1"),
@@ -246,12 +227,63 @@ def _clashes(config: Config) -> Iterator[UserError]:
             "the constant is read only by trainer.loss_normalization=constant",
         )
     yield from _source_clashes(config.data)
+    yield from _best_clashes(config)
     if model.trust_remote_code and not re.fullmatch(r"[0-9a-f]{40}", model.revision or ""):
         yield clash(
             "model.trust_remote_code",
             "model.revision",
             "code from the hub runs only at a pinned commit: model.revision=<40 hex digits>",
         )
+
+
+def _best_clashes(config: Config) -> Iterator[UserError]:
+    trainer, data, metric = config.trainer, config.data, config.trainer.metric_for_best_model
+    if metric is None:
+        if trainer.early_stopping_patience is not None:
+            yield UserError(
+                "C134",
+                "trainer.early_stopping_patience needs a metric to be patient with",
+                ExitStatus.BAD_CONFIG,
+                hint="trainer.metric_for_best_model=eval/loss",
+            )
+        return
+    if not metric.startswith("eval/"):
+        near = nearest_metric(metric)
+        yield UserError(
+            "C131",
+            f"trainer.metric_for_best_model={metric} is no metric that an evaluation writes",
+            ExitStatus.BAD_CONFIG,
+            expected="a name that begins with eval/",
+            hint=f"did you mean {near}?" if near else "trainer.metric_for_best_model=eval/loss",
+        )
+        return
+    if trainer.greater_is_better is None and greater_is_better(metric) is None:
+        near = nearest_metric(metric)
+        yield UserError(
+            "C133",
+            f"{metric} does not say by its name whether greater is better",
+            ExitStatus.BAD_CONFIG,
+            hint="trainer.greater_is_better=true or false"
+            + (f"; or did you mean {near}?" if near else ""),
+        )
+    cadences = (
+        ("evaluation.generation_steps",)
+        if metric in GENERATED
+        else ("trainer.eval_steps", "evaluation.generation_steps")
+    )
+    values = (trainer.eval_steps, config.evaluation.generation_steps)
+    if data.eval_path is None and not data.eval_fraction:
+        lacking = "there is no evaluation data (data.eval_path, data.eval_fraction)"
+    elif not any(values[2 - len(cadences) :]):
+        lacking = f"{' and '.join(cadences)} ask for no evaluation between start and end"
+    else:
+        return
+    yield UserError(
+        "C135",
+        f"trainer.metric_for_best_model={metric} finds nothing to choose from: {lacking}",
+        ExitStatus.BAD_CONFIG,
+        hint=f"{cadences[0]}=100, say; or trainer.metric_for_best_model=null",
+    )
 
 
 def _source_clashes(data: DataConfig) -> Iterator[UserError]:

@@ -27,6 +27,7 @@ from cs336_alignment.tracking.metrics import MetricsFile
 from cs336_alignment.tracking.tracker import RunTracker
 from cs336_alignment.tracking.wandb_logger import NullLogger
 from cs336_alignment.training.batching_choice import choose_batching
+from cs336_alignment.training.best import Verdict
 from cs336_alignment.training.checkpoint import TrainState
 from cs336_alignment.training.checkpoint_writer import CheckpointWriter
 from cs336_alignment.training.export import save_sidecars
@@ -66,7 +67,7 @@ def main(model_path: str, data_path: str, rounds: int, folder: Path) -> None:
             plan=StepPlan(len(data), config.global_batch_size, seed=0),
             cut=choose_cut(config, batching), total_steps=STEPS, state=TrainState(),
             trainer=config, optimizer_config=optimizer_config, seed=0, processes=processes,
-            tracker=tracker, evaluate=lambda step: None, writer=writer, poll=lambda: None,
+            tracker=tracker, evaluate=lambda step: Verdict(), writer=writer, poll=lambda: None,
         )  # fmt: skip
 
     policy.train()

@@ -189,7 +189,7 @@ def rows(tmp_path: Path) -> Path:
 # Overrides for a run of seconds on the built-in tiny model.
 TINY = (
     "model.name_or_path=builtin:arithmetic", "model.random_init=true", "logger=none",
-    "trainer.global_batch_size=4", "trainer.save_steps=0",
+    "trainer.global_batch_size=4", "trainer.save_steps=0", "trainer.reload_check=false",
 )  # fmt: skip
 
 

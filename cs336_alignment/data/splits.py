@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -81,6 +82,18 @@ class PreparedData:
         """The final answer of each example, or None."""
         truths = [truth for source in self.sources for truth in source.store.ground_truths]
         return [truths[number] for number in self.selection.tolist()]
+
+    @property
+    def groups(self) -> list[str]:
+        """(N,) the name of each example's source, short where that tells them apart; empty if all
+        are of one.
+        """
+        paths = [ledger.source for ledger in self.ledgers]
+        stems = [Path(path).stem for path in paths]
+        names = stems if len(set(stems)) == len(stems) else paths
+        sizes = [len(source.store.prompt_hashes) for source in self.sources]
+        numbers = np.repeat(np.arange(len(names)), sizes)[self.selection].tolist()
+        return [names[number] for number in numbers] if len(set(numbers)) > 1 else []
 
     @property
     def places(self) -> list[str]:

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from cs336_alignment.config import EvaluationConfig
 from cs336_alignment.data.dataset import TokenizedDataset
+from cs336_alignment.data.encode import special_tokens
 from cs336_alignment.data.prepare import Progress
 from cs336_alignment.data.templates import PromptTemplate
 from cs336_alignment.errors import ExitStatus
@@ -64,6 +65,7 @@ class Evaluator:
         batching: flat rows, or padded ones.
         seed: of sampling.
         progress: shows a bar.
+        groups: the source of each example, if there are several.
         asked: gives the status of a request to stop, None while there is none.
     """
 
@@ -80,6 +82,7 @@ class Evaluator:
         batching: Batching,
         seed: int,
         progress: Progress,
+        groups: Sequence[str] = (),
         asked: Callable[[], ExitStatus | None] = lambda: None,
     ) -> None:
         self.policy = policy
@@ -91,6 +94,8 @@ class Evaluator:
         self.batching = batching
         self.seed = seed
         self.progress = progress
+        self.groups = groups
+        self.stop_ids = special_tokens(tokenizer).stops
         self.asked = asked
         self.ground_truths = ground_truths
         self.gradable = [i for i, truth in enumerate(ground_truths) if truth is not None][
@@ -138,6 +143,8 @@ class Evaluator:
                 self.processes,
                 microbatch_tokens=self.microbatch_tokens,
                 batching=self.batching,
+                stop_ids=self.stop_ids,
+                groups=self.groups,
                 advance=advance,
                 stopped=lambda: self.asked() is not None,
             )

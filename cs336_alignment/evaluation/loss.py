@@ -1,9 +1,12 @@
-"""Evaluation loss: all negative log-probs summed, divided once by all response tokens."""
+"""Evaluation loss: all negative log-probs summed, divided once by all response tokens; the same of
+first tokens, of stop tokens, and of each source.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 
+import numpy as np
 import torch
 
 from cs336_alignment.data.batching import collate, plan_microbatches
@@ -21,6 +24,8 @@ def evaluate_loss(
     *,
     microbatch_tokens: int,
     batching: Batching,
+    stop_ids: Collection[int] = (),
+    groups: Sequence[str] = (),
     advance: Callable[[int], None] = lambda _: None,
     stopped: Callable[[], bool] = lambda: False,
 ) -> dict[str, float]:
@@ -35,14 +40,22 @@ def evaluate_loss(
         processes: among which they are divided.
         microbatch_tokens: token budget of a forward pass.
         batching: flat rows, or padded ones.
+        stop_ids: tokens that end a response (EOS, an end of turn).
+        groups: (N,) the name of the source that each example is of; empty: they are not told apart.
         advance: called with the number of examples done, for a progress bar.
         stopped: asked before each forward pass; once True the rest is left out, and the result is
             for nobody.
 
     Returns:
-        `eval/loss` in nats a token and `eval/token_entropy` in nats.
+        In nats a token: `eval/loss`; `eval/loss_first_token`, the mean over the examples of the
+        first trained token of each; `eval/loss_stop_token`, the mean of the last trained token over
+        the examples where that is a stop token, left out if there is none; `eval/loss/NAME` for
+        each group of several; and `eval/token_entropy` in nats.
     """
     device = processes.device
+    names = list(dict.fromkeys(groups))
+    group_of = torch.tensor([names.index(name) for name in groups], dtype=torch.int64)
+    stops = torch.tensor(sorted(stop_ids), dtype=torch.int64, device=device)
     microbatches = plan_microbatches(
         range(len(dataset)),
         dataset.lengths,
@@ -52,19 +65,44 @@ def evaluate_loss(
         gradient_accumulation_steps=None,
         batching=batching,
     )
-    sums = torch.zeros(2, dtype=torch.float64, device=device)
+    sums = torch.zeros(5 + len(names), dtype=torch.float64, device=device)
     training = policy.training
     policy.eval()
     with torch.no_grad():
         for ids in microbatches:
-            if stopped():
+            if stopped() or not ids:
                 break
-            batch = collate([dataset[i] for i in ids], batching=batching).to(device)
+            examples = [dataset[i] for i in ids]
+            batch = collate(examples, batching=batching).to(device)
             log_probs, entropy = policy(batch, with_entropy=True)
             assert entropy is not None
-            sums[0] -= masked_normalize(log_probs.double(), batch.response_mask)
+            nll = -log_probs.double()  # (R,) in the order of the examples
+            sums[0] += masked_normalize(nll, batch.response_mask)
             sums[1] += masked_normalize(entropy.double(), batch.response_mask)
+            # Position t predicts token t + 1, so an example's first token is never among them.
+            counts = torch.tensor([int(example.response_mask[1:].sum()) for example in examples])
+            ends = counts.cumsum(0).to(device)  # (examples,)
+            last = ends - 1
+            is_stop = torch.isin(batch.labels[last], stops)
+            sums[2] += nll[ends - counts.to(device)].sum()
+            sums[3] += nll[last][is_stop].sum()
+            sums[4] += is_stop.sum()
+            if names:
+                owners = group_of[ids].repeat_interleave(counts).to(device)  # (R,)
+                sums[5:].index_add_(0, owners, nll)
             advance(len(ids) * processes.count)
     policy.train(training)
-    nll, entropy_sum = (processes.sum(sums) / int(dataset.response_lengths.sum())).tolist()
-    return {"eval/loss": nll, "eval/token_entropy": entropy_sum}
+    nll_sum, entropy_sum, first, stop, num_stops, *by_group = processes.sum(sums).tolist()
+    num_tokens = int(dataset.response_lengths.sum())
+    metrics = {
+        "eval/loss": nll_sum / num_tokens,
+        "eval/token_entropy": entropy_sum / num_tokens,
+        "eval/loss_first_token": first / len(dataset),
+    }
+    if num_stops:
+        metrics["eval/loss_stop_token"] = stop / num_stops
+    if len(names) > 1:
+        tokens = np.bincount(group_of.numpy(), dataset.response_lengths, len(names))
+        for name, total, number in zip(names, by_group, tokens, strict=True):
+            metrics[f"eval/loss/{name}"] = total / float(number)
+    return metrics

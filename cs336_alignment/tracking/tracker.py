@@ -11,6 +11,7 @@ from cs336_alignment.files import replacing
 from cs336_alignment.tracking.console import Console
 from cs336_alignment.tracking.metrics import MetricsFile, read_metrics
 from cs336_alignment.tracking.plots import plot_lengths, plot_loss
+from cs336_alignment.tracking.run_clock import RunClock
 from cs336_alignment.tracking.wandb_logger import Logger
 
 SHOWN_CHARACTERS = 400
@@ -25,6 +26,11 @@ class RunTracker:
         logger: wandb or nothing.
         folder: of the run.
         on_saved: called with the step of each checkpoint.
+
+    Attributes:
+        evaluations: the rows of the metrics file that are evaluations, those of earlier parts of
+            the run among them.
+        generations: of the last evaluation that had any.
     """
 
     def __init__(
@@ -41,6 +47,9 @@ class RunTracker:
         self.folder = folder
         self.on_saved = on_saved
         self.generations: Sequence[Mapping[str, Any]] = ()
+        rows = [] if metrics is None else read_metrics(metrics.path)
+        self.evaluations = [row for row in rows if "eval/loss" in row]
+        self._clock = RunClock(rows)
 
     def step(self, step: int, metrics: Mapping[str, float], *, log: bool) -> None:
         """Take one step's metrics; `log`: into the files too, else only to the progress bar."""
@@ -64,15 +73,23 @@ class RunTracker:
         self.console.warn(text)
 
     def evaluation(
-        self, step: int, metrics: Mapping[str, float], rows: Sequence[Mapping[str, Any]]
+        self,
+        step: int,
+        metrics: Mapping[str, float],
+        rows: Sequence[Mapping[str, Any]],
+        seconds: float = 0.0,
     ) -> None:
-        """Take an evaluation's metrics and generations; rows go to `generations/step-….jsonl`."""
+        """Take an evaluation's metrics and generations, and how long it took; rows go to
+        `generations/step-….jsonl`.
+        """
         if self.metrics is None:
             return
         if rows:  # first: an evaluation that the metrics hold is not made again
             self.generations = rows
             write_generations(self.folder / "generations" / f"step-{step:06d}.jsonl", rows)
+        metrics = {**metrics, **self._clock.evaluated(seconds)}
         self.metrics.write(step, metrics)
+        self.evaluations.append({"step": step, **metrics})
         self.logger.log(step, metrics)
         shown = ("eval/loss", "eval/format_reward", "eval/answer_reward", "eval/stop_rate")
         parts = [f"{name} {metrics[name]:.4f}" for name in shown if name in metrics]
@@ -82,8 +99,7 @@ class RunTracker:
 
     def has_evaluated(self, step: int) -> bool:
         """Tell whether the metrics hold an evaluation of this step."""
-        rows = [] if self.metrics is None else read_metrics(self.metrics.path)
-        return any(row["step"] == step and "eval/loss" in row for row in rows)
+        return any(row["step"] == step for row in self.evaluations)
 
     def finish(self, exit_code: int, title: str) -> None:
         """Draw the pictures and close everything."""

@@ -145,17 +145,7 @@ def restore(folder: Path, module: nn.Module, optimizer: torch.optim.Optimizer) -
     Raises:
         UserError: names or shapes are not those of this module (74).
     """
-    weights, own = load_file(folder / WEIGHTS), module_tensors(module)
-    if weights.keys() != own.keys() or any(weights[n].shape != own[n].shape for n in own):
-        raise UserError(
-            "R205",
-            f"{folder} holds weights of another model",
-            ExitStatus.IO,
-            hint="give another run_name, or the model the run was started with",
-        )
-    with torch.no_grad():
-        for name, tensor in own.items():
-            tensor.copy_(weights[name])
+    state = restore_weights(folder, module)
     moments = load_file(folder / OPTIMIZER)
     if moments:
         allocate_state(optimizer)
@@ -169,6 +159,26 @@ def restore(folder: Path, module: nn.Module, optimizer: torch.optim.Optimizer) -
         )
     for name, place in places.items():
         place.copy_(moments[name])
+    return state
+
+
+def restore_weights(folder: Path, module: nn.Module) -> TrainState:
+    """Load the weights alone of a verified checkpoint into a module, in place.
+
+    Raises:
+        UserError: names or shapes are not those of this module (74).
+    """
+    weights, own = load_file(folder / WEIGHTS), module_tensors(module)
+    if weights.keys() != own.keys() or any(weights[n].shape != own[n].shape for n in own):
+        raise UserError(
+            "R205",
+            f"{folder} holds weights of another model",
+            ExitStatus.IO,
+            hint="give another run_name, or the model the run was started with",
+        )
+    with torch.no_grad():
+        for name, tensor in own.items():
+            tensor.copy_(weights[name])
     state = json.loads((folder / STATE).read_text(encoding="utf-8"))
     return TrainState(**state["progress"])
 
@@ -181,6 +191,7 @@ def save_checkpoint(
     save_sidecars: Callable[[Path], None],
     keep: int,
     damaged: Collection[Path] = (),
+    best: int | None = None,
 ) -> Path:
     """Write a checkpoint, make it the latest, and delete the oldest beyond `keep`.
 
@@ -191,11 +202,12 @@ def save_checkpoint(
         save_sidecars: writes small files (config, tokenizer) into the directory it is given.
         keep: checkpoints that stay, at least 1.
         damaged: checkpoints that do not count and go, now that there is another one.
+        best: the step whose checkpoint stays besides.
 
     Raises:
         UserError: the disk is full or failing (74); the checkpoints before this one are intact.
     """
-    final = checkpoints / f"step-{snapshot.state.step:06d}"
+    final = folder_of(checkpoints, snapshot.state.step)
     temporary = checkpoints / f"{TEMPORARY}{final.name}-{os.getpid()}"
     replaced = checkpoints / f"{TEMPORARY}old-{final.name}-{os.getpid()}"
     try:
@@ -215,8 +227,8 @@ def save_checkpoint(
         flush_folder(checkpoints)
         flush_folder(checkpoints.parent)
         shutil.rmtree(replaced, ignore_errors=True)
-        write_json(checkpoints / INDEX, {"latest": final.name, "best": None})
-        _rotate(checkpoints, snapshot.state.step, keep, damaged)
+        _write_index(checkpoints, snapshot.state.step, best)
+        _rotate(checkpoints, snapshot.state.step, keep, damaged, best)
     except Exception as failure:
         if not final.is_dir() and replaced.is_dir():
             with contextlib.suppress(OSError):
@@ -235,6 +247,35 @@ def save_checkpoint(
             "the checkpoints before this one are intact",
         ) from failure
     return final
+
+
+def mark_best(checkpoints: Path, best: int, *, latest: int, keep: int) -> None:
+    """Name the best checkpoint in the index; the one that was it goes if it is beyond `keep`.
+
+    Args:
+        checkpoints: the run's folder of checkpoints.
+        best: its step.
+        latest: the newest step that has a checkpoint; later ones are left alone.
+        keep: newest checkpoints that stay besides.
+    """
+    _write_index(checkpoints, latest, best)
+    _rotate(checkpoints, latest, keep, (), best)
+
+
+def folder_of(checkpoints: Path, step: int) -> Path:
+    """Give the folder of a step's checkpoint, which need not be there."""
+    return checkpoints / f"step-{step:06d}"
+
+
+def saved_steps(checkpoints: Path) -> set[int]:
+    """Give the steps that have a checkpoint, whole or not."""
+    return {_step_of(folder) for folder in list_checkpoints(checkpoints)}
+
+
+def _write_index(checkpoints: Path, latest: int, best: int | None) -> None:
+    name = None if best is None else folder_of(checkpoints, best).name
+    index = {"latest": folder_of(checkpoints, latest).name, "best": name}
+    write_json(checkpoints / INDEX, index)
 
 
 def _seal(folder: Path, manifest: dict[str, dict[str, int | str]]) -> None:
@@ -308,7 +349,9 @@ def remove_leftovers(checkpoints: Path) -> None:
         (checkpoints / f".{INDEX}").unlink(missing_ok=True)
 
 
-def _rotate(checkpoints: Path, step: int, keep: int, damaged: Collection[Path]) -> None:
+def _rotate(
+    checkpoints: Path, step: int, keep: int, damaged: Collection[Path], best: int | None
+) -> None:
     # What does not verify must not push out what does. A later one is of that kind, too, or this
     # run would have begun there.
     whole = [
@@ -317,7 +360,8 @@ def _rotate(checkpoints: Path, step: int, keep: int, damaged: Collection[Path]) 
         if _step_of(folder) <= step and (folder not in damaged or _step_of(folder) == step)
     ]
     gone = [folder for folder in damaged if _step_of(folder) != step]
-    for folder in (*gone, *sorted(whole, key=_step_of)[:-keep]):
+    old = [f for f in sorted(whole, key=_step_of)[:-keep] if _step_of(f) != best]
+    for folder in (*gone, *old):
         shutil.rmtree(folder, ignore_errors=True)
 
 

@@ -19,6 +19,7 @@ from cs336_alignment.training.checkpoint import (
     Snapshot,
     TrainState,
     list_checkpoints,
+    mark_best,
     save_checkpoint,
     verify,
 )
@@ -57,9 +58,15 @@ class CheckpointWriter:
         self._thread: threading.Thread | None = None
         self._failure: BaseException | None = None
         self._seconds = 0.0
+        self._best: int | None = None
 
     def rehearse(
-        self, module: nn.Module, optimizer: torch.optim.Optimizer, saves: int
+        self,
+        module: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        saves: int,
+        *,
+        keeps_best: bool = False,
     ) -> str | None:
         """Write and verify a checkpoint of one tensor, before hours are spent on what cannot be
         kept.
@@ -68,6 +75,7 @@ class CheckpointWriter:
             module: to be saved later.
             optimizer: of the module, its state allocated.
             saves: how many checkpoints are still to come, the export among them.
+            keeps_best: whether the best one stays besides.
 
         Returns:
             A warning where the disk will not hold all that are to be kept at once, else None.
@@ -106,7 +114,7 @@ class CheckpointWriter:
                 hint="make room, or choose an output_root=… on another disk",
             )
         # The new one is whole before the oldest goes.
-        most = min(saves, self._keep + 1 - len(list_checkpoints(self._checkpoints)))
+        most = min(saves, self._keep + keeps_best + 1 - len(list_checkpoints(self._checkpoints)))
         if free < most * needed:
             return (
                 f"{free:,.0f} MiB are free, and the checkpoints to come may take "
@@ -134,12 +142,30 @@ class CheckpointWriter:
             save_checkpoint(
                 self._checkpoints, snapshot,
                 extra=self._extra, save_sidecars=self._save_sidecars, keep=self._keep,
-                damaged=self._damaged,
+                damaged=self._damaged, best=self._best,
             )  # fmt: skip
             self._damaged = ()
         except BaseException as failure:
             self._failure = failure
         self._seconds = time.perf_counter() - start
+
+    def mark_best(self, best: int, latest: int) -> None:
+        """Keep the checkpoint of the best step from now on, whatever its age; `finish` must have
+        been called. `latest` is the newest step that has one.
+
+        Raises:
+            UserError: the disk is full or failing (74); the checkpoints are intact.
+        """
+        self._best = best
+        try:
+            mark_best(self._checkpoints, best, latest=latest, keep=self._keep)
+        except OSError as failure:
+            raise UserError(
+                "R211",
+                f"cannot write to {self._checkpoints}: {failure.strerror or failure}",
+                ExitStatus.IO,
+                hint="make room and run the same command again; the checkpoints are intact",
+            ) from failure
 
     @property
     def has_ended(self) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shlex
 import shutil
@@ -18,9 +19,11 @@ from cs336_alignment.data.batching import StepPlan
 from cs336_alignment.data.ledger import LedgerEntry
 from cs336_alignment.data.splits import PreparedData
 from cs336_alignment.errors import ExitStatus
+from cs336_alignment.metric_names import greater_is_better
 from cs336_alignment.model.policy import Policy
 from cs336_alignment.tracking.console import Console
 from cs336_alignment.tracking.metrics import read_metrics
+from cs336_alignment.tracking.run_clock import EVALUATION_SECONDS, EVALUATION_SHARE
 from cs336_alignment.tracking.tracker import show_examples
 from cs336_alignment.training.batching_choice import BatchingChoice, dropout_options
 from cs336_alignment.training.checkpoint import TrainState
@@ -118,23 +121,25 @@ def ledger_line(ledger: LedgerEntry) -> str:
     return "; ".join(pieces)
 
 
-def before_and_after(folder: Path) -> list[tuple[str, float, float]]:
-    """Compare the first and last evaluation of a run, metric by metric; only those count that asked
-    the questions of now.
+def before_and_after(
+    folder: Path, step: int, chosen_by: str | None
+) -> list[tuple[str, float, float]]:
+    """Compare the first evaluation of a run with that of the exported step, metric by metric; only
+    those count that asked the questions of now. The metric that chose the step is among them.
     """
     since = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["evaluation_since_step"]
-    rows = [row for row in read_metrics(folder / METRICS) if row["step"] >= since]
+    rows = [row for row in read_metrics(folder / METRICS) if since <= row["step"] <= step]
     results = []
-    for name in COMPARED:
-        values = [row[name] for row in rows if row.get(name) is not None]
-        if len(values) > 1:
-            results.append((name, values[0], values[-1]))
+    for name in dict.fromkeys((*COMPARED, *filter(None, [chosen_by]))):
+        found = [(row["step"], row[name]) for row in rows if row.get(name) is not None]
+        if len(found) > 1 and found[-1][0] == step:
+            results.append((name, found[0][1], found[-1][1]))
     return results
 
 
 def show_metric(name: str, value: float) -> str:
     """Write an evaluation metric as people read it: losses as numbers, shares in percent."""
-    return f"{value:.4f}" if name == "eval/loss" else f"{100 * value:.1f} %"
+    return f"{100 * value:.1f} %" if greater_is_better(name) else f"{value:.4f}"
 
 
 def resume_command(arguments: Sequence[str]) -> str:
@@ -159,12 +164,24 @@ def resume_command(arguments: Sequence[str]) -> str:
     return f"{'cs336-sft' if here else f'{python} -m cs336_alignment.cli'} train {words}"
 
 
-def write_card(config: Config, state: TrainState, folder: Path, template: str) -> str:
+def evaluation_line(folder: Path) -> str | None:
+    """Say how much of the run's time its evaluations took; None if there were none."""
+    rows = [row for row in read_metrics(folder / METRICS) if row.get(EVALUATION_SHARE) is not None]
+    if not rows:
+        return None
+    seconds = math.fsum(row[EVALUATION_SECONDS] for row in rows if row.get(EVALUATION_SECONDS))
+    return f"evaluation took {seconds:.1f} s, {rows[-1][EVALUATION_SHARE]:.1%} of the run"
+
+
+def write_card(
+    config: Config, state: TrainState, best: str | None, folder: Path, template: str
+) -> str:
     """Write the model card of a run that has come to its end.
 
     Args:
         config: of the run.
-        state: at its end.
+        state: of the exported step.
+        best: why this step, if it was chosen.
         folder: of the run.
         template: the text of its prompt template.
     """
@@ -172,7 +189,7 @@ def write_card(config: Config, state: TrainState, folder: Path, template: str) -
     facts = {
         "learning rate": f"{optimizer.learning_rate:g}, {optimizer.lr_scheduler_type}",
         "examples a step": str(config.trainer.global_batch_size),
-        "steps": str(state.step),
+        "steps": str(state.step) if best is None else f"{state.step} ({best})",
         "trained tokens": f"{state.response_tokens_seen:,}",
         "seed": str(config.seed),
     }
@@ -181,7 +198,7 @@ def write_card(config: Config, state: TrainState, folder: Path, template: str) -
         run_name=config.run_name or "",
         data=config.data.train_path,
         facts=facts,
-        results=before_and_after(folder),
+        results=before_and_after(folder, state.step, config.trainer.metric_for_best_model),
         prompt_template=template,
     )
 
@@ -192,6 +209,8 @@ def say_goodbye(
     outcome: ExitStatus,
     *,
     step: int,
+    exported: int,
+    chosen_by: str | None,
     generations: Sequence[Mapping[str, Any]],
     command: str,
 ) -> None:
@@ -202,6 +221,8 @@ def say_goodbye(
         folder: of the run.
         outcome: DONE, or the status of the request that stopped it.
         step: the last one done.
+        exported: the one whose weights are in `model/`.
+        chosen_by: the metric that is best there; None: it is the last one.
         generations: of the last evaluation.
         command: what continues the run.
     """
@@ -215,12 +236,15 @@ def say_goodbye(
     if generations:
         console.note(f"\nThe first {EXAMPLES_SHOWN} generations after training:\n")
         show_examples(console, generations, EXAMPLES_SHOWN)
-    if results := before_and_after(folder):
+    if results := before_and_after(folder, exported, chosen_by):
         cells = [
             [name, show_metric(name, before), show_metric(name, after)]
             for name, before, after in results
         ]
-        console.table("Held-out data", ["metric", "before", "after"], cells)
+        title = "Held-out data" if exported == step else f"Held-out data, exported step {exported}"
+        console.table(title, ["metric", "before", "after"], cells)
+    if (line := evaluation_line(folder)) is not None:
+        console.note(line)
     console.note(f"model    {folder / EXPORT}  (loads with transformers' from_pretrained)")
     console.note(f"metrics  {folder / METRICS}, picture {folder / 'loss.png'}")
     if generations:

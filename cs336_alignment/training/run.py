@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,6 @@ from cs336_alignment.data.batching import StepPlan
 from cs336_alignment.data.splits import RunData, ledger_json, prepare_run
 from cs336_alignment.errors import ExitStatus, UserError
 from cs336_alignment.evaluation.evaluator import Evaluator
-from cs336_alignment.files import sha256_of
 from cs336_alignment.model.loading import (
     ModelSource,
     check_fits,
@@ -31,9 +31,16 @@ from cs336_alignment.tracking.metrics import MetricsFile
 from cs336_alignment.tracking.tracker import RunTracker
 from cs336_alignment.tracking.wandb_logger import Logger, NullLogger, WandbLogger
 from cs336_alignment.training.batching_choice import choose_batching
-from cs336_alignment.training.checkpoint import TrainState, remove_leftovers, restore
+from cs336_alignment.training.best import Criterion, Judge, Score, Verdict
+from cs336_alignment.training.checkpoint import (
+    TrainState,
+    remove_leftovers,
+    restore,
+    saved_steps,
+)
 from cs336_alignment.training.checkpoint_writer import CheckpointWriter
-from cs336_alignment.training.export import export_model, save_sidecars
+from cs336_alignment.training.export import save_sidecars
+from cs336_alignment.training.finish import Finish
 from cs336_alignment.training.manifest import build_manifest
 from cs336_alignment.training.optimizer import allocate_state, build_optimizer
 from cs336_alignment.training.parallel import (
@@ -51,11 +58,11 @@ from cs336_alignment.training.preflight import (
     telling_out_of_memory,
     warm_up_compiled,
 )
+from cs336_alignment.training.reload_check import bit_sums
 from cs336_alignment.training.report import (
     describe_run,
     resume_command,
     say_goodbye,
-    write_card,
 )
 from cs336_alignment.training.run_folder import (
     EXPORT,
@@ -173,6 +180,8 @@ class _Run:
     status: StatusFile
     stop: StopRequest
     inputs: _Inputs
+    base: dict[str, int] = field(default_factory=dict)  # the weights before training
+    told_lost: Score | None = None
 
     def to_the_end(self, precision: str) -> ExitStatus:
         """Load the model, fail early where something is wrong, then train."""
@@ -184,6 +193,8 @@ class _Run:
             self.inputs.source, random_init=config.model.random_init, seed=config.seed
         )
         set_threads(self.processes.local_count, model.num_parameters())
+        if config.trainer.reload_check and self.processes.is_main:
+            self.base = bit_sums(model)
         parts = [part for part in (data, held_out) if part is not None]
         longest = max(int(part.dataset.lengths.max()) for part in parts)
         check_fits(model, max(part.largest_token_id for part in parts), longest)
@@ -220,12 +231,15 @@ class _Run:
         optimizer = build_optimizer(policy.model, config.optimizer)
         state = self._resume(policy, optimizer, total_steps)
         self._rehearse_memory(policy, optimizer, plan, cut, range(state.step, total_steps))
+        old = self.folder.earlier_part(self.decision.checkpoint)
         manifest = build_manifest(
-            config, old=self.folder.earlier_part(self.decision.checkpoint), model=policy.model,
+            config, old=old, model=policy.model,
             tokenizer=tokenizer, train=data, held_out=held_out, num_processes=self.processes.count,
             precision=str(policy.autocast_dtype or policy.model.dtype).removeprefix("torch."),
             step=state.step,
         )  # fmt: skip
+        since = state.step if self.decision.more_steps else old.get("patient_since_step", 0)
+        manifest["patient_since_step"] = since
         if manifest["evaluation_since_step"] == state.step + 1:
             self.console.warn(
                 "the evaluation data or options changed: results before this step do not compare"
@@ -253,29 +267,43 @@ class _Run:
             watchdog.beat()
             return self.stop.status
 
+        judge = Judge(
+            Criterion.of(config.trainer), config.trainer.early_stopping_patience,
+            comparable_since=manifest["evaluation_since_step"],
+            patient_since=manifest["patient_since_step"],
+            evaluations=lambda: tracker.evaluations,
+            saved_steps=lambda: saved_steps(self.folder.checkpoints),
+        )  # fmt: skip
         trainer = Trainer(
             policy, self.processes.wrap(policy), optimizer, data.dataset, plan=plan, cut=cut,
             total_steps=total_steps, state=state, trainer=config.trainer,
             optimizer_config=config.optimizer, seed=config.seed, processes=self.processes,
             tracker=tracker, writer=writer, poll=poll,
-            evaluate=self._evaluation(policy, cut, state.step, total_steps, tracker, poll),
+            evaluate=self._evaluation(policy, cut, state.step, total_steps, tracker, judge, poll),
         )  # fmt: skip
         self.console.start(total_steps, state.step)
-        outcome = ExitStatus.INTERNAL
+        outcome, exported = ExitStatus.INTERNAL, state.step
         try:
             self._rehearse_saving(writer, policy, optimizer, total_steps - state.step)
             self.stop.wait_for_steps()
             with watchdog, telling_out_of_memory(self.processes.device):
                 begin = state.step
-                outcome = trainer.fit()
+                fitted = trainer.fit()
             if self.processes.agree(self.stop.out_of_time) and state.step == begin:
                 raise _no_time(config.trainer.max_hours)
-            if outcome == ExitStatus.DONE:
-                self._export(policy, state, manifest)
+            if fitted == ExitStatus.DONE:
+                manifest["stopped_early"] = state.step < total_steps
+                finish = Finish(
+                    config, self.folder, self.console, self.processes, self.stop, self.status,
+                    tokenizer, self.inputs.data, policy, self.base,
+                )  # fmt: skip
+                fitted, exported = finish(state, judge, manifest)
+            outcome = fitted
         finally:
             tracker.finish(outcome, config.run_name or "")
         say_goodbye(
-            self.console, self.folder.path, outcome, step=state.step,
+            self.console, self.folder.path, outcome, step=state.step, exported=exported,
+            chosen_by=config.trainer.metric_for_best_model,
             generations=tracker.generations, command=self.status.command,
         )  # fmt: skip
         return outcome
@@ -323,7 +351,9 @@ class _Run:
 
         def rehearse() -> None:
             saves = 2 + (steps // every if every else 0)  # the last one and the export
-            if (warning := writer.rehearse(policy.model, optimizer, saves)) is not None:
+            keeps_best = self.config.trainer.metric_for_best_model is not None
+            warning = writer.rehearse(policy.model, optimizer, saves, keeps_best=keeps_best)
+            if warning is not None:
                 self.console.warn(warning)
 
         if steps:
@@ -336,8 +366,9 @@ class _Run:
         first_step: int,
         total_steps: int,
         tracker: RunTracker,
+        judge: Judge,
         poll: Callable[[], ExitStatus | None],
-    ) -> Callable[[int], None]:
+    ) -> Callable[[int], Verdict]:
         """Make the function that the loop calls at every step and that knows when it is due."""
         held_out, tokenizer = self.inputs.data.held_out, self.inputs.tokenizer
         if held_out is None:
@@ -348,13 +379,13 @@ class _Run:
                 self.console.warn(
                     "there is no evaluation data (data.eval_path, data.eval_fraction)"
                 )
-            return lambda _: None
+            return lambda _: Verdict()
         evaluator = Evaluator(
             policy, tokenizer, held_out.dataset, held_out.ground_truths,
             config=self.config.evaluation, processes=self.processes,
             microbatch_tokens=cut.microbatch_tokens or DEFAULT_MICROBATCH_TOKENS,
             batching=cut.batching, seed=self.config.seed, progress=self.console.progress,
-            asked=poll,
+            groups=held_out.groups, asked=poll,
         )  # fmt: skip
         eval_steps = self.config.trainer.eval_steps
         generation_steps = self.config.evaluation.generation_steps
@@ -367,15 +398,47 @@ class _Run:
         def due(every: int | None, step: int) -> bool:
             return every is not None and (step in (0, total_steps) or is_due(every, step))
 
-        def evaluate(step: int) -> None:
+        def judged(step: int, metrics: Mapping[str, float] | None = None) -> Verdict:
+            if judge.criterion is None:
+                return Verdict()
+            # The metrics are the main process's.
+            verdict: Verdict = self.processes.agree(judge.verdict(step, metrics))
+            return verdict
+
+        def evaluate(step: int) -> Verdict:
             generate = due(generation_steps, step)
-            if step == first_step and not pending:
-                return
-            if generate or due(eval_steps, step):
-                result = evaluator.run(generate=generate)
-                tracker.evaluation(step, result.metrics, result.rows)
+            if step == first_step and not (pending and (generate or due(eval_steps, step))):
+                # The best step of the parts before is kept from the first save on.
+                return self._tell(judged(step), step, total_steps)
+            if not generate and not due(eval_steps, step):
+                return Verdict()
+            begin = time.perf_counter()
+            result = evaluator.run(generate=generate)
+            if generation_steps is not None and not generate and judged(step, result.metrics).stop:
+                generate, result = True, evaluator.run(generate=True)  # this step is the last
+            if generate or generation_steps is None:
+                judge.refuse_missing(result.metrics)
+            tracker.evaluation(step, result.metrics, result.rows, time.perf_counter() - begin)
+            return self._tell(judged(step), step, total_steps)
 
         return evaluate
+
+    def _tell(self, verdict: Verdict, step: int, total_steps: int) -> Verdict:
+        """Say what a verdict means for people."""
+        metric, lost = self.config.trainer.metric_for_best_model, verdict.lost
+        if lost is not None and lost != self.told_lost:
+            self.told_lost = lost
+            self.console.warn(
+                f"step {lost.step} has the best {metric} ({lost.value:.4f}), and its checkpoint is "
+                "gone: the best of those that are there is kept instead"
+            )
+        if verdict.stop and step < total_steps:
+            patience = self.config.trainer.early_stopping_patience
+            self.console.note(
+                f"stopped early at step {step} of {total_steps}: {patience} evaluation(s) without "
+                f"a better {metric}"
+            )
+        return verdict
 
     def _open_tracker(
         self,
@@ -386,8 +449,8 @@ class _Run:
         if not self.processes.is_main:
             return RunTracker(self.console, None, NullLogger(), folder.path)
         remove_leftovers(folder.checkpoints)
+        folder.write_json(MANIFEST, manifest)  # first: a new length is new until both are there
         folder.write_config(config)
-        folder.write_json(MANIFEST, manifest)
         folder.write_json(LEDGER, ledger_json(self.inputs.data))
         self.status.running(state.step)
         metrics = MetricsFile(folder.path / METRICS)
@@ -401,15 +464,3 @@ class _Run:
                 note=self.console.note, warn=self.console.warn,
             )  # fmt: skip
         return RunTracker(self.console, metrics, logger, folder.path, self.status.running)
-
-    def _export(self, policy: Policy, state: TrainState, manifest: Mapping[str, Any]) -> None:
-        def export() -> None:
-            template = self.inputs.data.train.template
-            text = "the tokenizer's chat template" if template is None else template.text
-            card = write_card(self.config, state, self.folder.path, text)
-            target = self.folder.path / EXPORT
-            export_model(target, policy.model, self.inputs.tokenizer, card)
-            weights = {path.name: sha256_of(path) for path in target.glob("*.safetensors")}
-            self.folder.write_json(MANIFEST, {**manifest, "export": weights})
-
-        self.processes.on_main(export)

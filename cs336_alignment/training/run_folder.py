@@ -41,6 +41,7 @@ FREE = frozenset(
         "trainer.async_save",
         "trainer.metric_for_best_model",
         "trainer.greater_is_better",
+        "trainer.reload_check",
         "trainer.watchdog_minutes",
         "data.eval_path",
         "data.max_eval_examples",
@@ -50,9 +51,7 @@ FREE = frozenset(
         "parallel.timeout_minutes",
     }
 )
-FREE_SECTIONS = (
-    "evaluation.", "logger.", "inspect.", "data.lint.", "sweep.", "expert_iteration.",
-)  # fmt: skip
+FREE_SECTIONS = ("evaluation.", "logger.", "inspect.", "data.lint.")
 # These are told: the same examples in the same steps, with sums in another order, or a longer run.
 NOTICED = frozenset(
     {
@@ -83,12 +82,14 @@ class Decision:
         checkpoint: where training continues; None: from the start.
         notices: lines to show before training.
         damaged: checkpoints later than that one, which go once another one is saved.
+        more_steps: a run that had ended early was given another length.
     """
 
     complete: bool = False
     checkpoint: Path | None = None
     notices: tuple[str, ...] = ()
     damaged: tuple[Path, ...] = ()
+    more_steps: bool = False
 
 
 class RunFolder:
@@ -200,8 +201,12 @@ class RunFolder:
             # Nothing was trained that another config could spoil.
             return Decision() if named is None else self._from_named(named)
         notices, lengthened = compare(old, config, Place(self.path / CONFIG))
-        if completed and not lengthened:
-            if (reason := self._damage(export)) is None:
+        ended_early = completed and bool(self._read_manifest().get("stopped_early"))
+        patient = old.get("trainer.early_stopping_patience")
+        goes_on = lengthened or (ended_early and _is_more(patient, config))
+        if completed and not goes_on:
+            reason = self._damage(export) or self._other_choice(config)
+            if reason is None:
                 return Decision(complete=True)
             notices.append(f"the model is written once more: {reason}")
         if checkpoint is None:
@@ -219,7 +224,20 @@ class RunFolder:
             f"passed over a damaged checkpoint, which goes with the next save: {line}"
             for line in skipped.values()
         ]
-        return Decision(checkpoint=checkpoint, notices=tuple(notices), damaged=tuple(skipped))
+        return Decision(
+            checkpoint=checkpoint,
+            notices=tuple(notices),
+            damaged=tuple(skipped),
+            more_steps=ended_early and lengthened,
+        )
+
+    def _other_choice(self, config: Config) -> str | None:
+        """Say that the export was chosen by another metric than is asked for; None: it was not."""
+        best = self._read_manifest().get("best") or {}
+        metric = config.trainer.metric_for_best_model
+        if best.get("metric") == metric:
+            return None
+        return f"trainer.metric_for_best_model was {best.get('metric')} and is {metric}"
 
     def _damage(self, export: Path) -> str | None:
         """Say what is wrong with the exported weights; None: nothing."""
@@ -293,6 +311,12 @@ class RunFolder:
     def _read_manifest(self) -> dict[str, Any]:
         path = self.path / MANIFEST
         return _read_json(path) if path.is_file() else {}
+
+
+def _is_more(patience: int | None, config: Config) -> bool:
+    """Whether the command waits longer for a better evaluation than the run did."""
+    new = config.trainer.early_stopping_patience
+    return patience is not None and (new is None or new > patience)
 
 
 def _read_json(path: Path) -> dict[str, Any]:

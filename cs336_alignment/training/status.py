@@ -45,6 +45,9 @@ class StatusFile:
         path: of the file.
         resume_command: what continues this run.
         enabled: False on all but the main process; every method then does nothing.
+
+    Attributes:
+        reload_check: goes into the file from the next writing on.
     """
 
     def __init__(self, path: Path, resume_command: str, *, enabled: bool) -> None:
@@ -54,6 +57,7 @@ class StatusFile:
         self._step = 0
         self._began = False
         self._before: dict[str, Any] = {}
+        self.reload_check: str | None = None
 
     def read(self) -> dict[str, Any]:
         """Read the file; {} if there is none."""
@@ -80,7 +84,8 @@ class StatusFile:
     def _write(self, state: str, status: ExitStatus | None, error: str | None) -> None:
         if self._enabled:
             code = None if status is None else int(status)
-            write_json(self._path, asdict(Status(state, self._step, code, error, self.command)))
+            content = Status(state, self._step, code, error, self.command, self.reload_check)
+            write_json(self._path, asdict(content))
 
     @contextmanager
     def covering(self) -> Iterator[None]:

@@ -16,6 +16,7 @@ from cs336_alignment.data.dataset import TokenizedDataset
 from cs336_alignment.errors import ExitStatus, UserError
 from cs336_alignment.model.compile import compiled_graphs
 from cs336_alignment.model.policy import Policy
+from cs336_alignment.training.best import Verdict
 from cs336_alignment.training.checkpoint import TrainState
 from cs336_alignment.training.checkpoint_writer import CheckpointWriter
 from cs336_alignment.training.optimizer import set_learning_rate
@@ -77,7 +78,8 @@ class Trainer:
         processes: who shares the work.
         tracker: takes metrics.
         evaluate: called with the state's step at the start and with every step done; it knows
-            itself when it is due, and raises StopNow, on all processes, if one is asked to stop.
+            itself when it is due, gives the same verdict on all processes, and raises StopNow, on
+            all of them, if one is asked to stop.
         writer: of checkpoints.
         poll: called at every microbatch; gives the exit status of a request to stop, or None.
     """
@@ -98,7 +100,7 @@ class Trainer:
         seed: int,
         processes: Processes,
         tracker: Tracker,
-        evaluate: Callable[[int], None],
+        evaluate: Callable[[int], Verdict],
         writer: CheckpointWriter,
         poll: Callable[[], ExitStatus | None],
     ) -> None:
@@ -117,11 +119,13 @@ class Trainer:
         self.tracker = tracker
         self.evaluate = evaluate
         self.writer = writer
+        self._best: int | None = None
         self._writing: int | None = None  # the step whose checkpoint is being written
         self.poll = poll
 
     def fit(self) -> ExitStatus:
-        """Train to the last step; returns DONE, or the status of the request that stopped the run.
+        """Train to the last step, or until no evaluation finds a better one; returns DONE, or the
+        status of the request that stopped the run.
 
         Raises:
             UserError: a loss or gradient that is not finite (70), before it reaches the weights; a
@@ -153,8 +157,8 @@ class Trainer:
             self.tracker.warn(f"the checkpoint of step {self._writing} failed, too: {failure}")
 
     def _take_steps(self) -> None:
-        self.evaluate(self.state.step)
-        while self.state.step < self.total_steps:
+        enough = self._evaluate()
+        while self.state.step < self.total_steps and not enough:
             metrics, asked = self.train_step()
             step, last = self.state.step, self.state.step == self.total_steps
             self.tracker.step(step, metrics, log=is_due(self.config.logging_steps, step))
@@ -163,7 +167,23 @@ class Trainer:
             # Before the evaluation, which can take long: what is trained is safe.
             if last or is_due(self.config.save_steps, step):
                 self.save()
-            self.evaluate(step)
+            enough = self._evaluate()
+
+    def _evaluate(self) -> bool:
+        """Evaluate if that is due, and keep the best step; True: no better one is waited for.
+
+        A kill at any place costs nothing: without a checkpoint the step is done and evaluated
+        again, and with one the best step follows from the metrics alone.
+        """
+        verdict, step = self.evaluate(self.state.step), self.state.step
+        best = verdict.best
+        if best is not None and best.step != self._best:
+            if best.step == step and not verdict.saved and self._writing != step:
+                self.save()
+            self.settle()
+            self._best, latest = best.step, self._saved
+            self.processes.on_main(lambda: self.writer.mark_best(best.step, latest))
+        return verdict.stop
 
     def train_step(self) -> tuple[dict[str, float], ExitStatus | None]:
         """Take one optimizer step; returns its metrics and a request to stop that any process

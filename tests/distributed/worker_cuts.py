@@ -32,6 +32,7 @@ def main(path: str) -> None:
     torch.set_num_threads(1)
     stay_in_float64()
     errors: dict[str, float] = {}
+    losses: dict[str, dict[str, float]] = {}
     for name, dtype in itertools.product(
         ("llama", "qwen2", "gpt2"), (torch.float64, torch.float32)
     ):
@@ -52,11 +53,14 @@ def main(path: str) -> None:
                 case = f"{name} {dtype} {normalization} {step} x{accumulation} {batching}"
                 errors[case] = relative_error(gradient(policy.model), want)
         loss = evaluate_loss(
-            policy, dataset, processes, microbatch_tokens=90, batching="flat_shared_prefix"
-        )["eval/loss"]
-        errors[f"eval {name} {dtype}"] = loss
+            policy, dataset, processes, microbatch_tokens=90, batching="flat_shared_prefix",
+            stop_ids=range(50), groups=["a", "b"] * 5 + ["b"],
+        )  # fmt: skip
+        losses[f"{name} {dtype}"] = loss
     if processes.is_main:
-        Path(path).write_text(json.dumps({"world": processes.count, "errors": errors}))
+        Path(path).write_text(
+            json.dumps({"world": processes.count, "errors": errors, "losses": losses})
+        )
     processes.wait()
     processes.close()
 

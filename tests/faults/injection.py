@@ -106,6 +106,8 @@ class _Disk:
             self.operation(creates=True)
             raw = _CountedFile(file, mode.replace("b", "").replace("t", ""))
             raw.disk = self
+            if 0 in (*args[:1], options.get("buffering")):  # a line of metrics is one write
+                return raw
             buffered = io.BufferedWriter(raw)
             if "b" in mode:
                 return buffered

@@ -53,7 +53,7 @@ def command(model: Path, rows: Path) -> list[str]:
         f"data.eval_path={rows}", f"trainer.max_steps={STEPS}", "trainer.eval_steps=7",
         "trainer.num_train_epochs=99", "trainer.save_steps=4", "evaluation.generation_steps=15", "evaluation.max_new_tokens=8",
         "evaluation.num_prompts=4", "optimizer.learning_rate=1e-3",
-        "trainer.gradient_accumulation_steps=3",
+        "trainer.gradient_accumulation_steps=3", "trainer.metric_for_best_model=eval/loss",
     ]  # fmt: skip
 
 
@@ -62,7 +62,9 @@ def what_is_left(run: Path) -> dict[str, Any]:
     last = run / f"checkpoints/step-{STEPS:06d}"
     status = json.loads((run / "status.json").read_text())
     return {
-        "weights": (run / "model/model.safetensors").read_bytes(),
+        "weights": (last / "model.safetensors").read_bytes(),
+        "export": (run / "model/model.safetensors").read_bytes(),
+        "best": json.loads((run / "checkpoints/index.json").read_text())["best"],
         "moments": (last / "optimizer.safetensors").read_bytes(),
         "progress": json.loads((last / "trainer_state.json").read_text())["progress"],
         "metrics": without_times(run / "metrics.jsonl"),

@@ -16,6 +16,7 @@ from cs336_alignment.config import OptimizerConfig, TrainerConfig
 from cs336_alignment.data.batching import StepPlan
 from cs336_alignment.errors import ExitStatus, UserError
 from cs336_alignment.model.policy import Policy
+from cs336_alignment.training.best import Verdict
 from cs336_alignment.training.checkpoint import (
     TrainState,
     find_latest,
@@ -64,7 +65,7 @@ class Life:
     folder: Path
     processes: Processes
     poll: Poll = lambda: None
-    evaluate: Callable[[int], None] = lambda step: None
+    evaluate: Callable[[int], Verdict] = lambda step: Verdict()
     trainer: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -250,9 +251,10 @@ def test_a_loss_spike_is_told_refused_or_left_out(
 def test_what_is_written_behind_is_told_when_another_error_ends_the_run(
     full: bool, tmp_path: Path, processes: Processes, tally: Tally, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def evaluate(step: int) -> None:
+    def evaluate(step: int) -> Verdict:
         if step == 2:  # its checkpoint is being written
             raise RuntimeError("another error")
+        return Verdict()
 
     folder = tmp_path / "run"
     life = Life(folder, processes, evaluate=evaluate, trainer={"async_save": True})

@@ -161,6 +161,42 @@ def test_evaluation_loss_depends_on_neither_layout_nor_batch_size(
             assert result["eval/loss"] == pytest.approx(want, rel=1e-13)
 
 
+@pytest.mark.parametrize("prefix", [0, PREFIX])
+@pytest.mark.parametrize("weighted", [False, True])  # some of several turns
+def test_losses_of_first_tokens_stop_tokens_and_sources_are_those_of_plain_transformers(
+    weighted: bool, prefix: int, processes: Processes
+) -> None:
+    dataset = build_dataset(12, prefix=prefix, weighted=weighted)
+    log_probs, mask = dense_log_probs(build_model("llama"), dataset, range(len(dataset)))
+    groups = [("a", "b/c", "a")[i % 3] for i in range(len(dataset))]
+    trained = [dataset[i].input_ids[1:][dataset[i].response_mask[1:]] for i in range(len(dataset))]
+    stop_ids = {int(ids[-1]) for ids in trained[::3]}
+    nll = [-lp[m] for lp, m in zip(log_probs.detach(), mask, strict=True)]
+    stops = [n[-1] for n, ids in zip(nll, trained, strict=True) if int(ids[-1]) in stop_ids]
+    assert 4 <= len(stops) < len(dataset)
+    want = {
+        "eval/loss": torch.cat(nll).mean(),
+        "eval/loss_first_token": torch.stack([n[0] for n in nll]).mean(),
+        "eval/loss_stop_token": torch.stack(stops).mean(),
+        **{
+            f"eval/loss/{name}": torch.cat([n for n, g in zip(nll, groups, strict=True) if g == name]).mean()
+            for name in ("a", "b/c")
+        },
+    }  # fmt: skip
+    policy = Policy(build_model("llama"))
+    for tokens in (1, 20, 1000):
+        for batching in get_args(Batching):
+            found = evaluate_loss(
+                policy, dataset, processes, microbatch_tokens=tokens, batching=batching,
+                stop_ids=stop_ids, groups=groups,
+            )  # fmt: skip
+            del found["eval/token_entropy"]
+            assert found == pytest.approx({k: v.item() for k, v in want.items()}, rel=1e-13)
+    plain = evaluate_loss(policy, dataset, processes, microbatch_tokens=50, batching="flat",
+                          groups=["a"] * len(dataset))  # fmt: skip
+    assert set(plain) == {"eval/loss", "eval/token_entropy", "eval/loss_first_token"}
+
+
 @pytest.mark.fault("T23 every cut of a step")
 def test_dropout_is_a_function_of_seed_step_and_microbatch(processes: Processes) -> None:
     model = build_model("gpt2")

@@ -17,7 +17,7 @@ PACKAGE = ROOT / "cs336_alignment"
 FILES = sorted(PACKAGE.rglob("*.py"))
 # Lower layers first; a module imports from its own package and from lower layers alone.
 LAYERS = [
-    {"cores", "errors", "files", "microbatch", "orphans"}, {"config"}, {"config_check", "config_names"},
+    {"cores", "errors", "files", "microbatch", "orphans"}, {"config"}, {"config_check", "config_names", "metric_names"},
     {"compose_errors", "compose", "data", "model", "training.loss"},
     {"training.parallel", "training.optimizer", "training.schedule", "training.checkpoint",
      "training.checkpoint_writer", "training.step", "training.stop", "training.spike",
@@ -26,7 +26,8 @@ LAYERS = [
     {"tracking"}, {"evaluation"},
     {"training.run_folder", "training.export", "training.manifest", "training.report",
      "training.trainer", "training.run", "training.doctor", "training.invariances",
-     "training.token_check"},
+     "training.token_check", "training.best", "training.finish", "training.reload_check",
+     "training.reload_child"},
     {"data_commands", "chat_command"}, {"cli", "sft"},
 ]  # fmt: skip
 OWNERS = {
@@ -166,5 +167,5 @@ def test_size() -> None:
             if name_of(path).split(".")[0] in packages
         )  # fmt: skip
 
-    assert lines("config", "data", "model", "training") <= 7550
+    assert lines("config", "data", "model", "training") <= 8600
     assert lines("evaluation", "tracking", "cli") <= 3000

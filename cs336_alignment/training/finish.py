@@ -1,0 +1,180 @@
+"""The end of a run that was trained: choose the step, export it, and check what was exported."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from cs336_alignment.config import Config
+from cs336_alignment.data.splits import RunData
+from cs336_alignment.errors import ExitStatus, UserError
+from cs336_alignment.files import sha256_of
+from cs336_alignment.model.compile import in_eager
+from cs336_alignment.model.policy import Policy
+from cs336_alignment.tracking.console import Console
+from cs336_alignment.training.best import Judge, Score
+from cs336_alignment.training.checkpoint import (
+    TrainState,
+    folder_of,
+    restore_weights,
+    verify,
+)
+from cs336_alignment.training.export import export_model
+from cs336_alignment.training.parallel import Processes
+from cs336_alignment.training.reload_check import LIMIT_SECONDS, ReloadResult, check_export
+from cs336_alignment.training.report import write_card
+from cs336_alignment.training.run_folder import EXPORT, MANIFEST, RunFolder
+from cs336_alignment.training.status import StatusFile
+from cs336_alignment.training.stop import StopRequest
+
+
+@dataclass
+class Finish:
+    """What the end needs of a run. A kill anywhere in it costs nothing: the same command, with all
+    steps done, comes here again.
+
+    Attributes:
+        config: of the run.
+        folder: of the run.
+        console: of this process.
+        processes: all of them come here.
+        stop: asked while the export is checked.
+        status: takes the outcome of the check.
+        tokenizer: as trained with.
+        data: trained and evaluated on.
+        policy: as trained, not wrapped.
+        base: see `bit_sums`; empty off the main process.
+    """
+
+    config: Config
+    folder: RunFolder
+    console: Console
+    processes: Processes
+    stop: StopRequest
+    status: StatusFile
+    tokenizer: PreTrainedTokenizerBase
+    data: RunData
+    policy: Policy
+    base: Mapping[str, int]
+
+    def __call__(
+        self, state: TrainState, judge: Judge, manifest: Mapping[str, Any]
+    ) -> tuple[ExitStatus, int]:
+        """Do it all.
+
+        Args:
+            state: at the last step.
+            judge: chooses the step.
+            manifest: to which is added what was exported.
+
+        Returns:
+            DONE, or the status of a request to stop that came during the check; and the step that
+            was exported.
+
+        Raises:
+            UserError: the disk refuses (74); the export is not what was trained (70).
+        """
+
+        def export() -> None:
+            nonlocal state
+            state, score = self._choose(state, judge)
+            self._export(state, score, manifest)
+
+        self.processes.on_main(export)
+        state = self.processes.agree(state)
+        return self._check(state), state.step
+
+    def _choose(self, state: TrainState, judge: Judge) -> tuple[TrainState, Score | None]:
+        """Bring the weights of the best step into the model, if one is chosen."""
+        metric = self.config.trainer.metric_for_best_model
+        for score in judge.choices(state.step):
+            folder = folder_of(self.folder.checkpoints, score.step)
+            if score.step == state.step:
+                chosen = state
+            elif (reason := verify(folder)) is None:
+                chosen = restore_weights(folder, self.policy.model)
+            else:
+                self.console.warn(
+                    f"{folder} has the best {metric} and is damaged ({reason}): the next best is "
+                    "exported"
+                )
+                continue
+            self.console.note(
+                f"exporting step {score.step} of {state.step}: the best {metric}, {score.value:.4f}"
+            )
+            return chosen, score
+        if metric is not None:
+            self.console.warn(f"no step has a {metric} to choose by: the last one is exported")
+        return state, None
+
+    def _export(self, state: TrainState, score: Score | None, manifest: Mapping[str, Any]) -> None:
+        metric, best, why = self.config.trainer.metric_for_best_model, None, None
+        if metric is not None:
+            best = {
+                "metric": metric,
+                "step": None if score is None else score.step,
+                "value": None if score is None else score.value,
+            }
+        if score is not None:
+            why = f"the best {metric}: {score.value:.4f}"
+        template = self.data.train.template
+        text = "the tokenizer's chat template" if template is None else template.text
+        card = write_card(self.config, state, why, self.folder.path, text)
+        target = self.folder.path / EXPORT
+        export_model(target, self.policy.model, self.tokenizer, card)
+        weights = {path.name: sha256_of(path) for path in target.glob("*.safetensors")}
+        more = {"export": weights, "export_step": state.step, "best": best}
+        self.folder.write_json(MANIFEST, {**manifest, **more})
+
+    def _check(self, state: TrainState) -> ExitStatus:
+        """Load the export in a fresh process and compare."""
+        if not self.config.trainer.reload_check:
+            return ExitStatus.DONE
+        result: ReloadResult | None = None
+        if self.processes.is_main:
+            self.console.note(f"loading {self.folder.path / EXPORT} in a fresh process")
+            with in_eager():
+                result = self._compare(state)
+        result, asked = self.processes.agree((result, self.stop.status))
+        assert result is not None
+        if result.outcome == "stopped":
+            return ExitStatus(asked)
+        self.status.reload_check = str(result)
+        for warning in result.warnings:
+            self.console.warn(warning)
+        self.console.note(f"reload check {result}")
+
+        def refuse() -> None:
+            if result.outcome == "failed":
+                raise UserError(
+                    "R305",
+                    f"{self.folder.path / EXPORT} is not the model that was trained",
+                    ExitStatus.INTERNAL,
+                    got="; ".join(result.reasons),
+                    hint="the checkpoints are intact; the same command exports and checks again",
+                )
+
+        self.processes.on_main(refuse)
+        return ExitStatus.DONE
+
+    def _compare(self, state: TrainState) -> ReloadResult:
+        config, template = self.config, self.data.train.template
+        still = config.optimizer.learning_rate == 0 or state.skipped_steps >= state.step
+        limit = LIMIT_SECONDS
+        if self.processes.count > 1:  # the others wait in a collective that has a limit, too
+            limit = min(limit, 30 * config.parallel.timeout_minutes)
+        return check_export(
+            self.folder.path / EXPORT,
+            self.policy.model,
+            self.tokenizer,
+            (self.data.held_out or self.data.train).dataset,
+            base={} if still else self.base,
+            texts=[] if template is None else [template.text],
+            trust_remote_code=config.model.trust_remote_code,
+            limit_seconds=limit,
+            # The time limit ended the steps; a check of seconds would only be put off.
+            asked=lambda: self.stop.status is not None and not self.stop.out_of_time,
+        )
