@@ -9,10 +9,13 @@ data/        sources (json_rows, table_rows) → layout → formats, templates
              → splits, mixture → dataset → batching (step ▸ examples ▸ microbatches)
              token_view, token_page: what is trained, to look at
 model/       loading · attention (flat rows, shared prefix) · lm_head (chunked) · policy · log_probs
+             slots, padded_decoder: decoding with a cache
 training/    loss · step (one step's gradient) · trainer (the loop) · run (a run, whole)
              optimizer · schedule · parallel · checkpoint · run_folder · status · stop
              preflight · report · manifest · export · doctor (invariances)
-evaluation/  loss · log_generations · evaluator · run (`cs336-sft evaluate`)
+             best (which step) · finish (what a run ends with) · reload_check (the export, loaded anew)
+evaluation/  loss · generate (sampling) · log_generations · evaluator · run (`cs336-sft evaluate`:
+             arms, kept_responses, statistics, summary, categories) · chat, chat_session
              rewards ← answers ← quantities, formulas ← spelling
 tracking/    tracker · console · metrics · wandb_logger · plots
 ```
