@@ -184,9 +184,8 @@ def identity_of(arm: Arm, model: PreTrainedModel, config: Config) -> str:
         weights = {path.name: sha256_of(path) for path in sorted(files)}
     options = asdict(config.evaluation)
     sampling = ("max_new_tokens", "min_new_tokens", "temperature", "top_p", "stop")
-    backend = ("backend", "server_url", "server_model")
     return json.dumps([
         arm.source.location, weights, tokenizer_fingerprint(arm.tokenizer),
-        {name: options[name] for name in (*sampling, *backend)},
+        {name: options[name] for name in sampling},
         {name: metadata.version(name) for name in ("cs336-alignment", "transformers", "torch")},
     ])  # fmt: skip
