@@ -204,7 +204,6 @@ def _page(summary: Summary, model: EvaluationResult, names: Sequence[str], confi
         "temperature",
         "top_p",
         "stop",
-        "backend",
     )
     return to_markdown(
         summary,

@@ -215,7 +215,9 @@ def test_a_second_signal_leaves_at_once_and_nothing_is_lost(
         asked = time.monotonic()
         os.kill(process_id, number)
         assert zygote.wait(process_id) == code
-        assert time.monotonic() - asked < 2  # its memory goes back first; the microbatch takes longer
+        assert (
+            time.monotonic() - asked < 2
+        )  # its memory goes back first; the microbatch takes longer
         assert json.loads((run / "status.json").read_text())["state"] == "preempted"
 
 
