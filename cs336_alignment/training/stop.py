@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 import time
 from collections.abc import Callable
 from types import FrameType
@@ -45,8 +46,9 @@ class StopRequest:
 
     Until `wait_for_steps` is called a signal raises `StopNow` on the spot; from then on it is
     remembered, and the trainer saves before it leaves. A second signal, two seconds later or more,
-    leaves at once: launchers and schedulers send the first one twice. Use as a context manager: the
-    handlers last as long as it does, and the time limit counts from its making.
+    leaves at once: launchers and schedulers send the first one twice. Use as a context manager, in
+    the main thread: the handlers last as long as it does, and the time limit counts from its
+    making.
 
     Args:
         max_hours: stop by itself after this long, None: never.
@@ -67,7 +69,6 @@ class StopRequest:
         self._waits = False
         self._status: ExitStatus | None = None
         self.out_of_time = False
-        self._received = 0.0
         self._before: dict[int, object] = {}
 
     def __enter__(self) -> StopRequest:
@@ -75,9 +76,18 @@ class StopRequest:
             if number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN:
                 continue  # `nohup` means it
             self._before[number] = signal.signal(number, self._on_signal)
+        # Python calls its handlers between two of its own instructions. Within a long one, a
+        # backward pass, they wait, and two signals of a kind become one: so they are counted where
+        # they arrive.
+        reader, self._writer = os.pipe()
+        os.set_blocking(self._writer, False)
+        self._earlier_writer = signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False)
+        threading.Thread(target=self._watch, args=(reader,), daemon=True).start()
         return self
 
     def __exit__(self, *_: object) -> None:
+        signal.set_wakeup_fd(self._earlier_writer)
+        os.close(self._writer)
         for number, handler in self._before.items():
             signal.signal(number, handler)  # type: ignore[arg-type]
 
@@ -86,20 +96,29 @@ class StopRequest:
         self._waits = True
 
     def _on_signal(self, number: int, _: FrameType | None) -> None:
-        now = time.monotonic()
-        if self._status is not None:
-            if now - self._received > REPEAT_SECONDS:
-                try:
-                    self._on_leave(self._status)
-                finally:  # a full disk must not keep it here
-                    os._exit(self._status)
-            return
-        self._received = now
-        self._status = ExitStatus.INTERRUPTED if number == signal.SIGINT else ExitStatus.STOPPED
-        if not self._waits:
-            raise StopNow(self._status)
-        if self._tell:
-            os.write(2, TOLD)  # print may be what the signal interrupted, and is not reentrant
+        if self._status is None:
+            self._status = _status_after(number)
+            if not self._waits:
+                raise StopNow(self._status)
+
+    def _watch(self, reader: int) -> None:
+        """Answer the first signal with a line and end the process at a second one."""
+        first: tuple[float, ExitStatus] | None = None
+        with open(reader, "rb", buffering=0) as arrivals:
+            while numbers := arrivals.read(64):
+                now = time.monotonic()
+                for number in numbers:
+                    if number not in self._before:
+                        continue
+                    if first is None:
+                        first = now, _status_after(number)
+                        if self._tell and self._waits:
+                            os.write(2, TOLD)
+                    elif now - first[0] > REPEAT_SECONDS:
+                        try:
+                            self._on_leave(first[1])
+                        finally:  # a full disk must not keep it here
+                            os._exit(first[1])
 
     @property
     def status(self) -> ExitStatus | None:
@@ -112,3 +131,11 @@ class StopRequest:
             self._status = ExitStatus.STOPPED
             self.out_of_time = True
         return self._status
+
+
+def _status_after(number: int) -> ExitStatus:
+    return ExitStatus.INTERRUPTED if number == signal.SIGINT else ExitStatus.STOPPED
+
+
+# A signal to a forked child is none to its parent, whose pipe it would write into.
+os.register_at_fork(after_in_child=lambda: signal.set_wakeup_fd(-1))
