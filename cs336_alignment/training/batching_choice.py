@@ -113,10 +113,15 @@ def _measure(
             return f"a {batching} row differs from padded ones by {error:.0e}", error
         if compute is not None:
             policy.autocast_dtype = compute
-            noise, narrow = (_apart(_log_probs(policy, rows, b), padded) for b in ("padded", batching))
+            noise, narrow = (
+                _apart(_log_probs(policy, rows, b), padded) for b in ("padded", batching)
+            )
             if not narrow <= max(leak / LEAK_RATIO, NOISE_RATIO * noise):
                 name = str(compute).removeprefix("torch.")
-                return f"in {name} a {batching} row differs from padded ones by {narrow:.0e}", narrow
+                return (
+                    f"in {name} a {batching} row differs from padded ones by {narrow:.0e}",
+                    narrow,
+                )
     except (RuntimeError, ValueError, TypeError, IndexError) as failure:
         return f"the model does not take flat rows ({failure})", 0.0
     finally:

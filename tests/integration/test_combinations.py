@@ -81,7 +81,9 @@ def bound(name: str, precision: torch.dtype) -> float:
 
 def build(name: str, precision: torch.dtype) -> Policy:
     narrow = precision == BF16
-    return Policy(build_model(name, torch.float32 if narrow else precision), BF16 if narrow else None)
+    return Policy(
+        build_model(name, torch.float32 if narrow else precision), BF16 if narrow else None
+    )
 
 
 @pytest.mark.parametrize("checkpointing", [False, True, "selective"])
