@@ -5,9 +5,9 @@ The reference is one padded batch through plain transformers in float64, its log
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import lru_cache
-from typing import get_args
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -15,6 +15,12 @@ from torch import Tensor
 from transformers import (
     CTRLConfig,
     CTRLLMHeadModel,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    Lfm2Config,
+    Lfm2ForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
     MptConfig,
     MptForCausalLM,
     PreTrainedModel,
@@ -155,28 +161,45 @@ def test_heads_are_read_from_the_models() -> None:
     }  # fmt: skip
 
 
-def alibi() -> PreTrainedModel:
-    torch.manual_seed(0)
-    return MptForCausalLM(MptConfig(d_model=32, n_heads=4, n_layers=2, vocab_size=VOCABULARY))
+COMMON = {
+    "vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "initializer_range": 0.3,
+    "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
+}  # fmt: skip
+NOT_FLAT: dict[str, tuple[Any, Any, dict[str, Any], str]] = {
+    "sliding windows": (MistralConfig, MistralForCausalLM, {"sliding_window": 8}, "sliding window"),
+    "capped scores": (
+        Gemma2Config, Gemma2ForCausalLM, {"final_logit_softcapping": 3.0}, "scores are soft-capped"
+    ),
+    "convolutions": (
+        Lfm2Config, Lfm2ForCausalLM, {"layer_types": ["conv", "full_attention"]}, "of type conv"
+    ),
+    "alibi": (
+        MptConfig, MptForCausalLM, {"d_model": 32, "n_heads": 4, "n_layers": 2},
+        "attention interface",
+    ),
+    "recurrence": (
+        RwkvConfig, RwkvForCausalLM, {"attention_hidden_size": 32}, "attention interface"
+    ),
+}  # fmt: skip
 
 
-def recurrent() -> PreTrainedModel:
-    torch.manual_seed(0)
-    config = RwkvConfig(
-        vocab_size=VOCABULARY, hidden_size=32, attention_hidden_size=32, num_hidden_layers=2
-    )
-    return RwkvForCausalLM(config)
-
-
-@pytest.mark.parametrize("build", [alibi, recurrent])
+@pytest.mark.parametrize("kind", NOT_FLAT)
 def test_architectures_that_take_no_flat_rows_are_padded_and_say_why(
-    build: Callable[[], PreTrainedModel], processes: Processes
+    kind: str, processes: Processes
 ) -> None:
+    config, architecture, options, reason = NOT_FLAT[kind]
+
+    def build() -> PreTrainedModel:
+        torch.manual_seed(0)
+        model: PreTrainedModel = architecture(config(**COMMON, **options))
+        return model
+
     dataset, policy = build_dataset(prefix=PREFIX), Policy(build())
     choice = choose_batching(policy, "auto", 40)
-    assert choice.batching == "padded" and "attention interface" in choice.reason
+    assert choice.batching == "padded" and reason in choice.reason
     for wanted in ("flat", "flat_shared_prefix"):
-        with pytest.raises(UserError, match=rf"trainer\.batching={wanted} .* attention interface"):
+        with pytest.raises(UserError, match=rf"trainer\.batching={wanted} .*{reason}"):
             choose_batching(policy, wanted, 40)
     plain = build()
     dense_loss(plain, dataset, IDS, "token").backward()
