@@ -115,11 +115,13 @@ class TokenWeights:
         token: (R,) float64, the token's own weight times its example's.
         example_total: (R,) float64, the sum of these over the token's example.
         example: (R,) float64, the weight of the token's example.
+        total: the sum of `token`.
     """
 
     token: Tensor
     example_total: Tensor
     example: Tensor
+    total: float
 
     def to(self, device: torch.device) -> TokenWeights:
         """Copy to a device."""

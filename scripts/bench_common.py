@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -144,6 +144,19 @@ class Shape:
             total += 6.0 * self.body * positions + 6.0 * self.layers * self.attention * sum(seen)
             total += passes * self.vocabulary * self.hidden * rows
         return total
+
+
+def refuse_apart(apart: Mapping[str, float], bound: float) -> None:
+    """End with an error if an arm computes something else: its speed would be no comparison.
+
+    Args:
+        apart: arm → how far its loss or gradient is from the reference, relatively.
+        bound: what that may be.
+    """
+    wrong = {name: error for name, error in apart.items() if not error <= bound}
+    if wrong:
+        named = ", ".join(f"{name} ({error:.0e})" for name, error in wrong.items())
+        raise SystemExit(f"not the same work within {bound:.0e}: {named}")
 
 
 def sizes_of(examples: Iterable[TokenizedExample]) -> list[tuple[int, int]]:

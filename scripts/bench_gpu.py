@@ -6,7 +6,8 @@ Models of Qwen2.5's shapes with drawn weights, fp32 weights and bf16 compute. Th
 GSM8K under the r1_zero template (91 tokens in common), and a long tail (log-normal, median 700, at
 most 4,096). The arms take turns. Prints for each real tokens a second, the share of the bf16 GEMM
 rate measured in the same run, peak memory, and the loss and gradient against float64 (of a few
-short examples, through the same arm).
+short examples, through the same arm); exit status 1 if an arm is off by more than twice what plain
+transformers' padded rows are in the same precision.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from bench_common import (
     Microbatches,
     Shape,
     product_rate,
+    refuse_apart,
     seconds_of,
     sizes_of,
     take_step,
@@ -171,6 +173,8 @@ def measure(name: str, kind: str, options: argparse.Namespace, device: torch.dev
         print(f"| {label} | {tokens / second:,.0f} | {base / second:.2f} | "
               f"{useful / second / rate:.0%} | {memory.get(label, float('nan')):.1f} | "
               f"{loss:.0e} | {apart:.0e} |")  # fmt: skip
+    plain = errors[LADDER[0].name][1]
+    refuse_apart({name: apart for name, (_, apart) in errors.items()}, max(2 * plain, 1e-5))
 
 
 if __name__ == "__main__":

@@ -59,6 +59,10 @@ LABELS = {
     "trl_grouped": "TRL, fp32, no checkpointing, grouped by length",
 }
 BASE = "trl_plain"
+# Step 1 of an arm that does the same work: relative bounds of its loss and gradient norm. Not for
+# arms that compute in bfloat16 or put other rows into a step.
+SAME_WORK = {"loss": 1e-4, "grad_norm": 1e-3}
+OTHER_WORK = {"trl_default": "bf16", "trl_grouped": "other rows in a step"}
 
 
 def train_ours(
@@ -323,6 +327,19 @@ def table_of(rows: dict[str, dict[str, float]]) -> str:
     return "\n".join(lines)
 
 
+def parity_of(rows: dict[str, dict[str, float]]) -> str:
+    """Say whether the arms do the same work; one that does not is no comparison."""
+    same = [name for name in rows if name not in OTHER_WORK]
+    wrong = [
+        f"{LABELS[name]} ({key} {rows[name][key]:.6g} instead of {rows[same[0]][key]:.6g})"
+        for name in same for key, bound in SAME_WORK.items()
+        if not abs(rows[name][key] / rows[same[0]][key] - 1) <= bound
+    ]  # fmt: skip
+    exempt = [f"{LABELS[name]} ({OTHER_WORK[name]})" for name in rows if name in OTHER_WORK]
+    lines = [f"NOT the same work: {', '.join(wrong)}" if wrong else "same loss and gradient: yes"]
+    return "; not asked of ".join([*lines, *([", ".join(exempt)] if exempt else [])])
+
+
 def draw(rows: dict[str, dict[str, float]], path: Path) -> None:
     """Draw speed and memory, an arm a bar."""
     import matplotlib
@@ -361,7 +378,8 @@ def report(
         f"after round {number}; matrix products {statistics.median(rates):.0f} GFLOP/s "
         f"({min(rates):.0f} to {max(rates):.0f})"
     )
-    print(table_of(rows), flush=True)
+    print(table_of(rows))
+    print(parity_of(rows), flush=True)
 
 
 def main() -> None:

@@ -40,8 +40,14 @@ import torch
 from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
+    GraniteConfig,
+    GraniteForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    NanoChatConfig,
+    NanoChatForCausalLM,
+    PhiConfig,
+    PhiForCausalLM,
     PreTrainedModel,
     Qwen2Config,
     Qwen2ForCausalLM,
@@ -64,6 +70,16 @@ VOCABULARY = 97
 torch.set_num_threads(1)  # the models are so small that threads only wait for each other
 
 
+# Logits that are capped, divided, or have a bias; the second with tied embeddings.
+WITH_ANOTHER_HEAD: dict[str, tuple[Any, Any, dict[str, Any]]] = {
+    "nanochat": (NanoChatConfig, NanoChatForCausalLM, {"final_logit_softcapping": 3.0}),
+    "granite": (
+        GraniteConfig, GraniteForCausalLM, {"logits_scaling": 4.0, "tie_word_embeddings": True}
+    ),
+    "phi": (PhiConfig, PhiForCausalLM, {}),
+}  # fmt: skip
+
+
 def build_model(name: str, dtype: torch.dtype = torch.float64) -> PreTrainedModel:
     """Make a small model with weights large enough that every token matters."""
     torch.manual_seed(0)
@@ -79,6 +95,12 @@ def build_model(name: str, dtype: torch.dtype = torch.float64) -> PreTrainedMode
         model = Qwen2ForCausalLM(
             Qwen2Config(hidden_size=32, intermediate_size=48, num_hidden_layers=2,
                         num_attention_heads=4, num_key_value_heads=2, **common)
+        )  # fmt: skip
+    elif name in WITH_ANOTHER_HEAD:
+        config, architecture, options = WITH_ANOTHER_HEAD[name]
+        model = architecture(
+            config(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+                   num_key_value_heads=2, max_position_embeddings=128, **common, **options)
         )  # fmt: skip
     else:
         model = GPT2LMHeadModel(

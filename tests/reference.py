@@ -9,7 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
+from transformers.models.granite.modeling_granite import GraniteRMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
+from transformers.models.nanochat.modeling_nanochat import NanoChatRMSNorm
 from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
 
 from cs336_alignment.data.dataset import TokenizedDataset
@@ -24,8 +26,9 @@ def stay_in_float64() -> pytest.MonkeyPatch:
         return self.weight * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6)
 
     patch = pytest.MonkeyPatch()
-    for norm in (LlamaRMSNorm, Qwen2RMSNorm):
+    for norm in (GraniteRMSNorm, LlamaRMSNorm, Qwen2RMSNorm):
         patch.setattr(norm, "forward", forward)
+    patch.setattr(NanoChatRMSNorm, "forward", NanoChatRMSNorm._norm)  # without the way to float32
     return patch
 
 

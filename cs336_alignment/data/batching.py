@@ -302,4 +302,5 @@ def _weights(examples: Sequence[TokenizedExample]) -> TokenWeights | None:
         tokens.append(token)
         totals.append(token.sum().expand(len(token)))
         owners.append(torch.full_like(token, example.example_weight))
-    return TokenWeights(torch.cat(tokens), torch.cat(totals), torch.cat(owners))
+    weights = torch.cat(tokens)
+    return TokenWeights(weights, torch.cat(totals), torch.cat(owners), float(weights.sum()))

@@ -85,7 +85,7 @@ def evaluate_loss(
             last = ends - 1
             is_stop = torch.isin(batch.labels[last], stops)
             sums[2] += nll[ends - counts.to(device)].sum()
-            sums[3] += nll[last][is_stop].sum()
+            sums[3] += masked_normalize(nll[last], is_stop)
             sums[4] += is_stop.sum()
             if names:
                 owners = group_of[ids].repeat_interleave(counts).to(device)  # (R,)

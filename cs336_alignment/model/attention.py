@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 import inspect
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -90,10 +91,27 @@ def _attend(
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     if layout.prefix is not None:
         key, value = (_with_prefix(x, layout.prefix) for x in (key, value))
-    half = query.dtype in (torch.bfloat16, torch.float16)
-    if query.is_cuda and half and dropout == 0.0 and _HAS_VARLEN:
+    if query.is_cuda and _has_kernel(query.device.index) and takes_varlen(query, value, dropout):
         return _varlen_attention(query, key, value, layout, scaling)
     return _grouped_attention(query, key, value, layout, dropout, scaling)
+
+
+@lru_cache
+def _has_kernel(device: int) -> bool:
+    return _HAS_VARLEN and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def takes_varlen(query: Tensor, value: Tensor, dropout: float) -> bool:
+    """Tell whether torch's kernel for rows of several sequences takes these; SDPA takes the rest.
+
+    Args:
+        query: (1, heads, T, D).
+        value: (1, key heads, K, D of the values).
+        dropout: of the attention weights.
+    """
+    half = query.dtype in (torch.bfloat16, torch.float16)
+    size = query.shape[3]
+    return half and dropout == 0.0 and size == value.shape[3] and size % 8 == 0 and size <= 256
 
 
 def _grouped_attention(
@@ -181,21 +199,19 @@ def _varlen_attention(
 ) -> Tensor:
     from torch.nn.attention.varlen import varlen_attn  # CUDA only
 
-    if key.shape[1] != query.shape[1]:  # enable_gqa is not in every supported torch
-        groups = query.shape[1] // key.shape[1]
-        key, value = repeat_kv(key, groups), repeat_kv(value, groups)
-    causal: dict[str, Any] = (
-        {"window_size": (-1, 0)}
-        if "window_size" in inspect.signature(varlen_attn).parameters
-        else {"is_causal": True}
-    )
+    options: dict[str, Any] = {"scale": scaling, "window_size": (-1, 0)}  # causal
+    if key.shape[1] != query.shape[1]:
+        if "enable_gqa" in inspect.signature(varlen_attn).parameters:
+            options["enable_gqa"] = True
+        else:  # torch 2.11
+            groups = query.shape[1] // key.shape[1]
+            key, value = repeat_kv(key, groups), repeat_kv(value, groups)
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # (T, heads, D)
     borders = layout.cu_seq_lens
     # The last query is aligned with the last key, as a prefix needs it.
     key_borders = borders if layout.prefix is None else layout.prefix.cu_key_lens
-    out = varlen_attn(
-        q, k, v, borders, key_borders, layout.max_length, layout.max_length, scale=scaling, **causal
-    )
+    longest = layout.max_length
+    out = varlen_attn(q, k, v, borders, key_borders, longest, longest, **options)
     assert isinstance(out, Tensor)  # a tuple only if auxiliary outputs are asked for
     return out.unsqueeze(0)
 

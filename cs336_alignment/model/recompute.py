@@ -7,6 +7,8 @@ from typing import Any
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 from transformers import PreTrainedModel
 
+from cs336_alignment.errors import ExitStatus, UserError
+
 PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm")
 
 
@@ -27,7 +29,19 @@ def enable_checkpointing(model: PreTrainedModel, selective: bool = False) -> Non
     Args:
         model: of transformers, whose names for this changed within the supported versions.
         selective: keep the outputs of matrix products and attention, too.
+
+    Raises:
+        UserError: the architecture cannot recompute its layers (78).
     """
+    if not getattr(model, "supports_gradient_checkpointing", False):
+        raise UserError(
+            "C124",
+            f"trainer.gradient_checkpointing and model.name_or_path do not combine: "
+            f"{type(model).__name__} cannot recompute its layers",
+            ExitStatus.BAD_CONFIG,
+            hint="trainer.gradient_checkpointing=false; a smaller trainer.microbatch_tokens saves "
+            "memory, too",
+        )
     options: dict[str, Any] = {"use_reentrant": False}
     if selective:
         options["context_fn"] = _selective_contexts

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,6 +20,8 @@ from cs336_alignment.model.policy import Policy
 
 PROBE_LENGTHS = (5, 9, 9)
 LEAK_RATIO = 20  # a flat row must be this much nearer to the padded rows than one without borders
+NOISE_RATIO = 4  # or, in bfloat16, as near to float32 as padded rows are, but for this factor
+LOUD = 30.0  # logits as large as those of trained models
 
 
 @dataclass(frozen=True)
@@ -34,8 +37,9 @@ def choose_batching(policy: Policy, wanted: str, longest: int) -> BatchingChoice
 
     Three short random rows go through the model as transformers would compute them, padded, and
     flat; rows that begin alike also with their prefix computed once. The flat row must agree with
-    the padded rows 20 times better than a row whose borders are ignored. A head that does not
-    reproduce the model's own logits is replaced by the model's own.
+    the padded rows 20 times better than a row whose borders are ignored, in the weights' precision
+    and in the compute dtype, which may have kernels of its own. A head that does not reproduce the
+    model's own logits is replaced by the model's own.
 
     Args:
         policy: on its device, not wrapped.
@@ -48,18 +52,16 @@ def choose_batching(policy: Policy, wanted: str, longest: int) -> BatchingChoice
     Raises:
         UserError: what was asked for is not exact for this architecture (78).
     """
-    rows = probe_rows(policy)
+    rows, compute = probe_rows(policy), policy.autocast_dtype
     with _probing(policy):
-        if policy.head is not None and not torch.allclose(
-            _log_probs(policy, rows, "padded"), _reference(policy, rows), rtol=1e-3, atol=1e-3
-        ):
+        if policy.head is not None and not _head_is_exact(policy, rows):
             policy.head = None
         if wanted == "padded":
             return BatchingChoice("padded", "padded, as asked")
         reason = why_not_flat(policy.model, longest)
         error = 0.0
         if reason is None:
-            reason, error = _measure(policy, rows, "flat")
+            reason, error = _measure(policy, rows, "flat", compute)
         if reason is not None:
             return _fall_back(wanted, "padded", reason)
         exact = f"equal to padded within {error:.0e} on this model"
@@ -69,7 +71,7 @@ def choose_batching(policy: Policy, wanted: str, longest: int) -> BatchingChoice
             reason = f"a shared prefix would share its dropout ({', '.join(names)})"
         else:
             alike = probe_rows(policy, prefix=MIN_SHARED_TOKENS + 1)
-            reason, error = _measure(policy, alike, "flat_shared_prefix")
+            reason, error = _measure(policy, alike, "flat_shared_prefix", compute)
     if reason is not None:
         return _fall_back(wanted, "flat", reason)
     exact = f"equal to padded within {error:.0e} on this model"
@@ -90,25 +92,74 @@ def _fall_back(wanted: str, batching: Batching, reason: str) -> BatchingChoice:
 
 
 def _measure(
-    policy: Policy, rows: Sequence[TokenizedExample], batching: Batching
+    policy: Policy,
+    rows: Sequence[TokenizedExample],
+    batching: Batching,
+    compute: torch.dtype | None,
 ) -> tuple[str | None, float]:
     """Say what is wrong with a flat layout, if anything, and how far it is from padded rows."""
     if policy.model.config._attn_implementation != FLAT_ATTENTION:
         return "the architecture does not use transformers' attention interface", 0.0
     padded = _log_probs(policy, rows, "padded")
-    try:
-        error = (_log_probs(policy, rows, batching) - padded).abs().max().item()
-    except (RuntimeError, ValueError, TypeError, IndexError) as failure:
-        return f"the model does not take flat rows ({failure})", 0.0
     joined = TokenizedExample(
         torch.cat([row.input_ids for row in rows]),
         torch.cat([row.response_mask for row in rows]),
         0,
     )
-    leak = (_log_probs(policy, [joined], "padded") - padded).abs().max().item()
-    if error <= max(leak / LEAK_RATIO, 1e-6):
-        return None, error
-    return f"a {batching} row differs from padded ones by {error:.0e}", error
+    leak = _apart(_log_probs(policy, [joined], "padded"), padded)
+    try:
+        error = _apart(_log_probs(policy, rows, batching), padded)
+        if not error <= max(leak / LEAK_RATIO, 1e-6):
+            return f"a {batching} row differs from padded ones by {error:.0e}", error
+        if compute is not None:
+            policy.autocast_dtype = compute
+            noise, narrow = (
+                _apart(_log_probs(policy, rows, b), padded) for b in ("padded", batching)
+            )
+            if not narrow <= max(leak / LEAK_RATIO, NOISE_RATIO * noise):
+                name = str(compute).removeprefix("torch.")
+                return (
+                    f"in {name} a {batching} row differs from padded ones by {narrow:.0e}",
+                    narrow,
+                )
+    except (RuntimeError, ValueError, TypeError, IndexError) as failure:
+        return f"the model does not take flat rows ({failure})", 0.0
+    finally:
+        policy.autocast_dtype = None
+    return None, error
+
+
+def _apart(got: Tensor, want: Tensor) -> float:
+    return (got - want).abs().max().item()
+
+
+def _head_is_exact(policy: Policy, rows: Sequence[TokenizedExample]) -> bool:
+    """Tell whether the head in chunks gives the log-probs of the model's own; with logits made as
+    large as those of trained models, too: a cap that nobody knows of bends no small ones.
+    """
+    head, sizes, factor = policy.head, [0.0], 1.0
+    assert head is not None
+
+    def measure_and_enlarge(_module: Any, _inputs: Any, logits: Tensor) -> Tensor:
+        sizes.append(logits.abs().max().item())
+        return logits * factor
+
+    handle = head.linear.register_forward_hook(measure_and_enlarge)
+    try:
+        exact = _agree(policy, rows)
+        if exact and 0 < max(sizes) < LOUD:
+            factor = LOUD / max(sizes)
+            policy.head = replace(head, scale=head.scale * factor)
+            exact = _agree(policy, rows)
+    finally:
+        handle.remove()
+        policy.head = head
+    return exact
+
+
+def _agree(policy: Policy, rows: Sequence[TokenizedExample]) -> bool:
+    ours, theirs = _log_probs(policy, rows, "padded"), _reference(policy, rows)
+    return torch.allclose(ours, theirs.to(ours.dtype), rtol=1e-3, atol=1e-3)
 
 
 def probe_rows(

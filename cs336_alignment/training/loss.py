@@ -191,7 +191,7 @@ def loss_weights(
     if loss_normalization == "constant":
         return token_weights, normalize_constant * counts.num_examples * per_process
     if loss_normalization == "microbatch":
-        total = float(batch.num_response_tokens if weights is None else token_weights.sum())
+        total = float(batch.num_response_tokens) if weights is None else weights.total
         return token_weights, (total or 1.0) * counts.num_microbatches
     raise ValueError(f"unknown loss_normalization {loss_normalization!r}")
 

@@ -34,11 +34,22 @@ def choose_precision(wanted: str, device: torch.device) -> torch.dtype | None:
     `auto` is bfloat16 on a GPU that has it, and float32 elsewhere: on most CPUs bfloat16 is the
     slower one.
     """
-    if wanted == "bf16":
-        return torch.bfloat16
-    if wanted == "auto" and device.type == "cuda" and torch.cuda.is_bf16_supported():
+    if wanted == "bf16" or (wanted == "auto" and _computes_bf16(device)):
         return torch.bfloat16
     return None
+
+
+def _computes_bf16(device: torch.device) -> bool:
+    # GPUs older than Ampere emulate it: it runs, slower than float32.
+    return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+
+
+def doubt_about(compute: torch.dtype | None, device: torch.device) -> str:
+    """Say in brackets what speaks against a compute dtype that was asked for; empty if nothing."""
+    if compute != torch.bfloat16 or _computes_bf16(device):
+        return ""
+    where = "this GPU emulates" if device.type == "cuda" else "most CPUs emulate"
+    return f" ({where} it: fp32 may be faster)"
 
 
 def warm_up_compiled(policy: Policy, batching: Batching) -> None:

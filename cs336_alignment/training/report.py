@@ -29,7 +29,7 @@ from cs336_alignment.training.batching_choice import BatchingChoice, dropout_opt
 from cs336_alignment.training.checkpoint import TrainState
 from cs336_alignment.training.export import model_card
 from cs336_alignment.training.parallel import launched_processes
-from cs336_alignment.training.preflight import describe_batches
+from cs336_alignment.training.preflight import describe_batches, doubt_about
 from cs336_alignment.training.run_folder import EXPORT, MANIFEST, METRICS
 from cs336_alignment.training.schedule import warmup_length
 from cs336_alignment.training.step import Cut
@@ -55,6 +55,7 @@ def describe_run(
     parameter = next(policy.parameters())
     dtype = DTYPE_NAMES.get(parameter.dtype, str(parameter.dtype))
     compute = DTYPE_NAMES.get(policy.autocast_dtype or parameter.dtype, "?")
+    compute += doubt_about(policy.autocast_dtype, parameter.device)
     threads = torch.get_num_threads()
     count = sum(p.numel() for p in policy.parameters())
     optimizer, trainer = config.optimizer, config.trainer
@@ -90,7 +91,7 @@ def describe_run(
     )
     if policy.head is None:
         lines.append(
-            ("LM head", "the model's own, since it is no plain linear layer: whole logits")
+            ("LM head", "the model's own, since it is not just a linear layer: whole logits")
         )
     if names := dropout_options(policy):
         text = f"{', '.join(names)}: runs repeat, but the result depends on the cut of a step"

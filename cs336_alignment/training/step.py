@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from cs336_alignment.config import TrainerConfig
 from cs336_alignment.data.batching import collate, mix_seed, plan_microbatches
 from cs336_alignment.data.dataset import TokenizedDataset
-from cs336_alignment.microbatch import Batching
+from cs336_alignment.microbatch import Batching, Microbatch
 from cs336_alignment.training.loss import (
     StepCounts,
     loss_slopes,
@@ -38,6 +38,47 @@ class Cut:
     microbatch_tokens: int | None
     gradient_accumulation_steps: int | None
     batching: Batching
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A step before it begins.
+
+    Attributes:
+        example_ids: those of the step, over all processes.
+        microbatches: the example ids of each, on this process.
+        first: the first microbatch, on the device.
+    """
+
+    example_ids: tuple[int, ...]
+    microbatches: list[list[int]]
+    first: Microbatch
+
+
+def prepare(
+    dataset: TokenizedDataset, example_ids: Sequence[int], cut: Cut, processes: Processes
+) -> Prepared:
+    """Cut a step and collate its first microbatch. The others are made while the one before them is
+    computed; the first has none before it, so the trainer asks for it while the last step still
+    runs.
+    """
+    microbatches = plan_microbatches(
+        example_ids,
+        dataset.lengths,
+        num_processes=processes.count,
+        process_index=processes.index,
+        microbatch_tokens=cut.microbatch_tokens,
+        gradient_accumulation_steps=cut.gradient_accumulation_steps,
+        batching=cut.batching,
+    )
+    first = _collate(dataset, microbatches[0], cut, processes)
+    return Prepared(tuple(example_ids), microbatches, first)
+
+
+def _collate(
+    dataset: TokenizedDataset, ids: Sequence[int], cut: Cut, processes: Processes
+) -> Microbatch:
+    return collate([dataset[i] for i in ids], batching=cut.batching).to(processes.device)
 
 
 @dataclass(frozen=True)
@@ -69,6 +110,7 @@ def accumulate_gradients(
     processes: Processes,
     seed: int,
     step: int,
+    prepared: Prepared | None = None,
     with_entropy: bool = False,
     give_up: Callable[[], bool] = lambda: False,
 ) -> StepResult:
@@ -84,20 +126,14 @@ def accumulate_gradients(
         processes: who shares the step.
         seed: of the run.
         step: 0-based; with the seed it fixes dropout.
+        prepared: the step as `prepare` made it, of these examples; None: it is made now.
         with_entropy: also sum the token entropies.
         give_up: asked before each microbatch; once it says True, only the last one is still done,
             since the other processes wait for its reduction.
     """
-    microbatches = plan_microbatches(
-        example_ids,
-        dataset.lengths,
-        num_processes=processes.count,
-        process_index=processes.index,
-        microbatch_tokens=cut.microbatch_tokens,
-        gradient_accumulation_steps=cut.gradient_accumulation_steps,
-        batching=cut.batching,
-    )
-    ids = list(example_ids)
+    prepared = prepared or prepare(dataset, example_ids, cut, processes)
+    assert prepared.example_ids == tuple(example_ids)
+    microbatches, ids = prepared.microbatches, list(example_ids)
     counts = StepCounts(
         num_examples=len(example_ids),
         example_weight=float(dataset.example_weights[ids].sum(dtype=np.float64)),
@@ -115,7 +151,7 @@ def accumulate_gradients(
         if give_up() and not last:
             complete = False
             continue
-        batch = collate([dataset[i] for i in members], batching=cut.batching).to(processes.device)
+        batch = _collate(dataset, members, cut, processes) if index else prepared.first
         # Dropout is a function of where the run stands, so a resumed run draws the same.
         torch.manual_seed(mix_seed(seed, step, index, processes.index))
         mask, constant = loss_weights(

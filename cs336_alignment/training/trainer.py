@@ -24,7 +24,13 @@ from cs336_alignment.training.parallel import Processes
 from cs336_alignment.training.preflight import peak_memory_gib
 from cs336_alignment.training.schedule import learning_rate
 from cs336_alignment.training.spike import SPIKE_WINDOW, is_spike
-from cs336_alignment.training.step import Cut, StepResult, accumulate_gradients
+from cs336_alignment.training.step import (
+    Cut,
+    Prepared,
+    StepResult,
+    accumulate_gradients,
+    prepare,
+)
 from cs336_alignment.training.stop import StopNow
 
 IDS_SHOWN = 32
@@ -119,6 +125,7 @@ class Trainer:
         self.tracker = tracker
         self.evaluate = evaluate
         self.writer = writer
+        self._next: Prepared | None = None  # the step that comes, made while one is computed
         self._best: int | None = None
         self._writing: int | None = None  # the step whose checkpoint is being written
         self.poll = poll
@@ -208,12 +215,17 @@ class Trainer:
             processes=self.processes,
             seed=self.seed,
             step=step,
+            prepared=self._next,
             with_entropy=log,
             give_up=lambda: self.poll() is not None,
         )
         grad_norm = nn.utils.clip_grad_norm_(
             self.policy.parameters(), self.optimizer_config.max_grad_norm
         )
+        self._next = None
+        if step + 1 < self.total_steps:  # on a GPU, before the host waits for this step's end
+            following = self.plan.example_ids(step + 1)
+            self._next = prepare(self.dataset, following, self.cut, self.processes)
         sums = self._sum(result, grad_norm)
         asked = None
         if sums.asked:

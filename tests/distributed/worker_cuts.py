@@ -18,12 +18,36 @@ from cs336_alignment.config import ParallelConfig, TrainerConfig
 from cs336_alignment.evaluation.loss import evaluate_loss
 from cs336_alignment.microbatch import Batching
 from cs336_alignment.model.policy import Policy
+from cs336_alignment.model.recompute import enable_checkpointing
 from cs336_alignment.training.parallel import Processes, start_processes
 from cs336_alignment.training.step import Cut, accumulate_gradients
 from tests.conftest import build_dataset, build_model
 from tests.reference import dense_loss, gradient, relative_error, stay_in_float64
 
 STEPS = {"full": list(range(8)), "short": [8, 3, 10], "lone": [5]}
+
+
+def combinations(processes: Processes) -> dict[str, float]:
+    """Other heads and checkpointing, each on two processes."""
+    dataset, errors = build_dataset(prefix=17), {}
+    for name, checkpointing in itertools.product(
+        ("llama", "nanochat", "granite", "phi"), (False, True, "selective")
+    ):
+        reference = build_model(name)
+        dense_loss(reference, dataset, STEPS["full"], "token").backward()
+        policy = Policy(build_model(name))
+        if checkpointing:
+            enable_checkpointing(policy.model, selective=checkpointing == "selective")
+        wrapped = processes.wrap(policy.train())
+        for batching in get_args(Batching):
+            policy.zero_grad(set_to_none=True)
+            accumulate_gradients(
+                wrapped, dataset, STEPS["full"], cut=Cut(None, 2, batching),
+                trainer=TrainerConfig(), processes=processes, seed=0, step=0,
+            )  # fmt: skip
+            case = f"{name} torch.float64 checkpointing {checkpointing} {batching}"
+            errors[case] = relative_error(gradient(policy.model), gradient(reference))
+    return errors
 
 
 def main(path: str) -> None:
@@ -57,6 +81,7 @@ def main(path: str) -> None:
             stop_ids=range(50), groups=["a", "b"] * 5 + ["b"],
         )  # fmt: skip
         losses[f"{name} {dtype}"] = loss
+    errors |= combinations(processes)
     if processes.is_main:
         Path(path).write_text(
             json.dumps({"world": processes.count, "errors": errors, "losses": losses})

@@ -123,6 +123,25 @@ def from_poll(k: int, status: ExitStatus) -> Poll:
     return poll
 
 
+def test_the_next_step_is_made_before_the_device_is_waited_for(
+    tmp_path: Path, processes: Processes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from cs336_alignment.training import trainer
+
+    life, events = Life(tmp_path, processes), []
+
+    def prepare(dataset: Any, ids: Any, cut: Any, of: Any) -> Any:
+        events.append(ids)
+        return original(dataset, ids, cut, of)
+
+    original, add = trainer.prepare, Processes.sum
+    monkeypatch.setattr(trainer, "prepare", prepare)
+    monkeypatch.setattr(Processes, "sum", lambda s, x: events.append("wait") or add(s, x))
+    assert life.loop.fit() == ExitStatus.DONE
+    made = [life.loop.plan.example_ids(step) for step in range(1, STEPS)]
+    assert events == [event for ids in made for event in (ids, "wait")] + ["wait"]
+
+
 @pytest.mark.parametrize("asynchronous", [False, True])
 @pytest.mark.parametrize("status", [ExitStatus.STOPPED, ExitStatus.INTERRUPTED])
 @pytest.mark.fault("T4 a request to stop, at each microbatch")

@@ -12,11 +12,10 @@ import torch
 from torch import Tensor
 
 from cs336_alignment.config import ParallelConfig, TrainerConfig
-from cs336_alignment.data.batching import collate
-from cs336_alignment.microbatch import Batching
+from cs336_alignment.microbatch import Batching, FlatLayout
+from cs336_alignment.model import attention
 from cs336_alignment.model.policy import Policy
 from cs336_alignment.training.batching_choice import choose_batching
-from cs336_alignment.training.loss import StepCounts, loss_slopes, loss_weights, microbatch_loss
 from cs336_alignment.training.parallel import Processes, start_processes
 from cs336_alignment.training.step import Cut, accumulate_gradients
 from tests.conftest import build_dataset, build_model
@@ -47,7 +46,7 @@ def step_gradient(policy: Policy, cut: Cut, processes: Processes) -> Tensor:
 
 @pytest.mark.parametrize("autocast", [None, torch.bfloat16])
 @pytest.mark.parametrize("batching", BATCHINGS)
-@pytest.mark.parametrize("name", ["llama", "qwen2", "gpt2"])
+@pytest.mark.parametrize("name", ["llama", "qwen2", "gpt2", "nanochat", "granite", "phi"])
 def test_every_layout_gives_the_dense_gradient(
     name: str, batching: Batching, autocast: torch.dtype | None, on_gpu: Processes
 ) -> None:
@@ -71,23 +70,20 @@ def test_auto_shares_the_prefix(on_gpu: Processes) -> None:
     assert choose_batching(policy, "auto", 64).batching == "flat_shared_prefix"
 
 
+@pytest.mark.parametrize("normalization", ["token", "sequence", "microbatch"])
+@pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("batching", ["flat", "flat_shared_prefix"])
-def test_a_microbatch_never_waits_for_the_device(batching: Batching, on_gpu: Processes) -> None:
-    dataset = build_dataset(prefix=19)
+def test_a_step_never_waits_for_the_device_before_its_end(
+    batching: Batching, weighted: bool, normalization: str, on_gpu: Processes
+) -> None:
+    dataset = build_dataset(prefix=19, weighted=weighted)
     policy = Policy(build_model("llama", torch.float32), torch.bfloat16).to(on_gpu.device)
-    examples = [dataset[i] for i in IDS]
-    tokens = int(dataset.response_lengths[IDS].sum())
-    counts = StepCounts(
-        num_examples=len(IDS), example_weight=float(len(IDS)), token_weight=float(tokens),
-        num_microbatches=1, num_processes=1,
-    )  # fmt: skip
 
     def take() -> None:
-        batch = collate(examples, batching=batching).to(on_gpu.device)
-        mask, constant = loss_weights("token", batch, counts, 1.0)
-        slopes = loss_slopes(mask, constant, torch.float32)
-        log_probs, _ = policy(batch, True, slopes)
-        microbatch_loss(log_probs, mask, constant).backward()
+        accumulate_gradients(
+            policy, dataset, IDS, cut=Cut(None, 3, batching), processes=on_gpu, seed=0, step=0,
+            trainer=TrainerConfig(loss_normalization=normalization), with_entropy=True,
+        )  # fmt: skip
 
     take()  # the first one chooses kernels
     torch.cuda.synchronize()
@@ -97,3 +93,39 @@ def test_a_microbatch_never_waits_for_the_device(batching: Batching, on_gpu: Pro
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert all(p.grad is not None and p.grad.isfinite().all() for p in policy.parameters())
+
+
+@pytest.mark.parametrize("prefix", [0, 70])
+@pytest.mark.parametrize("heads", [4, 2])
+@pytest.mark.parametrize("size", [64, 128, 20])
+def test_attention_is_that_of_float64(size: int, heads: int, prefix: int) -> None:
+    """Rows longer than a block of the kernel, grouped queries or not; a size it does not take."""
+    torch.manual_seed(0)
+    layout = FlatLayout.of([300, 130, 130, 1], prefix).to(torch.device("cuda"))
+    total = prefix + 561
+    rows = [torch.randn(1, n, total, size, dtype=torch.float64) for n in (4, heads, heads)]
+    upstream = torch.randn(1, total, 4, size, dtype=torch.float64)
+    found = []
+    for dtype in (torch.float64, torch.float32, torch.bfloat16):
+        inputs = [x.to("cuda", dtype).requires_grad_() for x in rows]
+        if dtype == torch.bfloat16:
+            assert attention.takes_varlen(inputs[0], inputs[2], 0.0) == (size != 20)
+        out = attention._attend(*inputs, layout, 0.0, None)
+        out.backward(upstream.to("cuda", dtype))
+        found.append([x.double() for x in (out, *(x.grad for x in inputs))])
+    for exact, single, half in zip(*found, strict=True):
+        assert relative_error(single, exact) <= 1e-5
+        assert relative_error(half, exact) <= 0.02
+
+
+def test_the_start_tries_the_kernel_of_training(
+    on_gpu: Processes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    policy = Policy(build_model("llama", torch.float32), torch.bfloat16).to(on_gpu.device)
+
+    def refuse(*_: object) -> Tensor:
+        raise RuntimeError("no kernel")
+
+    monkeypatch.setattr(attention, "_varlen_attention", refuse)
+    choice = choose_batching(policy, "auto", 64)
+    assert choice.batching == "padded" and "no kernel" in choice.reason

@@ -16,7 +16,7 @@ from cs336_alignment.model.policy import Policy
 from cs336_alignment.model.recompute import enable_checkpointing
 from cs336_alignment.training import step as step_module
 from cs336_alignment.training.parallel import Processes
-from cs336_alignment.training.step import Cut, accumulate_gradients
+from cs336_alignment.training.step import Cut, accumulate_gradients, prepare
 from tests.conftest import build_dataset, build_model
 from tests.reference import dense_log_probs, dense_loss, gradient, relative_error
 
@@ -115,6 +115,20 @@ def test_gradient_checkpointing_changes_nothing(selective: bool, processes: Proc
         want = step_gradient(policy, STEPS["full"], cut, "token", processes, prefix=PREFIX)
         got = step_gradient(checkpointed, STEPS["full"], cut, "token", processes, prefix=PREFIX)
         assert relative_error(got, want) <= 1e-12
+
+
+@pytest.mark.parametrize("batching", get_args(Batching))
+def test_a_step_made_beforehand_is_the_same_step(batching: Batching, processes: Processes) -> None:
+    policy, dataset, cut = Policy(build_model("llama")), build_dataset(), Cut(None, 3, batching)
+    found = []
+    for prepared in (None, prepare(dataset, STEPS["full"], cut, processes)):
+        policy.zero_grad(set_to_none=True)
+        accumulate_gradients(
+            policy, dataset, STEPS["full"], cut=cut, processes=processes, seed=0, step=0,
+            trainer=TrainerConfig(), prepared=prepared,
+        )  # fmt: skip
+        found.append(gradient(policy.model))
+    assert torch.equal(*found)
 
 
 def test_a_mean_of_means_does_depend_on_the_cut(processes: Processes) -> None:
