@@ -19,7 +19,7 @@ class Panel:
         title: for people.
         unit: of the values, "" if they have none.
         kind: how values are written: `number`, `share` (0 to 1, shown in percent), `rate`
-            (exponents), `count`, `seconds`.
+            (exponents), `count`, `length`, `seconds`.
         group: the part of the report: `learning`, `responses`, `speed` or `more`.
         metrics: name in `metrics.jsonl` → label.
     """
@@ -47,7 +47,7 @@ PANELS = (
     Panel("rewards", "Rewards", "mean over held-out prompts", "share", "responses",
           {"eval/format_reward": "format", "eval/answer_reward": "answer",
            "eval/reward": "total"}),
-    Panel("response_lengths", "Response length", "tokens, mean", "count", "responses",
+    Panel("response_lengths", "Response length", "tokens, mean", "length", "responses",
           {"eval/response_length": "all", "eval/response_length_correct": "correct",
            "eval/response_length_incorrect": "incorrect"}),
     Panel("endings", "How responses end", "share of responses", "share", "responses",

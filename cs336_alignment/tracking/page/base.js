@@ -44,16 +44,18 @@ function plainNumber(n) {
   const size = Math.abs(n);
   if (n !== 0 && size < 1e-3) return n.toExponential(2);
   if (size >= 1e6) return compact(n);
-  return fixed(n, Number.isInteger(n) ? 0 : size >= 1000 ? 0 : size >= 100 ? 1 : size >= 10 ? 2 : 4);
+  return n === 0 ? "0" : fixed(n, size >= 1000 ? 0 : size >= 100 ? 1 : size >= 10 ? 2 : 4);
 }
 
 const FORMATS = {
   number: plainNumber, count: compact, seconds: duration, duration,
   share: n => fixed(100 * n, 1) + " %",
   rate: n => n === 0 ? "0" : n.toExponential(2),
+  length: n => fixed(n, 1),
   gib: n => fixed(n, n < 10 ? 2 : 1) + " GiB",
 };
 const format = (kind, n) => n === null || n === undefined ? "–" : FORMATS[kind](n);
+const short = n => n === null ? "–" : n.toLocaleString("en", { maximumFractionDigits: 3 });
 const when = seconds => new Date(1000 * seconds).toLocaleString("en-GB", { dateStyle: "medium", timeStyle: "short" });
 const colorOf = index => `var(--c${index % 8})`;
 

@@ -1,14 +1,15 @@
 // Curves: one chart a panel, or, with several runs, one chart a metric with a curve for each run.
 const GROUPS = { learning: "Learning", responses: "Responses to held-out prompts", speed: "Speed and memory", more: "More" };
 const SMOOTH_FROM = 50;  // points; fewer are read best raw
+const NOISY_FROM = 200;  // points; more are smoothed at first
 const charts = [];
-let smoothing = 0, logScale = false, zoom = null;
+let smoothing = runs.some(run => Object.entries(run.curves).some(([name, { x, of }]) => !name.startsWith("eval/") && (of ?? x.length) >= NOISY_FROM)) ? .8 : 0, logScale = false, zoom = null;
 
 function specifications() {
   const found = [];
   for (const panel of data.panels) {
     const metrics = Object.entries(panel.metrics);
-    const line = (run, metric, label, color) => ({ curve: runs[run].curves[metric], facts: runs[run].metrics[metric], label, color, dense: !metric.startsWith("eval/") });
+    const line = (run, metric, label, color) => ({ curve: runs[run].curves[metric], facts: runs[run].metrics[metric], label, color, kind: panel.kind, dense: !metric.startsWith("eval/") });
     const part = (title, lines) => found.push({ ...panel, title, lines: lines.filter(one => one.curve) });
     if (!several) part(panel.title, metrics.map(([metric, label], i) => line(0, metric, label, i)));
     else for (const [metric, label] of metrics) {
@@ -31,7 +32,7 @@ function smoothed(curve) {
   })];
 }
 
-const isSmoothed = line => smoothing > 0 && line.dense && (line.curve.of ?? line.curve.x.length) >= SMOOTH_FROM;
+const isSmoothed = line => smoothing > 0 && line.kind !== "rate" && line.dense && (line.curve.of ?? line.curve.x.length) >= SMOOTH_FROM;
 
 const span = (() => {  // all charts have the same steps from left to right
   const ends = runs.flatMap(run => Object.values(run.curves).flatMap(({ x }) => [x[0], x.at(-1)]));
@@ -86,7 +87,7 @@ function build(chart) {
     : chart.kind === "seconds" ? n => n >= 60 ? duration(n) : n + " s" : n => Math.abs(n) >= 1e4 ? compact(n).replace(".0 ", " ") : n.toLocaleString("en", { maximumSignificantDigits: 6 });
   chart.plot?.destroy();
   chart.plot = new uPlot({
-    width: Math.max(120, chart.host.clientWidth), height: chart.host.clientHeight, padding: [10, 10, 0, 0], legend: { show: false }, series,
+    width: Math.max(120, chart.host.clientWidth), height: chart.host.clientHeight, padding: [10, 22, 0, 0], legend: { show: false }, series,
     scales: { x: { time: false, range: () => zoom ?? span }, y: { distr: useLog(chart) ? 3 : 1, range: yRange(chart) } },
     axes: [
       { ...line, size: 28, gap: 6, label: "step", labelSize: 15, labelGap: -2, labelFont: font.replace("12px", "11px"), space: 70, incrs: [1, 2, 5, 10, 20, 25, 50, 100, 200, 250, 500, 1e3, 2e3, 2500, 5e3, 1e4, 2e4, 25e3, 5e4, 1e5, 2e5, 25e4, 5e5, 1e6, 2e6, 5e6, 1e7], values: (u, all) => all.map(n => n >= 1e4 ? compact(n).replace(".0 ", " ") : whole(n)), grid: { show: false } },
@@ -112,7 +113,8 @@ function say(chart, index) {
     const found = index === null || index === undefined ? null : nearest(u, place, index);
     const [step, value] = found === null ? line.facts.last ?? [null, null] : [u.data[0][found], u.data[place][found]];
     chart.values[i].textContent = format(chart.kind, value);
-    chart.steps[i].textContent = found !== null && step !== at ? `at ${whole(step)}` : "";
+    const smooth = found !== null && chart.places[i].length > 1 ? u.data[chart.places[i][1]][nearest(u, chart.places[i][1], index)] : null;
+    chart.steps[i].textContent = [step !== at && found !== null ? `at ${whole(step)}` : "", smooth === null ? "" : `smooth ${format(chart.kind, smooth)}`].filter(Boolean).join(", ");
   });
   chart.now.textContent = at === null ? "" : `step ${whole(at)}`;
 }

@@ -163,11 +163,12 @@ function answer(row, i) {
   line.append(make("span", "", `step ${whole(row.step)}`));
   if (row.length !== null) line.append(make("span", "", plural(row.length, "token")));
   if (row.token_entropy !== null) line.append(make("span", "", `entropy ${format("number", row.token_entropy)}`));
-  const rewards = ["reward", "format_reward", "answer_reward"].map(name => format("number", row[name]));
+  const rewards = ["reward", "format_reward", "answer_reward"].map(name => short(row[name]));
   line.append(make("span", "", `reward ${rewards[0]} (format ${rewards[1]}, answer ${rewards[2]})`));
   const text = make("div", "text");
   if (row.response) write(text, row.response, query);
   else text.append(make("span", "sign", "an empty response"));
+  if (row.response.length > 1000) text.tabIndex = 0;  // it may scroll
   text.append(...[cutNote(row.cut)].filter(Boolean));
   node.append(line, text);
   return node;
