@@ -36,13 +36,15 @@ function duration(seconds) {
   if (seconds < 1) return whole(1000 * seconds) + " ms";
   if (seconds < 60) return fixed(seconds, seconds < 10 ? 2 : 1) + " s";
   const minutes = Math.floor(seconds / 60), hours = Math.floor(minutes / 60);
+  if (minutes >= 10 && minutes < 60) return `${Math.round(seconds / 60)} min`;
   if (!hours) return `${minutes} min ${String(Math.floor(seconds % 60)).padStart(2, "0")} s`;
   return hours < 100 ? `${hours} h ${String(minutes % 60).padStart(2, "0")} min` : `${whole(hours)} h`;
 }
 
 function plainNumber(n) {
   const size = Math.abs(n);
-  if (n !== 0 && size < 1e-3) return n.toExponential(2);
+  if (n !== 0 && size < 1e-4) return n.toExponential(2);
+  if (n !== 0 && size < .1) return n.toLocaleString("en", { minimumSignificantDigits: 3, maximumSignificantDigits: 3 });
   if (size >= 1e6) return compact(n);
   return n === 0 ? "0" : fixed(n, size >= 1000 ? 0 : size >= 100 ? 1 : size >= 10 ? 2 : 4);
 }

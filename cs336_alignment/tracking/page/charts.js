@@ -76,7 +76,7 @@ function build(chart) {
     });
     if (!smooth) return;
     tables.push(smoothed(line.curve));
-    series.push({ stroke: colors[i], width: 2, show: !chart.hidden.has(i), points: { show: false } });
+    series.push({ smooth: true, stroke: colors[i], width: 2, show: !chart.hidden.has(i), points: { show: false } });
   });
   chart.places = [];  // the series that speaks for each line
   let next = 1;
@@ -96,7 +96,7 @@ function build(chart) {
     cursor: {
       y: false, drag: { x: true, y: false, dist: 6, setScale: false }, dataIdx: nearest,
       sync: { key: "steps", setSeries: false, scales: ["x", null], filters: { pub: type => !["mousedown", "mouseup", "dblclick"].includes(type) } },
-      points: { size: 9, width: 2, stroke: (u, i) => u.series[i].alpha < 1 ? "transparent" : card, fill: (u, i) => u.series[i].alpha < 1 ? "transparent" : u.series[i].stroke(u, i) },
+      points: { size: 9, width: 2, stroke: (u, i) => u.series[i].smooth ? "transparent" : card, fill: (u, i) => u.series[i].smooth ? "transparent" : u.series[i].stroke(u, i) },
     },
     hooks: { setCursor: [u => say(chart, u.cursor.idx)], setSelect: [zoomInto] },
   }, uPlot.join(tables), chart.host);
@@ -113,8 +113,7 @@ function say(chart, index) {
     const found = index === null || index === undefined ? null : nearest(u, place, index);
     const [step, value] = found === null ? line.facts.last ?? [null, null] : [u.data[0][found], u.data[place][found]];
     chart.values[i].textContent = format(chart.kind, value);
-    const smooth = found !== null && chart.places[i].length > 1 ? u.data[chart.places[i][1]][nearest(u, chart.places[i][1], index)] : null;
-    chart.steps[i].textContent = [step !== at && found !== null ? `at ${whole(step)}` : "", smooth === null ? "" : `smooth ${format(chart.kind, smooth)}`].filter(Boolean).join(", ");
+    chart.steps[i].textContent = found !== null && step !== at ? `at ${whole(step)}` : "";
   });
   chart.now.textContent = at === null ? "" : `step ${whole(at)}`;
 }
@@ -158,12 +157,12 @@ function chartCard(spec) {
   const chart = { ...spec, hidden: new Set(), values: [], steps: [], now: make("span", "note"), plot: null };
   const legend = make("div", "legend");
   chart.lines.forEach((line, i) => {
-    const swatch = make("i", "swatch"), value = make("span", "value"), step = make("span", "at");
+    const swatch = make("i", "swatch"), value = make("span", "value"), step = make("span", chart.lines.some(other => other.curve.x.length > line.curve.x.length) ? "at sparse" : "at");
     swatch.style.setProperty("--c", colorOf(line.color));
     const entry = button(swatch, "", () => toggle(chart, i, entry));
     entry.append(make("span", "label", line.label), value, step);
     entry.setAttribute("aria-pressed", "true");
-    entry.title = "show or hide";
+    entry.title = `${line.label}: show or hide`;
     chart.values.push(value);
     chart.steps.push(step);
     legend.append(entry);

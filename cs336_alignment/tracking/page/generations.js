@@ -25,7 +25,7 @@ function showGenerations() {
     return;
   }
   columns = there.map(run => ({ run, step: String(runs[run].generations.evaluations.at(-1).step), verdict: "", ending: "" }));
-  place.append(make("div", "filters"), make("div", "", make("p", "note")), make("div", "cards"));
+  place.append(make("div", "filters"), make("div", "", make("p", "note"), make("p", "note printed")), make("div", "cards"));
   const more = button("Show more", "tool more", () => draw());
   place.append(more);
   new IntersectionObserver(entries => { if (entries[0].isIntersecting) draw(); }, { rootMargin: "600px 0px" }).observe(more);
@@ -125,6 +125,7 @@ function draw() {
   const place = document.querySelector("#generations .cards");
   place.append(...cards.slice(drawn, drawn + PAGE).map(card));
   drawn = Math.min(cards.length, drawn + PAGE);
+  document.querySelector("#generations .printed").textContent = `${whole(drawn)} of ${plural(cards.length, "response")} are printed.`;
   document.querySelector("#generations .more").hidden = drawn >= cards.length;
 }
 
