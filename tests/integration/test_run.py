@@ -18,7 +18,7 @@ from tests.conftest import TINY, Sft, clean_environment, without_times
 
 FILES = {
     "config.yaml", "status.json", "manifest.json", "data_ledger.json", "metrics.jsonl",
-    "checkpoints", "model", "loss.png", "lengths.png", "run.lock",
+    "checkpoints", "model", "report.html", "loss.png", "lengths.png", "run.lock",
 }  # fmt: skip
 
 
