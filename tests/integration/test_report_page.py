@@ -99,6 +99,7 @@ def test_a_run_can_be_looked_at(open_page: Open, tmp_path: Path) -> None:
     page.keyboard.press("Home")
     page.keyboard.press("ArrowRight")
     assert "step 1" in loss.inner_text().split("\n")
+    assert page.locator("#live").inner_text().startswith("step 1: training 1.91")
     # A drag zooms into all charts, Escape goes back.
     page.mouse.move(box["x"] + 50, box["y"] + 20)
     page.mouse.down()

@@ -118,12 +118,14 @@ function select(label, options, value, change) {
   return node;
 }
 
-function table(className, head, rows) {
+function table(label, className, head, rows) {
   const body = make("tbody"), top = make("tr");
   for (const cell of head) { const th = make("th", "", ...[cell].flat()); th.scope = "col"; top.append(th); }
   for (const row of rows) body.append(row);
   const scroll = make("div", "scroll", make("table", className, make("thead", "", top), body));
-  scroll.tabIndex = 0;
+  scroll.tabIndex = 0;  // it may scroll sideways
+  scroll.setAttribute("role", "region");
+  scroll.setAttribute("aria-label", label);
   return scroll;
 }
 

@@ -195,6 +195,7 @@ function move(chart, event) {
   if (event.key === "Escape") { zoom = null; applyZoom(); return; }
   const at = Math.max(0, Math.min(last, (u.cursor.idx ?? (jump > 0 ? -1 : last + 1)) + jump));
   u.setCursor({ left: u.valToPos(u.data[0][at], "x"), top: u.bbox.height / devicePixelRatio / 2 });
+  $("live").textContent = `step ${whole(u.data[0][at])}: ` + chart.lines.map((line, i) => `${line.label} ${chart.values[i].textContent} ${chart.steps[i].textContent}`).join(", ");
 }
 
 function showCharts() {

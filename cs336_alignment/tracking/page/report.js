@@ -39,7 +39,7 @@ function showRuns() {
     row.firstChild.append(dotOf(i), labelOf(run));
     return row;
   });
-  $("head").append(make("h1", "", `${plural(runs.length, "run")} side by side`), make("div", "card overview", table("", ["run", "state", "step", ...labels], rows)));
+  $("head").append(make("h1", "", `${plural(runs.length, "run")} side by side`), make("div", "card overview", table("Runs", "", ["run", "state", "step", ...labels], rows)));
   for (const run of runs) $("head").append(...alerts(run));
 }
 

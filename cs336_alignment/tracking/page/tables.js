@@ -26,7 +26,7 @@ function showMetrics() {
     return tableRow(name, [point(kind, facts.first), point(kind, facts.last), point(kind, facts.least), point(kind, facts.greatest), format(kind, facts.median), odd]);
   });
   const head = several ? ["last value of", ...runHeads()] : ["metric", "first", "last", "least", "greatest", "median", "points"];
-  place.append(make("div", "card", table("", head, rows)));
+  place.append(make("div", "card", table("Metrics", "", head, rows)));
 }
 
 const LEDGER = [["rows_read", "rows read"], ["bad_rows", "bad rows"], ["kept", "kept"], ["truncated", "truncated"], ["split", "split"], ["pieces", "pieces of these"]];
@@ -69,7 +69,7 @@ function ledgerCard(run, index, split, total) {
     });
     block.append(graph, make("div", "ends", make("span", "", `${whole(bars.edges[0])} tokens`), make("span", "", "length of an example, prompt and response"), make("span", "", `${whole(bars.edges.at(-1))} tokens`)));
   }
-  block.append(table("", head, rows));
+  block.append(table(`Rows of the ${split} data`, "", head, rows));
   if (total.bad_places?.length) block.append(make("p", "note", `bad rows: ${total.bad_places.join(", ")}`));
   return block;
 }
@@ -94,7 +94,7 @@ function showConfig() {
       return tableRow(key, [...cells, make("td", "muted", known(key) ? shown(data.defaults[key]) : "must be given")], changed(key) ? "differs" : "");
     });
     const nothing = several && only.checked && !words ? "The runs have the same config." : "No key fits.";
-    body.replaceChildren(rows.length ? table("left", ["key", ...(several ? runHeads() : ["value"]), "default"], rows) : make("p", "empty", nothing));
+    body.replaceChildren(rows.length ? table("Config", "left", ["key", ...(several ? runHeads() : ["value"]), "default"], rows) : make("p", "empty", nothing));
     status.textContent = `${whole(rows.length)} of ${plural(keys.length, "key")}; ${whole(keys.filter(changed).length)} ${several ? "differ between the runs" : "differ from the defaults"}`;
   };
   search.addEventListener("input", refreshTable);
@@ -115,5 +115,5 @@ function showManifest() {
     const values = flats.map(one => one.get(key)), differs = values.some(value => !same(value, values[0]));
     return tableRow(key, values.map((value, i) => make("td", i && !same(value, values[0]) ? "other" : "", shown(value))), differs ? "differs" : "");
   });
-  $("manifest-table").append(make("div", "card", table("left", ["", ...(several ? runHeads() : ["value"])], rows)));
+  $("manifest-table").append(make("div", "card", table("Versions and hashes", "left", ["", ...(several ? runHeads() : ["value"])], rows)));
 }
