@@ -176,7 +176,8 @@ def _draw_panel(axes: Any, panel: Panel, runs: Mapping[str, Mapping[str, Curve]]
             "linestyle": DASHES[dashes.index(name) % len(DASHES)] if dashes else "-",
         }
         values = curve.values * (100 if panel.kind == "share" else 1)
-        if name.startswith("train/") and len(values) >= SMOOTH_FROM:
+        noisy = not name.startswith("eval/") and panel.kind != "rate"
+        if noisy and len(values) >= SMOOTH_FROM:
             axes.plot(curve.steps, values, alpha=0.25, linewidth=1, **style)
             axes.plot(
                 curve.steps, _smoothed(values.tolist()), linewidth=1.8,
@@ -200,7 +201,8 @@ def _draw_panel(axes: Any, panel: Panel, runs: Mapping[str, Mapping[str, Curve]]
 def _labels(runs: Sequence[RunRecord]) -> list[str]:
     """The runs' names; where two are the same, their folders."""
     names = [run.name for run in runs]
-    return names if len(set(names)) == len(names) else [str(run.folder) for run in runs]
+    labels = names if len(set(names)) == len(names) else [str(run.folder) for run in runs]
+    return [label.replace("$", r"\$") for label in labels]  # no formulas
 
 
 def _pyplot() -> Any:

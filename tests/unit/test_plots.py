@@ -173,6 +173,7 @@ def test_the_plots_of_a_run(tmp_path: Path, drawn: list[Figure]) -> None:
         file.write(step, {"train/loss": 1 / step, "eval/loss/a": 1.0, "my/own": 2.0})
     file.write(3, {"eval/reward": 0.5, "eval/answer_reward": 0.5})
     file.close()
+    run = run.rename(tmp_path / "a $formula")  # is none
     names = save_plots(tmp_path / "plots", [read_run(run)])
     assert names == ["overview", "loss", "loss_by_source", "rewards", "my_own"]
     assert {path.name for path in (tmp_path / "plots").iterdir()} == {
