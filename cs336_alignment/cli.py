@@ -103,6 +103,13 @@ def _chat(arguments: Sequence[str]) -> ExitStatus:
     return run_with_config("chat", overrides, job)
 
 
+def _report(arguments: Sequence[str]) -> ExitStatus:
+    from cs336_alignment.report_command import report
+
+    words, html = take_html(arguments)
+    return report(words, html)
+
+
 def take_model(arguments: Sequence[str]) -> tuple[str, list[str]]:
     """Take the model or run out of a command line: its first word.
 
@@ -153,6 +160,7 @@ VERBS = (
     Verb("inspect", "see what is trained, token by token (--html FILE: a page)", _inspect),
     Verb("doctor", "prove the invariances on this model, tokenizer and data", _doctor),
     Verb("evaluate", "loss, generations and rewards of a model, checkpoint or export", _evaluate),
+    Verb("report", "a page and plots of a run, or of several side by side", _report),
     Verb("chat", "talk to a run's model, a model folder or a hub id", _chat),
 )
 

@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import hashlib
-import html
-import json
-import re
 from collections.abc import Sequence
 from importlib import resources
 from itertools import groupby
@@ -15,9 +10,7 @@ from typing import Any
 
 from cs336_alignment.data.token_view import KINDS, ViewedExample
 from cs336_alignment.files import replacing
-
-PLACE = re.compile(r"@@(title|script_hash|data)@@")
-SCRIPT = re.compile(r"<script>(.*?)</script>", re.DOTALL)
+from cs336_alignment.html_page import build_page
 
 
 def write_page(
@@ -39,17 +32,8 @@ def write_page(
         OSError: the disk refuses.
     """
     template = (resources.files("cs336_alignment") / "assets" / "inspect.html").read_text("utf-8")
-    script = SCRIPT.search(template)
-    assert script is not None
-    # The page's policy lets this one script run, so nothing in the data ever could.
-    digest = hashlib.sha256(script[1].encode("utf-8")).digest()
-    parts = {
-        "title": html.escape(heading.encode("utf-8", "replace").decode("utf-8")),
-        "script_hash": base64.b64encode(digest).decode("ascii"),
-        "data": _inert_json(page_data(examples, heading=heading, summary=summary)),
-    }
-    # All at once: a text of the data that looks like a place is not filled in turn.
-    page = PLACE.sub(lambda place: parts[place[1]], template)
+    data = page_data(examples, heading=heading, summary=summary)
+    page = build_page(template, title=heading, data=data)
     with replacing(path) as file:
         file.write(page.encode("utf-8"))
 
@@ -90,13 +74,3 @@ def page_data(
         "pieces": [list(piece) for piece in places],
         "examples": shown,
     }
-
-
-def _inert_json(value: Any) -> str:
-    """Write JSON that ends no script and opens no tag: in ASCII, with <, > and & as escapes.
-
-    The parser of HTML looks for `</script` and `<!--` in the text itself, whatever it means as
-    JSON; all three signs occur in strings alone, where an escape is the same sign.
-    """
-    text = json.dumps(value, ensure_ascii=True, separators=(",", ":"), allow_nan=False)
-    return text.translate({ord(sign): f"\\u{ord(sign):04x}" for sign in "<>&"})

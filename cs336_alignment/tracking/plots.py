@@ -1,17 +1,25 @@
-"""Pictures of a run from its metrics and its data ledger."""
+"""Pictures from metrics and data ledgers: of one run, and of any metric of several runs."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from cs336_alignment.files import replacing
+from cs336_alignment.tracking.curves import Curve, read_curves
 from cs336_alignment.tracking.metrics import read_metrics
+from cs336_alignment.tracking.panels import Panel, panels_for
+from cs336_alignment.tracking.run_record import RunRecord
 
 SMOOTH_FROM = 50  # steps; shorter runs are read best raw
 SMOOTHING = 0.9
+OVERVIEW = ("loss", "rewards", "response_lengths", "entropy")
+FORMATS = ("png", "pdf")
+DASHES = ("-", "--", ":", "-.")
 
 
 def plot_loss(metrics_path: Path, png_path: Path, title: str) -> None:
@@ -72,6 +80,131 @@ def plot_lengths(ledger_path: Path, png_path: Path, title: str) -> None:
         pyplot.close(figure)
 
 
+def save_plots(folder: Path, runs: Sequence[RunRecord]) -> list[str]:
+    """Draw every panel that the runs have values for, and the most asked for beside each other,
+    each as PNG and as PDF.
+
+    Args:
+        folder: of the pictures, made if need be; older ones are replaced.
+        runs: told apart by colour.
+
+    Returns:
+        The pictures' names.
+
+    Raises:
+        OSError: the disk refuses.
+    """
+    curves = {label: read_curves(run.rows) for label, run in zip(_labels(runs), runs, strict=True)}
+    panels = panels_for({name for found in curves.values() for name in found})
+    pictures = {panel.name: [panel] for panel in panels}
+    overview = [panel for name in OVERVIEW for panel in panels if panel.name == name]
+    if len(overview) > 1:
+        pictures = {"overview": overview, **pictures}
+    title = " · ".join(curves)
+    for name, shown in pictures.items():
+        folder.mkdir(parents=True, exist_ok=True)
+        plot_panels([folder / f"{name}.{kind}" for kind in FORMATS], shown, curves, title)
+    return list(pictures)
+
+
+def plot_panels(
+    paths: Sequence[Path],
+    panels: Sequence[Panel],
+    runs: Mapping[str, Mapping[str, Curve]],
+    title: str,
+) -> None:
+    """Draw panels beside each other, two in a row, over the steps of all runs.
+
+    A run has one colour where there are several, and then a metric one kind of line; in a single
+    run each metric has its colour.
+
+    Args:
+        paths: of the same picture in several formats, each replaced at once; the ending names the
+            format.
+        panels: at least one.
+        runs: label → the run's curves, see `read_curves`.
+        title: of the picture; of a single panel its own stands beside it.
+    """
+    columns = min(2, len(panels))
+    lines = -(-len(panels) // columns)
+    size = (5.2 * columns, 3.4 * lines + 0.3)
+    with _figure(lines, columns, size, paths) as (figure, grid):
+        for axes in grid.flat[len(panels) :]:
+            axes.set_visible(False)
+        for axes, panel in zip(grid.flat, panels, strict=False):
+            _draw_panel(axes, panel, runs)
+        if len(panels) > 1:
+            figure.suptitle(title)
+        else:
+            grid[0, 0].set_title(f"{panels[0].title}: {title}")
+
+
+@contextmanager
+def _figure(
+    lines: int, columns: int, size: tuple[float, float], paths: Sequence[Path]
+) -> Iterator[tuple[Any, Any]]:
+    """Give a figure with its axes; save it into all paths when the block ends well."""
+    pyplot = _pyplot()
+    figure, grid = pyplot.subplots(
+        lines, columns, figsize=size, squeeze=False, layout="constrained"
+    )
+    try:
+        yield figure, grid
+        for path in paths:
+            with replacing(path) as file:
+                figure.savefig(file, dpi=150, format=path.suffix.removeprefix("."))
+            figure.set_layout_engine("none")  # the next format looks the same, and is faster
+    finally:
+        pyplot.close(figure)
+
+
+def _draw_panel(axes: Any, panel: Panel, runs: Mapping[str, Mapping[str, Curve]]) -> None:
+    lines = [
+        (label, name, words, found[name])
+        for label, found in runs.items()
+        for name, words in panel.metrics.items()
+        if name in found
+    ]
+    colors = list(runs) if len(runs) > 1 else list(panel.metrics)
+    dashes = list(panel.metrics) if len(runs) > 1 else []
+    for label, name, words, curve in lines:
+        legend = (
+            words if len(runs) == 1 else label if len(panel.metrics) == 1 else f"{label}, {words}"
+        )
+        style = {
+            "color": f"C{colors.index(label if len(runs) > 1 else name)}",
+            "linestyle": DASHES[dashes.index(name) % len(DASHES)] if dashes else "-",
+        }
+        values = curve.values * (100 if panel.kind == "share" else 1)
+        noisy = not name.startswith("eval/") and panel.kind != "rate"
+        if noisy and len(values) >= SMOOTH_FROM:
+            axes.plot(curve.steps, values, alpha=0.25, linewidth=1, **style)
+            axes.plot(
+                curve.steps, _smoothed(values.tolist()), linewidth=1.8,
+                label=f"{legend} (smoothed)", **style,
+            )  # fmt: skip
+        else:
+            marker = "." if len(values) < SMOOTH_FROM else None
+            axes.plot(curve.steps, values, linewidth=1.5, marker=marker, label=legend, **style)
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.set_xlabel("step")
+    unit = f"{panel.unit} (%)" if panel.kind == "share" else panel.unit
+    axes.set_ylabel(unit or panel.title.lower())
+    if panel.kind == "rate":
+        axes.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
+    axes.set_title(panel.title)
+    axes.grid(alpha=0.3)
+    if len(lines) > 1:
+        axes.legend(fontsize="small")
+
+
+def _labels(runs: Sequence[RunRecord]) -> list[str]:
+    """The runs' names; where two are the same, their folders."""
+    names = [run.name for run in runs]
+    labels = names if len(set(names)) == len(names) else [str(run.folder) for run in runs]
+    return [label.replace("$", r"\$") for label in labels]  # no formulas
+
+
 def _pyplot() -> Any:
     import matplotlib
 
@@ -119,9 +252,12 @@ def _columns(rows: Sequence[Mapping[str, Any]], name: str) -> tuple[list[int], l
 
 
 def _smoothed(values: list[float]) -> list[float]:
-    """Exponential mean with the bias of its start taken out."""
+    """Exponential mean with the bias of its start taken out; NaN is passed over."""
     mean, weight, smoothed = 0.0, 0.0, []
     for value in values:
+        if math.isnan(value):
+            smoothed.append(value)
+            continue
         mean = SMOOTHING * mean + (1 - SMOOTHING) * value
         weight = SMOOTHING * weight + (1 - SMOOTHING)
         smoothed.append(mean / weight)

@@ -15,6 +15,7 @@ from cs336_alignment.tracking.run_clock import RunClock
 from cs336_alignment.tracking.wandb_logger import Logger
 
 SHOWN_CHARACTERS = 400
+SHOWN_IN_THE_LOOP = 200
 
 
 class RunTracker:
@@ -95,7 +96,14 @@ class RunTracker:
         parts = [f"{name} {metrics[name]:.4f}" for name in shown if name in metrics]
         self.console.note(f"evaluation at step {step}: " + "  ".join(parts))
         if rows:
-            self.logger.log_table("eval/generations", step, rows)
+            show_examples(self.console, rows, 1, characters=SHOWN_IN_THE_LOOP)
+            self._log_generations(step, rows)
+
+    def _log_generations(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
+        self.logger.log_table("eval/generations", step, rows)
+        for name, key in (("lengths", "length"), ("entropies", "token_entropy")):
+            values = [row[key] for row in rows if row[key] is not None]
+            self.logger.log_histogram(f"eval/response_{name}", step, values)
 
     def has_evaluated(self, step: int) -> bool:
         """Tell whether the metrics hold an evaluation of this step."""
@@ -129,19 +137,26 @@ def write_generations(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
             file.write((json.dumps(row, ensure_ascii=False) + "\n").encode())
 
 
-def show_examples(console: Console, rows: Sequence[Mapping[str, Any]], count: int) -> None:
-    """Print some generations: the end of the prompt, the response, and how it was judged."""
+def show_examples(
+    console: Console,
+    rows: Sequence[Mapping[str, Any]],
+    count: int,
+    characters: int = SHOWN_CHARACTERS,
+) -> None:
+    """Print some generations: the end of the prompt, the response, and how it was judged; of each
+    text at most so many characters.
+    """
     for row in rows[:count]:
         question = row["prompt"].rpartition("\nUser: ")[2].removesuffix("\nAssistant: <think>")
         verdict = (
             "correct" if row["answer_reward"] else "wrong" if row["format_reward"] else "no answer"
         )
-        console.note(f"  prompt    {_shorten(question)}")
-        console.note(f"  response  {_shorten(row['response'])}")
+        console.note(f"  prompt    {_shorten(question, characters)}")
+        console.note(f"  response  {_shorten(row['response'], characters)}")
         console.note(f"  truth     {row['ground_truth']}  ({verdict})")
         console.note("")
 
 
-def _shorten(text: str) -> str:
+def _shorten(text: str, characters: int) -> str:
     text = " ".join(text.split())
-    return text if len(text) <= SHOWN_CHARACTERS else text[:SHOWN_CHARACTERS] + " …"
+    return text if len(text) <= characters else text[:characters] + " …"

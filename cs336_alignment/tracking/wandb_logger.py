@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -21,6 +22,9 @@ class Logger(Protocol):
     def log_table(self, name: str, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
         """Log rows, each with the same keys, as a table."""
 
+    def log_histogram(self, name: str, step: int, values: Sequence[float]) -> None:
+        """Log how some values are spread."""
+
     def log_image(self, name: str, path: Path) -> None:
         """Log a picture."""
 
@@ -35,6 +39,9 @@ class NullLogger:
         """Do nothing."""
 
     def log_table(self, name: str, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Do nothing."""
+
+    def log_histogram(self, name: str, step: int, values: Sequence[float]) -> None:
         """Do nothing."""
 
     def log_image(self, name: str, path: Path) -> None:
@@ -163,6 +170,15 @@ class WandbLogger:
             self._run.log({"step": step, name: table})
 
         self._guarded("log a table", call)
+
+    def log_histogram(self, name: str, step: int, values: Sequence[float]) -> None:
+        """Log how some values are spread; wandb takes finite ones alone."""
+        finite = [value for value in values if math.isfinite(value)]
+        if finite:
+            self._guarded(
+                "log a histogram",
+                lambda: self._run.log({"step": step, name: self._wandb.Histogram(finite)}),
+            )
 
     def log_image(self, name: str, path: Path) -> None:
         """Log a picture."""

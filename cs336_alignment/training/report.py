@@ -23,6 +23,7 @@ from cs336_alignment.metric_names import greater_is_better
 from cs336_alignment.model.policy import Policy
 from cs336_alignment.tracking.console import Console
 from cs336_alignment.tracking.metrics import read_metrics
+from cs336_alignment.tracking.report import REPORT
 from cs336_alignment.tracking.run_clock import EVALUATION_SECONDS, EVALUATION_SHARE
 from cs336_alignment.tracking.tracker import show_examples
 from cs336_alignment.training.batching_choice import BatchingChoice, dropout_options
@@ -232,6 +233,7 @@ def say_goodbye(
     if outcome != ExitStatus.DONE:
         saved = "checkpoint written" if step else "there was nothing to save"
         console.note(f"stopped on request after step {step}; {saved}")
+        console.note(f"report   {folder / REPORT}  (opens offline)")
         console.note(f"to continue: {command}")
         return
     if generations:
@@ -247,6 +249,7 @@ def say_goodbye(
     if (line := evaluation_line(folder)) is not None:
         console.note(line)
     console.note(f"model    {folder / EXPORT}  (loads with transformers' from_pretrained)")
+    console.note(f"report   {folder / REPORT}  (opens offline)")
     console.note(f"metrics  {folder / METRICS}, picture {folder / 'loss.png'}")
     if generations:
         console.note(f"texts    {folder / 'generations'}")

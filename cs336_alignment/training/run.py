@@ -28,6 +28,7 @@ from cs336_alignment.model.policy import Policy
 from cs336_alignment.model.recompute import enable_checkpointing
 from cs336_alignment.tracking.console import Console
 from cs336_alignment.tracking.metrics import MetricsFile
+from cs336_alignment.tracking.report import write_own_report
 from cs336_alignment.tracking.tracker import RunTracker
 from cs336_alignment.tracking.wandb_logger import Logger, NullLogger, WandbLogger
 from cs336_alignment.training.batching_choice import choose_batching
@@ -128,6 +129,9 @@ def train(config: Config, arguments: Sequence[str]) -> ExitStatus:
     except StopNow as request:
         console.note("stopped on request before the first step: there was nothing to save")
         return request.status
+    finally:
+        if status.has_ended:  # the page says how, so it comes after the status
+            write_own_report(folder.path, console.warn)
     return outcome
 
 
@@ -240,6 +244,7 @@ class _Run:
         )  # fmt: skip
         since = state.step if self.decision.more_steps else old.get("patient_since_step", 0)
         manifest["patient_since_step"] = since
+        manifest["total_steps"] = total_steps
         if manifest["evaluation_since_step"] == state.step + 1:
             self.console.warn(
                 "the evaluation data or options changed: results before this step do not compare"

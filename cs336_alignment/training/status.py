@@ -48,6 +48,7 @@ class StatusFile:
 
     Attributes:
         reload_check: goes into the file from the next writing on.
+        has_ended: whether this process wrote down an end; not where a command was refused.
     """
 
     def __init__(self, path: Path, resume_command: str, *, enabled: bool) -> None:
@@ -58,6 +59,7 @@ class StatusFile:
         self._began = False
         self._before: dict[str, Any] = {}
         self.reload_check: str | None = None
+        self.has_ended = False
 
     def read(self) -> dict[str, Any]:
         """Read the file; {} if there is none."""
@@ -80,6 +82,7 @@ class StatusFile:
             ExitStatus.INTERRUPTED: "preempted",
         }.get(status, "failed")
         self._write(state, status, error)
+        self.has_ended = self._enabled
 
     def _write(self, state: str, status: ExitStatus | None, error: str | None) -> None:
         if self._enabled:

@@ -41,3 +41,5 @@ def test_the_installed_wheel_trains_from_another_folder(tmp_path: Path) -> None:
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert (elsewhere / "outputs/mine/model/model.safetensors").is_file()
+    assert (elsewhere / "outputs/mine/report.html").is_file()
+    assert list(site.rglob("tracking/page/uPlot.LICENSE"))

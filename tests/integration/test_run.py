@@ -18,7 +18,7 @@ from tests.conftest import TINY, Sft, clean_environment, without_times
 
 FILES = {
     "config.yaml", "status.json", "manifest.json", "data_ledger.json", "metrics.jsonl",
-    "checkpoints", "model", "loss.png", "lengths.png", "run.lock",
+    "checkpoints", "model", "report.html", "loss.png", "lengths.png", "run.lock",
 }  # fmt: skip
 
 
@@ -50,8 +50,10 @@ def test_twenty_steps_equal_ten_and_ten(sft: Sft, rows: Path, tmp_path: Path) ->
     step = status["step"]
     assert isinstance(step, int) and 9 <= step < 20
     before = (run / "metrics.jsonl").read_bytes()
+    assert '"state":"preempted"' in (run / "report.html").read_text()
     again = sft("train", *overrides, "run_name=cut")
     assert again.returncode == 0, again.stderr
+    assert '"state":"completed"' in (run / "report.html").read_text()
     assert f"step {step} of 20" in again.stdout
     assert (run / "metrics.jsonl").read_bytes().startswith(before)
     assert without_times(run / "metrics.jsonl") == without_times(

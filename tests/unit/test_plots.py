@@ -15,8 +15,17 @@ from matplotlib import image, pyplot
 from matplotlib.figure import Figure
 
 from cs336_alignment.data.ledger import LedgerEntry
+from cs336_alignment.tracking.curves import Curve, read_curves
 from cs336_alignment.tracking.metrics import MetricsFile
-from cs336_alignment.tracking.plots import _smoothed, plot_lengths, plot_loss
+from cs336_alignment.tracking.panels import Panel
+from cs336_alignment.tracking.plots import (
+    _smoothed,
+    plot_lengths,
+    plot_loss,
+    plot_panels,
+    save_plots,
+)
+from cs336_alignment.tracking.run_record import read_run
 
 
 @pytest.fixture
@@ -121,3 +130,58 @@ def test_a_failure_leaves_the_old_picture(tmp_path: Path, monkeypatch: pytest.Mo
 def test_smoothing_has_no_bias_at_the_start() -> None:
     assert _smoothed([3.0] * 5) == pytest.approx([3.0] * 5)
     assert _smoothed([1.0, 0.0])[1] == pytest.approx(0.9 / 1.9)
+
+
+PANEL = Panel("two", "Two", "mean", "share", "more", {"eval/a": "first", "train/b": "second"})
+
+
+def some_curves(scale: float, steps: int = 5) -> dict[str, Curve]:
+    rows = [
+        {"step": s, "time": 0.0, "eval/a": scale * s, "train/b": None if s == 2 else scale}
+        for s in range(steps)
+    ]
+    return read_curves(rows)
+
+
+def test_runs_have_a_colour_and_metrics_a_kind_of_line(tmp_path: Path, drawn: list[Figure]) -> None:
+    paths = [tmp_path / "two.png", tmp_path / "two.pdf"]
+    plot_panels(paths, [PANEL], {"x": some_curves(0.1), "y": some_curves(0.2)}, "both")
+    assert paths[0].read_bytes().startswith(b"\x89PNG") and paths[1].read_bytes().startswith(
+        b"%PDF"
+    )
+    assert drawn[0] is drawn[1]  # one figure in two formats
+    (axes,) = drawn[0].axes
+    lines = axes.get_lines()
+    labels = [line.get_label() for line in lines]
+    assert labels == ["x, first", "x, second", "y, first", "y, second"]
+    looks = [(line.get_color(), line.get_linestyle()) for line in lines]
+    assert looks == [("C0", "-"), ("C0", "--"), ("C1", "-"), ("C1", "--")]
+    assert axes.get_ylabel() == "mean (%)"
+    assert list(lines[2].get_ydata()) == pytest.approx([0, 20, 40, 60, 80])
+    assert np.isnan(lines[3].get_ydata()[2])
+    plot_panels(paths[:1], [PANEL], {"x": some_curves(0.1)}, "one")
+    looks = [(line.get_color(), line.get_linestyle()) for line in drawn[2].axes[0].get_lines()]
+    assert looks == [("C0", "-"), ("C1", "-")]
+    assert pyplot.get_fignums() == []
+
+
+def test_the_plots_of_a_run(tmp_path: Path, drawn: list[Figure]) -> None:
+    run = tmp_path / "r"
+    run.mkdir()
+    file = MetricsFile(run / "metrics.jsonl")
+    for step in range(1, 4):
+        file.write(step, {"train/loss": 1 / step, "eval/loss/a": 1.0, "my/own": 2.0})
+    file.write(3, {"eval/reward": 0.5, "eval/answer_reward": 0.5})
+    file.close()
+    run = run.rename(tmp_path / "a $formula")  # is none
+    names = save_plots(tmp_path / "plots", [read_run(run)])
+    assert names == ["overview", "loss", "loss_by_source", "rewards", "my_own"]
+    assert {path.name for path in (tmp_path / "plots").iterdir()} == {
+        f"{name}.{kind}" for name in names for kind in ("png", "pdf")
+    }
+    assert [axes.get_title() for axes in drawn[0].axes] == ["Loss", "Rewards"]
+    assert save_plots(tmp_path / "none", []) == [] and not (tmp_path / "none").exists()
+
+
+def test_smoothing_passes_over_what_is_not_a_number() -> None:
+    assert _smoothed([3.0, math.nan, 3.0])[::2] == pytest.approx([3.0, 3.0])

@@ -41,6 +41,8 @@ if sys.argv[1].startswith("http"):
     logger.log(4, {"train/loss": 0.1})
 else:
     logger.log_table("eval/generations", 3, [{"prompt": "a", "reward": 1.0}])
+    logger.log_histogram("eval/response_lengths", 3, [1, 2, 2, 9, float("nan")])
+    logger.log_histogram("eval/response_entropies", 3, [float("nan")])
 logger.finish(0)
 print("the end")
 """
@@ -87,8 +89,12 @@ def read_offline_run(folder: Path) -> dict[str, Any]:
         if record.HasField("metric"):
             run["axes"][record.metric.glob_name or record.metric.name] = record.metric.step_metric
         if record.HasField("history"):
-            items = record.history.item
-            run["history"].append({i.nested_key[0]: json.loads(i.value_json) for i in items})
+            row: dict[str, Any] = {}
+            for item in record.history.item:
+                name, *inner = item.nested_key
+                value = json.loads(item.value_json)
+                row[name] = row.get(name, {}) | {inner[0]: value} if inner else value
+            run["history"].append(row)
     return run
 
 
@@ -100,6 +106,12 @@ def assert_offline_run_is_whole(folder: Path) -> None:
     logged = [(row["step"], row["train/loss"]) for row in run["history"] if "train/loss" in row]
     assert logged == [(1, 1.0), (2, 0.5), (3, 1 / 3), (2, 0.5), (3, 0.1)]  # replayed steps too
     assert any("eval/generations" in row for row in run["history"])
+    (lengths,) = [row for row in run["history"] if "eval/response_lengths" in row]
+    histogram = lengths["eval/response_lengths"]
+    assert lengths["step"] == 3 and histogram["_type"] == "histogram"
+    assert sum(histogram["values"]) == 4
+    assert (histogram["bins"][0], histogram["bins"][-1]) == (1, 9)
+    assert not any("eval/response_entropies" in row for row in run["history"])
     assert "exit" in run["types"]
 
 
@@ -201,7 +213,7 @@ class _Stub:
         self.failing = failing
         self.calls: list[str] = []
         self.options: list[dict[str, Any]] = []
-        self.Table = self.Image = lambda *args, **options: None
+        self.Table = self.Image = self.Histogram = lambda *args, **options: None
 
     def Settings(self, **options: Any) -> SimpleNamespace:
         return SimpleNamespace(**options)
@@ -250,6 +262,7 @@ def use(stub: _Stub | None, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     for step in (1, 2):
         logger.log(step, {"train/loss": 1.0})
     logger.log_table("t", 2, [{"a": 1}])
+    logger.log_histogram("h", 2, [1.0, 2.0])
     logger.log_image("loss", Path("loss.png"))
     logger.finish(0)
     return warnings
