@@ -268,12 +268,6 @@ def _backend_clashes(config: Config) -> Iterator[UserError]:
     for name in (field.name for field in fields(options) if field.name.startswith("server_")):
         if why and getattr(options, name) != getattr(default, name):
             yield clash(f"evaluation.{name}", "evaluation.backend", why)
-    if options.backend != "transformers" and config.model.random_init:
-        yield clash(
-            "evaluation.backend",
-            "model.random_init",
-            "weights that are drawn here are not those that another backend generates with",
-        )
 
 
 def _best_clashes(config: Config) -> Iterator[UserError]:

@@ -72,6 +72,12 @@ def open_backend(
     Raises:
         UserError: it is not there (74), or cannot do what is asked (78).
     """
+    if arm.options.random_init:
+        raise clash(
+            "evaluation.backend",
+            "model.random_init",
+            "weights that are drawn here are not those that another backend generates with",
+        )
     prompts = {number: arm.dataset.prompt_ids(number) for number in gradable}
     longest = max(map(len, prompts.values()), default=0) + config.evaluation.max_new_tokens
     console.note(

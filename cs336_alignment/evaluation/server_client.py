@@ -22,6 +22,7 @@ FIRST_WAIT = 0.5  # seconds; doubled with every try
 LONGEST_WAIT = 60.0
 LONGEST_ASKED = 3600.0  # a server that asks for more patience than that gets none
 CONNECT_SECONDS = 10.0
+KEPT_SECONDS = 2.0  # of an idle connection; many servers close theirs after five
 TELL_SECONDS = 10.0  # between lines about retries: many requests fail at once
 LOCAL_HOSTS = ("localhost", "127.0.0.1", "::1")
 START_LINES = "vllm serve MODEL, transformers serve MODEL, python -m sglang.launch_server …"
@@ -82,7 +83,11 @@ class ServerClient:
         self._http = httpx2.Client(
             headers={"Authorization": f"Bearer {key}"} if key else {},
             timeout=httpx2.Timeout(timeout, connect=min(timeout, CONNECT_SECONDS), pool=None),
-            limits=httpx2.Limits(max_connections=connections),
+            limits=httpx2.Limits(
+                max_connections=connections,
+                max_keepalive_connections=connections,
+                keepalive_expiry=KEPT_SECONDS,
+            ),
             # A proxy of the environment would be asked for this machine's own ports, too.
             trust_env=_host_of(url) not in LOCAL_HOSTS,
         )

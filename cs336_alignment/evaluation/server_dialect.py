@@ -238,10 +238,10 @@ def _answer(
     body = dialect.body(prompt, sampling, seed)
     try:
         answer = client.ask(dialect.path, body)
-    except Refused as refused:
-        if refused.status not in (429, 502, 503, 504):
+    except (Refused, Unreachable) as failure:
+        if isinstance(failure, Refused) and failure.status not in (429, 502, 503, 504):
             raise
-        answer = client.insist(dialect.path, body)  # it is loading, or busy
+        answer = client.insist(dialect.path, body)  # it is loading, or busy; it was there before
     try:
         return read_answer(answer, dialect.model)
     except NoAnswer as failure:
