@@ -196,33 +196,33 @@ def test_a_local_baseline_beside_a_server(sft: Sft, model: Path, tmp_path: Path)
     assert f"{report['baseline_metrics']['eval/loss']:.4f}" in done.stdout
 
 
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 75)])
-def test_a_stop_costs_no_response(
-    sft: Sft, zygote: Zygote, model: Path, tmp_path: Path, number: int, status: int
-) -> None:
+def test_a_stop_costs_no_response(sft: Sft, zygote: Zygote, model: Path, tmp_path: Path) -> None:
     options = ("evaluation.num_prompts=null", "evaluation.server_concurrency=4",
                "evaluation.temperature=0.7", "evaluation.max_new_tokens=16")  # fmt: skip
-    with FakeServer(delay=0.05).running() as server:
+    kept = tmp_path / "outputs/cut/responses"
+
+    def count() -> int:
+        return sum(len(lines(path)) for path in kept.glob("*"))
+
+    with FakeServer().running() as server:
         whole = sft(*served(server.url, model, *options, "run_name=whole"))
         assert whole.returncode == 0, whole.stderr
         trial = len(server.bodies) - 40
-        server.bodies.clear()
-        process = zygote.start(
-            served(server.url, model, *options, "run_name=cut"), tmp_path, tmp_path
-        )
-        kept = tmp_path / "outputs/cut/responses"
-        deadline = time.monotonic() + 60
-        while sum(len(lines(path)) for path in kept.glob("*")) < 5 and time.monotonic() < deadline:
-            time.sleep(0.01)
-        server.delay = 20.0  # what is asked now is not waited for
-        begin = time.monotonic()
-        os.kill(process, number)
-        assert zygote.wait(process) == status
-        assert time.monotonic() - begin < 10
-        assert "the same command goes on" in (tmp_path / "stdout").read_text()
-        before = sum(len(lines(path)) for path in kept.glob("*"))
-        assert 5 <= before < 40
-        server.delay = 0.0
+        for number, status in ((signal.SIGINT, 130), (signal.SIGTERM, 75)):
+            before, server.delay = count(), 0.05
+            arguments = served(server.url, model, *options, "run_name=cut")
+            process = zygote.start(arguments, tmp_path, tmp_path)
+            deadline = time.monotonic() + 60
+            while count() < before + 5 and time.monotonic() < deadline:
+                time.sleep(0.01)
+            server.delay = 20.0  # what is asked now is not waited for
+            begin = time.monotonic()
+            os.kill(process, number)
+            assert zygote.wait(process) == status
+            assert time.monotonic() - begin < 10
+            assert "the same command goes on" in (tmp_path / "stdout").read_text()
+            assert before + 5 <= count() < 40
+        server.delay, before = 0.0, count()
         server.bodies.clear()
         done = sft(*served(server.url, model, *options, "run_name=cut"))
         assert done.returncode == 0, done.stderr

@@ -277,9 +277,9 @@ def test_a_stop_does_not_wait_for_the_server(tokenizer: Any) -> None:
     kept: dict[int, Generation] = {}
 
     def stop(_: int) -> None:
-        if len(kept) == 3:
-            server.delay = 3.0
-            raise KeyboardInterrupt
+        time.sleep(0.5)  # meanwhile others come, which are not lost either
+        server.delay = 5.0
+        raise KeyboardInterrupt
 
     with FakeServer(delay=0.05).running() as server:
         generator = generator_of(server, tokenizer, learned(server, tokenizer))
@@ -288,7 +288,7 @@ def test_a_stop_does_not_wait_for_the_server(tokenizer: Any) -> None:
             generator.generate(
                 requests_of(tokenizer), SAMPLING, advance=stop, on_done=kept.__setitem__
             )
-        assert len(kept) >= 3 and time.monotonic() - begin < 3.0
+        assert len(kept) > 1 and time.monotonic() - begin < 5.0
 
 
 def test_other_tokens_of_a_prompt_are_told(tokenizer: Any) -> None:
