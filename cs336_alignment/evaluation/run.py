@@ -241,6 +241,7 @@ def _write(
 def _page(summary: Summary, model: EvaluationResult, names: Sequence[str], config: Config) -> str:
     options = asdict(config.evaluation)
     shown = (
+        "backend",
         "reward",
         "max_new_tokens",
         "min_new_tokens",
