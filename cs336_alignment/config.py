@@ -11,6 +11,7 @@ MISSING = "???"  # OmegaConf's mark for a value that must be given
 
 DEFAULT_MICROBATCH_TOKENS = 4096
 DEFAULT_WARMUP_RATIO = 0.03
+DEFAULT_SERVER_URL = "http://127.0.0.1:8000/v1"
 
 
 @dataclass
@@ -167,6 +168,13 @@ class EvaluationConfig:
     stop: list[str] = field(default_factory=lambda: ["</answer>"])
     reward: str = "r1_zero"
     baseline: str | None = None
+    backend: str = "transformers"
+    server_url: str = DEFAULT_SERVER_URL
+    server_model: str | None = None
+    server_api: str = "completions"
+    server_concurrency: int = 32
+    server_timeout: float = 600.0
+    server_retries: int = 5
 
 
 @dataclass

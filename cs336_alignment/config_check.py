@@ -6,10 +6,17 @@ import math
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
-from cs336_alignment.config import ALL_KEYS, DEFAULT_WARMUP_RATIO, Config, DataConfig, flatten
+from cs336_alignment.config import (
+    ALL_KEYS,
+    DEFAULT_WARMUP_RATIO,
+    Config,
+    DataConfig,
+    EvaluationConfig,
+    flatten,
+)
 from cs336_alignment.errors import ExitStatus, UserError, UserErrors, describe
 from cs336_alignment.metric_names import GENERATED, greater_is_better, nearest_metric
 
@@ -34,6 +41,8 @@ LEVELS = ("error", "warning", "off")
 SCHEDULES = ("cosine", "linear", "constant", "warmup_stable_decay")
 LOGGERS = ("wandb", "none")
 REWARDS = ("r1_zero",)
+BACKENDS = ("transformers", "server", "vllm")
+SERVER_APIS = ("completions", "chat")
 RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,150}")
 
 
@@ -151,6 +160,17 @@ _RULES = (
     _Rule("evaluation.top_p", lambda v: 0 < v <= 1, "a number above 0, at most 1"),
     _one_of("evaluation.reward", REWARDS),
     _Rule("evaluation.baseline", lambda v: bool(v.strip()), "a hub id, a local folder or null"),
+    _one_of("evaluation.backend", BACKENDS),
+    _Rule(
+        "evaluation.server_url",
+        lambda v: bool(re.fullmatch(r"https?://[^/\s?#]+[^\s?#]*", v)),
+        "an address such as http://127.0.0.1:8000/v1",
+    ),
+    _Rule("evaluation.server_model", lambda v: bool(v.strip()), "a model's name, or null"),
+    _one_of("evaluation.server_api", SERVER_APIS),
+    _Rule("evaluation.server_concurrency", lambda v: 1 <= v <= 1024, "a number from 1 to 1024"),
+    _Rule("evaluation.server_timeout", _above(0), "a number of seconds above 0"),
+    _Rule("evaluation.server_retries", _at_least(0), "a whole number of at least 0"),
     _one_of("inspect.select", SELECTIONS),
     _Rule("inspect.num_examples", _at_least(1), "a whole number of at least 1"),
     _Rule("inspect.rows", lambda v: all(row >= 1 for row in v), "numbers of examples from 1"),
@@ -228,12 +248,26 @@ def _clashes(config: Config) -> Iterator[UserError]:
         )
     yield from _source_clashes(config.data)
     yield from _best_clashes(config)
+    yield from _backend_clashes(config)
     if model.trust_remote_code and not re.fullmatch(r"[0-9a-f]{40}", model.revision or ""):
         yield clash(
             "model.trust_remote_code",
             "model.revision",
             "code from the hub runs only at a pinned commit: model.revision=<40 hex digits>",
         )
+
+
+def _backend_clashes(config: Config) -> Iterator[UserError]:
+    options, default = config.evaluation, EvaluationConfig()
+    if options.backend == "transformers":
+        why = "evaluation.backend=server reads it"
+    elif options.backend == "vllm":
+        why = "vLLM generates in this process; evaluation.backend=server asks a server"
+    else:
+        why = ""
+    for name in (field.name for field in fields(options) if field.name.startswith("server_")):
+        if why and getattr(options, name) != getattr(default, name):
+            yield clash(f"evaluation.{name}", "evaluation.backend", why)
 
 
 def _best_clashes(config: Config) -> Iterator[UserError]:

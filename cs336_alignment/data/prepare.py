@@ -189,7 +189,7 @@ def _prepare(
     progress: Progress,
 ) -> None:
     """Read, tokenize and write a source."""
-    layout, rows = _detect(islice(opened.rows(), limit), source, opened.path)
+    layout, rows = detect_layout(islice(opened.rows(), limit), source, opened.path)
     if layout.columns:  # or the rows say what is wrong
         _check_train_on(layout, config.train_on)
     ledger, findings = LedgerEntry(opened.path, str(layout)), Findings()
@@ -227,7 +227,7 @@ def _prepare(
         raise
 
 
-def _detect(
+def detect_layout(
     rows: Iterable[Row | UserError], source: SourceConfig, path: str
 ) -> tuple[Layout, Iterator[Row | UserError]]:
     """Find the layout of the first row that has one; the rows come back whole."""

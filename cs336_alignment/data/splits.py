@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -17,11 +17,19 @@ from cs336_alignment.config import DataConfig, SourceConfig
 from cs336_alignment.data.batching import mix_seed
 from cs336_alignment.data.chat import FIXED_DATE, writes_date
 from cs336_alignment.data.dataset import TokenizedDataset
+from cs336_alignment.data.formats import Example, to_example
 from cs336_alignment.data.ledger import LedgerEntry
 from cs336_alignment.data.lint import MAX_EXAMPLES, Findings, Judged, judge, overlap
 from cs336_alignment.data.mixture import Mixture
-from cs336_alignment.data.prepare import PreparedSource, Progress, prepare_source
-from cs336_alignment.data.templates import PromptTemplate
+from cs336_alignment.data.prepare import (
+    PreparedSource,
+    Progress,
+    detect_layout,
+    prepare_source,
+)
+from cs336_alignment.data.row import Row
+from cs336_alignment.data.sources import open_source
+from cs336_alignment.data.templates import PromptTemplate, load_template
 from cs336_alignment.errors import ExitStatus, UserError, UserErrors
 
 SPLIT_STREAM = 7  # of the seeds mixed from the run's, one that no epoch uses
@@ -185,6 +193,24 @@ def prepare_evaluation(
     """Prepare evaluation data alone; returns it with the linter's warnings."""
     data = _held_out(config, tokenizer, seed, progress, note)
     return data, judge([_found_in(part) for part in data.sources], config.lint)
+
+
+def evaluation_examples(config: DataConfig, *, seed: int) -> Iterator[Example]:
+    """Read the evaluation rows again as they were before they became tokens, without the bad ones.
+
+    Args:
+        config: the data section, with an `eval_path`.
+        seed: of built-in data.
+    """
+    assert config.eval_path is not None
+    source = SourceConfig(config.eval_path, format=config.format, columns=config.columns)
+    rows = open_source(config.eval_path, seed=seed, default_split="test").rows()
+    layout, read = detect_layout(rows, source, config.eval_path)
+    template = load_template(config.prompt_template)
+    for row in read:
+        with suppress(UserError):
+            if isinstance(row, Row):
+                yield to_example(row, layout, template, config.train_on)
 
 
 def split_off(data: PreparedData, fraction: float, seed: int) -> tuple[PreparedData, PreparedData]:

@@ -164,28 +164,32 @@ def _refuse_empty_prompts(arm: Arm, gradable: Sequence[int], config: DataConfig)
             )
 
 
-def identity_of(arm: Arm, model: PreTrainedModel, config: Config) -> str:
+def identity_of(arm: Arm, model: PreTrainedModel | None, config: Config) -> str:
     """Name all that decides what a model answers to a request.
 
     The reward is not among it: it is computed anew from the text.
 
     Args:
         arm: the model.
-        model: loaded.
+        model: loaded; None: another process has it, or another library.
         config: of the command.
     """
-    weights: object = getattr(model.config, "_commit_hash", None)  # of the hub
+    # Of the hub.
+    weights: object = None if model is None else getattr(model.config, "_commit_hash", None)
     if arm.options.random_init:
         weights = config.seed
     elif arm.source.is_local:
-        files = [
-            f for p in (*WEIGHT_FILES, "*config.json") for f in Path(arm.source.location).glob(p)
+        patterns = (*WEIGHT_FILES, "*config.json")
+        files = [f for p in patterns for f in Path(arm.source.location).glob(p)]
+        # Weights that are not read here may be too many to read for their hash alone.
+        stamps = [
+            sha256_of(f) if model else [f.stat().st_size, f.stat().st_mtime_ns] for f in files
         ]
-        weights = {path.name: sha256_of(path) for path in sorted(files)}
+        weights = sorted(zip((f.name for f in files), stamps, strict=True))
     options = asdict(config.evaluation)
     sampling = ("max_new_tokens", "min_new_tokens", "temperature", "top_p", "stop")
     return json.dumps([
-        arm.source.location, weights, tokenizer_fingerprint(arm.tokenizer),
+        arm.source.location, arm.source.revision, weights, tokenizer_fingerprint(arm.tokenizer),
         {name: options[name] for name in sampling},
         {name: metadata.version(name) for name in ("cs336-alignment", "transformers", "torch")},
     ])  # fmt: skip

@@ -14,7 +14,7 @@ from cs336_alignment.data.dataset import TokenizedDataset
 from cs336_alignment.data.encode import special_tokens
 from cs336_alignment.data.prepare import Progress
 from cs336_alignment.data.templates import PromptTemplate
-from cs336_alignment.errors import ExitStatus
+from cs336_alignment.errors import ExitStatus, UserError
 from cs336_alignment.evaluation.generate import LocalGenerator, decode
 from cs336_alignment.evaluation.log_generations import generation_row, summarize
 from cs336_alignment.evaluation.loss import evaluate_loss
@@ -38,6 +38,11 @@ class _Stopped(Exception):
     """Ends this process's generation between two batches."""
 
 
+def gradable_of(ground_truths: Sequence[str | None], most: int | None) -> list[int]:
+    """Give the numbers of the examples that are generated for: the first with a ground truth."""
+    return [i for i, truth in enumerate(ground_truths) if truth is not None][:most]
+
+
 @dataclass(frozen=True)
 class EvaluationResult:
     """What an evaluation found.
@@ -55,7 +60,7 @@ class Evaluator:
     """Evaluates one policy on one set of examples, shared among processes.
 
     Args:
-        policy: not wrapped.
+        policy: not wrapped; None: the model is not here, so there is no loss.
         tokenizer: of the model.
         dataset: the evaluation examples.
         ground_truths: of each, or None; those with one are generated for.
@@ -67,11 +72,12 @@ class Evaluator:
         progress: shows a bar.
         groups: the source of each example, if there are several.
         asked: gives the status of a request to stop, None while there is none.
+        generator: None: the policy generates.
     """
 
     def __init__(
         self,
-        policy: Policy,
+        policy: Policy | None,
         tokenizer: PreTrainedTokenizerBase,
         dataset: TokenizedDataset,
         ground_truths: Sequence[str | None],
@@ -84,6 +90,7 @@ class Evaluator:
         progress: Progress,
         groups: Sequence[str] = (),
         asked: Callable[[], ExitStatus | None] = lambda: None,
+        generator: Generator | None = None,
     ) -> None:
         self.policy = policy
         self.tokenizer = tokenizer
@@ -98,19 +105,20 @@ class Evaluator:
         self.stop_ids = special_tokens(tokenizer).stops
         self.asked = asked
         self.ground_truths = ground_truths
-        self.gradable = [i for i, truth in enumerate(ground_truths) if truth is not None][
-            : config.num_prompts
-        ]
-        self.generator: Generator = LocalGenerator(
-            policy.model, tokenizer, batch_size=config.batch_size,
-            autocast_dtype=policy.autocast_dtype,
-        )  # fmt: skip
+        self.gradable = gradable_of(ground_truths, config.num_prompts)
+        if generator is None:
+            assert policy is not None
+            generator = LocalGenerator(
+                policy.model, tokenizer, batch_size=config.batch_size,
+                autocast_dtype=policy.autocast_dtype,
+            )  # fmt: skip
+        self.generator = generator
 
-    def check(self, model: PreTrainedModel, template: PromptTemplate | None) -> list[str]:
+    def check(self, model: PreTrainedModel | None, template: PromptTemplate | None) -> list[str]:
         """Look before the first generation at what would make it useless.
 
         Args:
-            model: that generates.
+            model: that generates; None: it is not here.
             template: of the prompts.
 
         Returns:
@@ -122,7 +130,8 @@ class Evaluator:
         if not self.gradable:
             return ["no evaluation row has a ground truth, so nothing is generated"]
         longest = max(len(self.dataset.prompt_ids(i)) for i in self.gradable)
-        check_fits(model, 0, 0, longest + self.config.max_new_tokens)
+        if model is not None:
+            check_fits(model, 0, 0, longest + self.config.max_new_tokens)
         if self.config.reward == "r1_zero" and template is not None and not template.tagged:
             return [
                 f"the reward looks for </think> <answer> … </answer>, and the prompt template "
@@ -131,23 +140,13 @@ class Evaluator:
         return []
 
     def run(self, *, generate: bool) -> EvaluationResult:
-        """Evaluate the loss and, if wanted, generate; every process gets the same result.
+        """Evaluate the loss, if the model is here, and, if wanted, generate; every process gets the
+        same result.
 
         Raises:
             StopNow: some process was asked to stop; raised on all of them.
         """
-        with in_eager(), self.progress("evaluation loss", len(self.dataset)) as advance:
-            metrics = evaluate_loss(
-                self.policy,
-                self.dataset,
-                self.processes,
-                microbatch_tokens=self.microbatch_tokens,
-                batching=self.batching,
-                stop_ids=self.stop_ids,
-                groups=self.groups,
-                advance=advance,
-                stopped=lambda: self.asked() is not None,
-            )
+        metrics = {} if self.policy is None else self._loss(self.policy)
         self._leave_if_asked()
         if not generate or not self.gradable:
             return EvaluationResult(metrics, [])
@@ -164,6 +163,20 @@ class Evaluator:
             if value is not None:
                 metrics[f"eval/{names.get(name, name)}"] = value
         return EvaluationResult(metrics, rows)
+
+    def _loss(self, policy: Policy) -> dict[str, float]:
+        with in_eager(), self.progress("evaluation loss", len(self.dataset)) as advance:
+            return evaluate_loss(
+                policy,
+                self.dataset,
+                self.processes,
+                microbatch_tokens=self.microbatch_tokens,
+                batching=self.batching,
+                stop_ids=self.stop_ids,
+                groups=self.groups,
+                advance=advance,
+                stopped=lambda: self.asked() is not None,
+            )
 
     def _leave_if_asked(self) -> None:
         """Leave together: a process that left alone would keep the others waiting for its share."""
@@ -193,9 +206,16 @@ class Evaluator:
             tuple(options.stop),
         )  # fmt: skip
         generations: list[Generation] = []
+        failure: UserError | None = None
         with self.progress("generation", len(wanted)) as advance, suppress(_Stopped):
-            generations = self.generator.generate(requests, sampling, advance=note)
+            try:
+                generations = self.generator.generate(requests, sampling, advance=note)
+            except UserError as error:  # of one process; the others would wait for its share
+                failure = error
         self._leave_if_asked()
+        for told in self.processes.gather(failure):
+            if told is not None:
+                raise told
         reward = REWARDS[options.reward]
         rows = [
             generation_row(

@@ -20,6 +20,8 @@ from cs336_alignment.model.log_probs import compute_entropy
 from cs336_alignment.model.padded_decoder import PaddedDecoder
 from cs336_alignment.model.slots import SlotDecoder, flat_attention_of, slots_work
 
+CACHED_VALUES = 2**18
+
 
 class _Decoder(Protocol):
     @property
@@ -166,7 +168,7 @@ class LocalGenerator:
 
     def _choose(self, logits: Tensor, rows: Sequence[_Row], sampling: Sampling) -> Tensor:
         """Choose the next token of each row (n,) and note the entropy of what it was chosen of."""
-        for row, entropy in zip(rows, compute_entropy(logits).tolist(), strict=True):
+        for row, entropy in zip(rows, _entropies(logits), strict=True):
             row.entropies.append(entropy)
         early = [i for i, row in enumerate(rows) if len(row.tokens) < sampling.min_new_tokens]
         if early and self._eos_ids:
@@ -214,6 +216,14 @@ class LocalGenerator:
         text = decode(self.tokenizer, row.tokens[: len(row.tokens) - (stopped == "eos")])
         entropy = sum(row.entropies) / len(row.entropies)
         return Generation(text[: row.end], tuple(row.tokens), entropy, len(row.tokens), stopped)
+
+
+def _entropies(logits: Tensor) -> list[float]:
+    """Compute the entropy of each row of (n, V); on a CPU a few rows at a time, whose intermediate
+    values then stay in its cache: a third of the time.
+    """
+    count = len(logits) if logits.is_cuda else max(1, CACHED_VALUES // logits.shape[-1])
+    return [h for part in logits.split(count) for h in compute_entropy(part).tolist()]
 
 
 def draw(logits: Tensor, draws: Tensor, temperature: float, top_p: float) -> Tensor:

@@ -2,7 +2,8 @@
 
 One line a chunk of responses. A line that a kill cut short is passed over: its chunk is generated
 anew, whole, so that every response is generated among the same others as without the stop, and is
-the same to the last bit.
+the same to the last bit. Where nobody here decides what a response is generated among, at a server,
+each is kept as it comes.
 """
 
 from __future__ import annotations
@@ -88,13 +89,15 @@ class KeptGenerator:
     Args:
         generator: what generates.
         kept: where its responses are kept.
-        batch_size: responses that it has in the making at once.
+        batch_size: responses that it has in the making at once; None: each is kept by itself.
     """
 
-    def __init__(self, generator: Generator, kept: KeptResponses, *, batch_size: int) -> None:
+    def __init__(
+        self, generator: Generator, kept: KeptResponses, *, batch_size: int | None
+    ) -> None:
         self._generator = generator
         self._kept = kept
-        self._chunk = CHUNK_BATCHES * batch_size
+        self._chunk = None if batch_size is None else CHUNK_BATCHES * batch_size
 
     def generate(
         self,
@@ -102,21 +105,37 @@ class KeptGenerator:
         sampling: Sampling,
         *,
         advance: Callable[[int], None] = lambda _: None,
+        on_done: Callable[[int, Generation], None] = lambda _, __: None,
     ) -> list[Generation]:
-        """Generate what is missing, chunk by chunk; see `Generator`."""
+        """Generate what is missing; see `Generator`."""
         order = sorted(range(len(requests)), key=lambda i: -len(requests[i].prompt_ids))
         found: dict[int, Generation] = {}
-        for start in range(0, len(order), self._chunk):
-            chunk = order[start : start + self._chunk]
+        size = self._chunk or max(1, len(order))
+        for start in range(0, len(order), size):
+            chunk = order[start : start + size]
             have = {i: kept for i in chunk if (kept := self._kept.get(requests[i])) is not None}
             found |= have
             if missing := [i for i in chunk if i not in have]:
                 wanted = [requests[i] for i in missing]
-                generations = self._generator.generate(wanted, sampling, advance=advance)
-                self._kept.add(wanted, generations)
+                generations = self._generate(wanted, sampling, advance)
                 found |= zip(missing, generations, strict=True)
+            for i in chunk:
+                on_done(i, found[i])
             advance(len(have))
         return [found[i] for i in range(len(requests))]
+
+    def _generate(
+        self, wanted: Sequence[Request], sampling: Sampling, advance: Callable[[int], None]
+    ) -> list[Generation]:
+        if self._chunk is None:
+
+            def keep(number: int, generation: Generation) -> None:
+                self._kept.add([wanted[number]], [generation])
+
+            return self._generator.generate(wanted, sampling, advance=advance, on_done=keep)
+        generations = self._generator.generate(wanted, sampling, advance=advance)
+        self._kept.add(wanted, generations)
+        return generations
 
 
 def forget(folder: Path) -> None:

@@ -14,7 +14,12 @@ from cs336_alignment.config import DEFAULT_MICROBATCH_TOKENS, Config
 from cs336_alignment.cores import keep_freed_memory
 from cs336_alignment.errors import ExitStatus, UserError
 from cs336_alignment.evaluation.arms import Arm, identity_of, prepare_arms
-from cs336_alignment.evaluation.evaluator import EvaluationResult, Evaluator
+from cs336_alignment.evaluation.backends import (
+    Backend,
+    open_backend,
+    refuse_nothing_to_ask,
+)
+from cs336_alignment.evaluation.evaluator import EvaluationResult, Evaluator, gradable_of
 from cs336_alignment.evaluation.kept_responses import (
     FOLDER,
     KeptGenerator,
@@ -77,7 +82,12 @@ def evaluate(config: Config) -> ExitStatus:
     console = Console(enabled=processes.is_main)
     try:
         arms = prepare_arms(config, console)
-        results = [_run(arm, config, precision, folder, processes, console) for arm in arms]
+        results = [
+            (_ask if number == 0 and config.evaluation.backend != "transformers" else _run)(
+                arm, config, precision, folder, processes, console
+            )
+            for number, arm in enumerate(arms)
+        ]
         if processes.is_main:
             report: dict[str, Any] = {**subject, "options": asdict(config.evaluation)}
             _write(folder, report, results, arms, config, console)
@@ -145,14 +155,47 @@ def _run(
     for line in evaluator.check(model, arm.data.template):
         console.warn(line)
     identity = identity_of(arm, model, config) if processes.is_main else ""
-    identity = processes.agree(f"{identity} {dtype} {processes.device.type}")
+    identity = f"{identity} {dtype} {processes.device.type}"
+    backend = Backend(evaluator.generator, identity, config.evaluation.batch_size)
+    evaluator.generator = _keeping(backend, folder, processes, console)
+    return evaluator.run(generate=True)
+
+
+def _ask(
+    arm: Arm, config: Config, precision: str, folder: Path, processes: Processes, console: Console
+) -> EvaluationResult:
+    """Evaluate what another backend generates."""
+    options, truths = config.evaluation, arm.ground_truths
+    gradable = gradable_of(truths, options.num_prompts)
+    refuse_nothing_to_ask(gradable, config)
+    backend = open_backend(arm, gradable, config, precision, processes, console)
+    evaluator = Evaluator(
+        None,
+        arm.tokenizer,
+        arm.dataset,
+        truths,
+        config=options,
+        processes=processes,
+        microbatch_tokens=config.trainer.microbatch_tokens or DEFAULT_MICROBATCH_TOKENS,
+        batching="padded",  # of a loss that is not evaluated
+        seed=config.seed,
+        progress=console.progress,
+        generator=_keeping(backend, folder, processes, console),
+    )
+    for line in evaluator.check(None, arm.data.template):
+        console.warn(line)
+    return evaluator.run(generate=True)
+
+
+def _keeping(
+    backend: Backend, folder: Path, processes: Processes, console: Console
+) -> KeptGenerator:
+    """Put what is kept of an earlier command, and will be of this one, before a generator."""
+    identity = processes.agree(backend.identity)
     kept = KeptResponses(folder / FOLDER, identity, processes.index)
     if kept.kept:
         console.note(f"going on: {kept.kept:,} responses of an earlier command are there")
-    evaluator.generator = KeptGenerator(
-        evaluator.generator, kept, batch_size=config.evaluation.batch_size
-    )
-    return evaluator.run(generate=True)
+    return KeptGenerator(backend.generator, kept, batch_size=backend.batch_size)
 
 
 def _write(
@@ -198,6 +241,7 @@ def _write(
 def _page(summary: Summary, model: EvaluationResult, names: Sequence[str], config: Config) -> str:
     options = asdict(config.evaluation)
     shown = (
+        "backend",
         "reward",
         "max_new_tokens",
         "min_new_tokens",
@@ -231,7 +275,7 @@ def _show(
     if summary is not None:
         header, rows = brief_table_of(summary)
     named = set() if summary is None else {found.metric for found in summary.findings}
-    for name in sorted(results[0].metrics.keys() - named):
+    for name in sorted({name for result in results for name in result.metrics} - named):
         values = [result.metrics.get(name) for result in reversed(results)]  # the baseline first
         cells = ["" if value is None else f"{value:.4f}" for value in values]
         rows.append([name.removeprefix("eval/"), *cells, *[""] * (len(header) - 1 - len(cells))])

@@ -69,6 +69,7 @@ class Generator(Protocol):
         sampling: Sampling,
         *,
         advance: Callable[[int], None] = lambda _: None,
+        on_done: Callable[[int, Generation], None] = lambda _, __: None,
     ) -> list[Generation]:
         """Generate one response for each request, in their order.
 
@@ -77,6 +78,7 @@ class Generator(Protocol):
             sampling: of all of them.
             advance: called with the number of responses done since the last call; what it raises
                 ends the generation.
+            on_done: called with the number of a request and its response when it is over.
         """
         ...
 

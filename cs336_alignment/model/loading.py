@@ -234,7 +234,21 @@ def check_fits(
             got=f"{longest} tokens",
             hint=f"data.max_length={positions + 1}",
         )
-    if positions is not None and generated is not None and generated > positions:
+    if generated is not None:
+        check_positions(positions, generated)
+
+
+def check_positions(positions: int | None, generated: int) -> None:
+    """Refuse prompts that leave no room for their responses.
+
+    Args:
+        positions: of the model; None: no bound is known.
+        generated: tokens of the longest prompt that is generated for and of its response.
+
+    Raises:
+        UserError: they are more than the positions (78).
+    """
+    if positions is not None and generated > positions:
         raise UserError(
             "M108",
             "prompt and generated response have more tokens than the model has positions",

@@ -241,8 +241,11 @@ class SlotDecoder:
         longest = max(self._lengths) + 1
         mask = None
         if min(self._lengths) + 1 < longest:
-            mask = (torch.arange(longest) <= positions[:, None])[:, None, None]
-            mask = mask.to(self._model.device)
+            hidden_from = (torch.arange(longest) > positions[:, None])[:, None, None]
+            # Numbers: every layer would make them of truth values again.
+            dtype = self._autocast_dtype or self._model.dtype
+            mask = torch.zeros(hidden_from.shape, dtype=dtype)
+            mask = mask.masked_fill_(hidden_from, float("-inf")).to(self._model.device)
         plan = _Step(positions.to(self._model.device), longest, mask)
         hidden = self._forward(tokens, plan.positions, plan)
         self._lengths = [length + 1 for length in self._lengths]

@@ -11,7 +11,8 @@ from typing import Any
 from torch.optim import Optimizer
 from transformers import PreTrainedTokenizerBase
 
-from cs336_alignment.config import DEFAULT_MICROBATCH_TOKENS, Config
+from cs336_alignment.config import DEFAULT_MICROBATCH_TOKENS, Config, EvaluationConfig
+from cs336_alignment.config_check import clash
 from cs336_alignment.cores import keep_freed_memory
 from cs336_alignment.data.batching import StepPlan
 from cs336_alignment.data.splits import RunData, ledger_json, prepare_run
@@ -96,6 +97,7 @@ def train(config: Config, arguments: Sequence[str]) -> ExitStatus:
         UserError: as everywhere; `status.json` then holds it too.
     """
     precision = refuse_launcher_options(config.trainer.precision)
+    _refuse_other_backends(config.evaluation)
     is_main = is_main_process_before_start()
     folder, console = RunFolder(config), Console(enabled=is_main)
     if is_main:
@@ -140,6 +142,21 @@ class _Inputs:
     source: ModelSource
     tokenizer: PreTrainedTokenizerBase
     data: RunData
+
+
+def _refuse_other_backends(options: EvaluationConfig) -> None:
+    """Refuse to generate with other weights than those in training.
+
+    Raises:
+        UserError: it was asked for (78).
+    """
+    if options.backend != "transformers" and options.generation_steps is not None:
+        raise clash(
+            "evaluation.backend",
+            "evaluation.generation_steps",
+            f"what evaluation.backend={options.backend} generates with are not the weights in "
+            "training; set one to transformers or the other to null",
+        )
 
 
 def _load_inputs(config: Config, console: Console) -> _Inputs:

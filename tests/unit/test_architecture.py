@@ -32,6 +32,7 @@ LAYERS = [
 ]  # fmt: skip
 OWNERS = {
     "hydra": {"compose", "compose_errors"}, "omegaconf": {"compose", "compose_errors"}, "datasets": {"data.sources"},
+    "httpx2": {"evaluation.server_client"}, "vllm": {"evaluation.vllm_backend"},
     "wandb": {"tracking.wandb_logger"}, "matplotlib": {"tracking.plots"}, "accelerate": {"training.parallel"},
 }  # fmt: skip
 
@@ -174,5 +175,5 @@ def test_size() -> None:
             if name_of(path).split(".")[0] in packages
         )  # fmt: skip
 
-    assert lines("config", "data", "model", "training") <= 8650
-    assert lines("evaluation", "tracking", "cli") <= 3400
+    assert lines("config", "data", "model", "training") <= 8800
+    assert lines("evaluation", "tracking", "cli") <= 4200
