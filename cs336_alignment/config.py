@@ -32,6 +32,10 @@ class ColumnsConfig:
     prompt: str | None = None
     response: str | None = None
     question: str | None = None
+    problem: str | None = None
+    solution: str | None = None
+    choices: str | None = None
+    answer: str | None = None
     instruction: str | None = None
     input: str | None = None
     input_ids: str | None = None

@@ -21,8 +21,8 @@ OVERLONG = ("drop", "truncate", "split", "error")
 TRAIN_ON = ("response", "assistant", "last_turn", "all")
 MIXTURE_STOPS = ("first_exhausted", "all_exhausted")
 FORMATS = (
-    "auto", "messages", "sharegpt", "prompt_response", "question_answer", "alpaca", "tokens",
-    "text",
+    "auto", "messages", "sharegpt", "prompt_response", "question_answer", "alpaca", "math",
+    "multiple_choice", "tokens", "text",
 )  # fmt: skip
 SECRET_WORDS = {"token", "key", "secret", "password", "passwd", "credential", "credentials"}
 SECRET_LENGTH = 8  # shorter ones are found in ordinary words
