@@ -11,6 +11,7 @@ MISSING = "???"  # OmegaConf's mark for a value that must be given
 
 DEFAULT_MICROBATCH_TOKENS = 4096
 DEFAULT_WARMUP_RATIO = 0.03
+DEFAULT_REWARD_SECONDS = 10.0
 
 
 @dataclass
@@ -170,6 +171,8 @@ class EvaluationConfig:
     batch_size: int = 16
     stop: list[str] = field(default_factory=lambda: ["</answer>"])
     reward: str = "r1_zero"
+    reward_seconds: float = DEFAULT_REWARD_SECONDS
+    allow_custom_reward: bool = False
     baseline: str | None = None
 
 

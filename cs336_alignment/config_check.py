@@ -9,7 +9,15 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from cs336_alignment.config import ALL_KEYS, DEFAULT_WARMUP_RATIO, Config, DataConfig, flatten
+from cs336_alignment.config import (
+    ALL_KEYS,
+    DEFAULT_REWARD_SECONDS,
+    DEFAULT_WARMUP_RATIO,
+    Config,
+    DataConfig,
+    EvaluationConfig,
+    flatten,
+)
 from cs336_alignment.errors import ExitStatus, UserError, UserErrors, describe
 from cs336_alignment.metric_names import GENERATED, greater_is_better, nearest_metric
 
@@ -33,7 +41,8 @@ SELECTIONS = ("first", "longest", "random", "findings")
 LEVELS = ("error", "warning", "off")
 SCHEDULES = ("cosine", "linear", "constant", "warmup_stable_decay")
 LOGGERS = ("wandb", "none")
-REWARDS = ("r1_zero",)
+REWARDS = ("r1_zero", "gsm8k", "exact_match", "multiple_choice")
+CUSTOM_REWARD = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*(\.[^\W\d]\w*)*")
 RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,150}")
 
 
@@ -149,7 +158,12 @@ _RULES = (
     _Rule("evaluation.num_samples", _at_least(1), "a whole number of at least 1"),
     _Rule("evaluation.min_new_tokens", _at_least(0), "a whole number of at least 0"),
     _Rule("evaluation.top_p", lambda v: 0 < v <= 1, "a number above 0, at most 1"),
-    _one_of("evaluation.reward", REWARDS),
+    _Rule(
+        "evaluation.reward",
+        lambda v: v in REWARDS or bool(CUSTOM_REWARD.fullmatch(v)),
+        f"one of {', '.join(REWARDS)}, or package.module:function",
+    ),
+    _Rule("evaluation.reward_seconds", lambda v: 0 < v <= 86_400, "seconds, above 0"),
     _Rule("evaluation.baseline", lambda v: bool(v.strip()), "a hub id, a local folder or null"),
     _one_of("inspect.select", SELECTIONS),
     _Rule("inspect.num_examples", _at_least(1), "a whole number of at least 1"),
@@ -228,11 +242,29 @@ def _clashes(config: Config) -> Iterator[UserError]:
         )
     yield from _source_clashes(config.data)
     yield from _best_clashes(config)
+    yield from _reward_clashes(config.evaluation)
     if model.trust_remote_code and not re.fullmatch(r"[0-9a-f]{40}", model.revision or ""):
         yield clash(
             "model.trust_remote_code",
             "model.revision",
             "code from the hub runs only at a pinned commit: model.revision=<40 hex digits>",
+        )
+
+
+def _reward_clashes(evaluation: EvaluationConfig) -> Iterator[UserError]:
+    if evaluation.reward in REWARDS:
+        if evaluation.reward_seconds != DEFAULT_REWARD_SECONDS:
+            yield clash(
+                "evaluation.reward_seconds",
+                "evaluation.reward",
+                f"only a function of your own has that limit, and {evaluation.reward} is built in",
+            )
+    elif not evaluation.allow_custom_reward:
+        yield UserError(
+            "C141",
+            f"evaluation.reward={evaluation.reward} is code, and running it has not been allowed",
+            ExitStatus.BAD_CONFIG,
+            hint="evaluation.allow_custom_reward=true, if you trust it",
         )
 
 

@@ -72,8 +72,8 @@ def to_example(
     turn if there is none. An answer in GSM8K's form (reasoning, then `#### final`) loses its
     calculator annotations; under a template that opens `<think>` it becomes
     ` {reasoning} </think> <answer> {final} </answer>`. So does a solution of MATH, whose final
-    answer is its `answer` or what its last `\\boxed{}` holds. Of a multiple-choice row the letter is
-    the answer, and the choice's text stands where the reasoning would.
+    answer is its `answer` or what its last `\\boxed{}` holds. Of a multiple-choice row the letter
+    is the answer, and the choice's text stands where the reasoning would.
 
     Args:
         row: as read.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -16,9 +17,10 @@ from cs336_alignment.data.prepare import Progress
 from cs336_alignment.data.templates import PromptTemplate
 from cs336_alignment.errors import ExitStatus
 from cs336_alignment.evaluation.generate import LocalGenerator, decode
+from cs336_alignment.evaluation.grading import close_reward, failures_of
 from cs336_alignment.evaluation.log_generations import generation_row, summarize
 from cs336_alignment.evaluation.loss import evaluate_loss
-from cs336_alignment.evaluation.rewards import REWARDS
+from cs336_alignment.evaluation.rewards import RewardFunction, with_choices
 from cs336_alignment.evaluation.sampling import (
     Generation,
     Generator,
@@ -65,8 +67,11 @@ class Evaluator:
         batching: flat rows, or padded ones.
         seed: of sampling.
         progress: shows a bar.
+        reward: grades what is generated; see `make_reward`. It is closed whenever that is done.
+        choices: that the question of each example gives, if any does.
         groups: the source of each example, if there are several.
         asked: gives the status of a request to stop, None while there is none.
+        warn: prints a warning.
     """
 
     def __init__(
@@ -82,8 +87,11 @@ class Evaluator:
         batching: Batching,
         seed: int,
         progress: Progress,
+        reward: RewardFunction,
+        choices: Sequence[Sequence[str]] = (),
         groups: Sequence[str] = (),
         asked: Callable[[], ExitStatus | None] = lambda: None,
+        warn: Callable[[str], None] = lambda _: None,
     ) -> None:
         self.policy = policy
         self.tokenizer = tokenizer
@@ -94,9 +102,12 @@ class Evaluator:
         self.batching = batching
         self.seed = seed
         self.progress = progress
+        self.reward = reward
+        self.choices = choices
         self.groups = groups
         self.stop_ids = special_tokens(tokenizer).stops
         self.asked = asked
+        self.warn = warn
         self.ground_truths = ground_truths
         self.gradable = [i for i, truth in enumerate(ground_truths) if truth is not None][
             : config.num_prompts
@@ -135,6 +146,7 @@ class Evaluator:
 
         Raises:
             StopNow: some process was asked to stop; raised on all of them.
+            UserError: the reward failed on every response (70).
         """
         with in_eager(), self.progress("evaluation loss", len(self.dataset)) as advance:
             metrics = evaluate_loss(
@@ -153,6 +165,8 @@ class Evaluator:
             return EvaluationResult(metrics, [])
         with in_eager():
             rows = self.generate()
+        if (failures := failures_of(rows)) is not None:
+            self.warn(failures)
         summary = summarize(rows)
         names = {
             "token_entropy": "response_entropy",
@@ -196,16 +210,27 @@ class Evaluator:
         with self.progress("generation", len(wanted)) as advance, suppress(_Stopped):
             generations = self.generator.generate(requests, sampling, advance=note)
         self._leave_if_asked()
-        reward = REWARDS[options.reward]
-        rows = [
-            generation_row(
-                generation, decode(self.tokenizer, request.prompt_ids),
-                str(self.ground_truths[i]), reward, index=i, sample=n,
-            )
-            for (i, n), request, generation in zip(mine, requests, generations, strict=True)
-        ]  # fmt: skip
+        rows: list[dict[str, Any]] = []
+        try:
+            with self.progress("rewards", len(wanted)) as advance, suppress(_Stopped):
+                for (i, n), request, generation in zip(mine, requests, generations, strict=True):
+                    prompt = decode(self.tokenizer, request.prompt_ids)
+                    rows.append(self._grade(generation, prompt, i, n))
+                    note(1)
+        finally:
+            close_reward(self.reward)
+        self._leave_if_asked()
         shares = self.processes.gather(rows)
         return sorted(
             (row for share in shares for row in share),
             key=lambda row: (row["index"], row["sample"]),
         )
+
+    def _grade(
+        self, generation: Generation, prompt: str, index: int, sample: int
+    ) -> dict[str, Any]:
+        # Only there can the built-in grader be stopped (`answers_equal`).
+        assert threading.current_thread() is threading.main_thread()
+        reward = with_choices(self.reward, self.choices[index] if self.choices else ())
+        truth = str(self.ground_truths[index])
+        return generation_row(generation, prompt, truth, reward, index=index, sample=sample)

@@ -21,6 +21,7 @@ from cs336_alignment.evaluation.kept_responses import (
     KeptResponses,
     forget,
 )
+from cs336_alignment.evaluation.rewards import RewardFunction, describe_reward, make_reward
 from cs336_alignment.evaluation.summary import Summary, summarize_evaluation, to_json
 from cs336_alignment.evaluation.summary_page import brief_table_of, to_markdown
 from cs336_alignment.files import write_json, write_text
@@ -76,8 +77,10 @@ def evaluate(config: Config) -> ExitStatus:
     processes = Processes(start_processes(config.parallel))
     console = Console(enabled=processes.is_main)
     try:
+        reward = make_reward(config.evaluation)
+        console.note(describe_reward(config.evaluation, reward))
         arms = prepare_arms(config, console)
-        results = [_run(arm, config, precision, folder, processes, console) for arm in arms]
+        results = [_run(arm, config, precision, folder, processes, console, reward) for arm in arms]
         if processes.is_main:
             report: dict[str, Any] = {**subject, "options": asdict(config.evaluation)}
             _write(folder, report, results, arms, config, console)
@@ -114,7 +117,13 @@ def _refuse_another(path: Path, subject: dict[str, str | None]) -> None:
 
 
 def _run(
-    arm: Arm, config: Config, precision: str, folder: Path, processes: Processes, console: Console
+    arm: Arm,
+    config: Config,
+    precision: str,
+    folder: Path,
+    processes: Processes,
+    console: Console,
+    reward: RewardFunction,
 ) -> EvaluationResult:
     """Load a model, evaluate it and let it go."""
     if processes.device.type == "cpu":
@@ -141,6 +150,9 @@ def _run(
         batching=choice.batching,
         seed=config.seed,
         progress=console.progress,
+        reward=reward,
+        choices=arm.choices,
+        warn=console.warn,
     )
     for line in evaluator.check(model, arm.data.template):
         console.warn(line)

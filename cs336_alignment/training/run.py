@@ -17,6 +17,12 @@ from cs336_alignment.data.batching import StepPlan
 from cs336_alignment.data.splits import RunData, ledger_json, prepare_run
 from cs336_alignment.errors import ExitStatus, UserError
 from cs336_alignment.evaluation.evaluator import Evaluator
+from cs336_alignment.evaluation.rewards import (
+    REWARDS,
+    RewardFunction,
+    describe_reward,
+    make_reward,
+)
 from cs336_alignment.model.loading import (
     ModelSource,
     check_fits,
@@ -136,10 +142,15 @@ class _Inputs:
     source: ModelSource
     tokenizer: PreTrainedTokenizerBase
     data: RunData
+    reward: RewardFunction
 
 
 def _load_inputs(config: Config, console: Console) -> _Inputs:
-    model = config.model
+    model, evaluation = config.model, config.evaluation
+    reward = REWARDS["r1_zero"]
+    if evaluation.generation_steps is not None:  # else nothing is graded, no code of users' runs
+        reward = make_reward(evaluation)
+        console.note(describe_reward(evaluation, reward))
     source = resolve_model(model.name_or_path, model.revision, model.trust_remote_code)
     tokenizer = load_tokenizer(source)
     data = prepare_run(
@@ -147,7 +158,7 @@ def _load_inputs(config: Config, console: Console) -> _Inputs:
     )
     for line in data.warnings:
         console.warn(line)
-    return _Inputs(source, tokenizer, data)
+    return _Inputs(source, tokenizer, data, reward)
 
 
 def _no_time(max_hours: float | None) -> UserError:
@@ -385,7 +396,8 @@ class _Run:
             config=self.config.evaluation, processes=self.processes,
             microbatch_tokens=cut.microbatch_tokens or DEFAULT_MICROBATCH_TOKENS,
             batching=cut.batching, seed=self.config.seed, progress=self.console.progress,
-            groups=held_out.groups, asked=poll,
+            reward=self.inputs.reward, choices=held_out.choices,
+            groups=held_out.groups, asked=poll, warn=self.console.warn,
         )  # fmt: skip
         eval_steps = self.config.trainer.eval_steps
         generation_steps = self.config.evaluation.generation_steps
