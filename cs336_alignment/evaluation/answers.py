@@ -28,7 +28,10 @@ MAX_SECONDS = 1.5
 
 _MAX_ITEMS = 12
 
-_ASSIGNMENT = re.compile(r"([A-Za-z](?:[A-Za-z_ ]*|\([a-z]\)))=([^=<>]+)")
+_ASSIGNMENT = re.compile(
+    r"((?:[A-Za-z](?:[A-Za-z_ ]*|\([a-z]\))|\\(?:alpha|beta|gamma|theta|lambda|mu|phi|omega))"
+    r"(?:_\{?\w\}?)?)(?:=| ?\\in(?![a-z]) ?(?=[(\[{\\]))([^=<>]+)"
+)
 
 
 def answers_equal(answer: str, ground_truth: str) -> bool:
@@ -97,6 +100,9 @@ def _equal(answer: str, truth: str) -> bool:
             part, whole = (value, true_value) if unit else (true_value, value)
             return whole in (part, part / 100)
         return value == true_value
+    bare, true_bare = _without_names(answer, truth)
+    if (bare, true_bare) != (answer, truth):
+        return _equal(bare, true_bare)
     items, true_items = split_items(answer), split_items(truth)
     if items and true_items:
         ordered = items[0] not in ("", "∪")
@@ -105,9 +111,6 @@ def _equal(answer: str, truth: str) -> bool:
         return False
     if same_text(answer, truth):
         return True
-    bare, true_bare = _without_names(answer, truth)
-    if (bare, true_bare) != (answer, truth):
-        return _equal(bare, true_bare)
     return equal_formulas(answer, truth)
 
 

@@ -24,7 +24,8 @@ _MATRIX = re.compile(r"\\(?:begin|end)\{[pb]matrix\}")
 _NOT_A_FORMULA = re.compile(
     r"\d{21}"  # factoring and powers of these take long
     r"|\d \d"  # math-verify adds: "1 2" is 3
-    r"|^[^+*(]*\d+/\d+/\d"  # a date
+    r"|^[^+*(]*\d+/\d+/\d|^\d{4}-\d\d?-\d\d?$"  # a date
+    r"|\d_"  # a number of another base
     r"|[A-Za-z]{4}|(?![a-cx-z]{2})[A-Za-z]{2}"  # a word, which math-verify reads as a product
     r"|!!|\d{3}!|[^\dA-Za-z]!|!\^"
     r"|[^-0-9A-Za-z\\{}()\[\]^_+*/=<>|!& ]"
