@@ -34,7 +34,7 @@ _DENIED = re.compile(
 )
 # What may follow a letter that is the answer. "The answer is A dog" goes on with a word.
 _FOLLOWS = re.compile(
-    r"[\s*_`$\"'”’]*(?:$|[.,;:!?)\]}(—–\n-]|(?:because|since|as|which|for|due|with)\b)"
+    r"[\s*_`$\"'”’]*(?:$|[.,;:!?)\]}(—–\n-]|(?:because|since|as|which|for|due|with|and|but)\b)"
 )
 _ANOTHER = re.compile(
     r"[\s*_`$)\]]*(?:,|/|&|\bor\b|\band\b)[\s*_`$(\[]*(?:or |and )?[(\[]?[A-HJ](?![\w'’])"

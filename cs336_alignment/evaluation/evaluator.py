@@ -16,6 +16,7 @@ from cs336_alignment.data.encode import special_tokens
 from cs336_alignment.data.prepare import Progress
 from cs336_alignment.data.templates import PromptTemplate
 from cs336_alignment.errors import ExitStatus
+from cs336_alignment.evaluation.final_answer import OPENING
 from cs336_alignment.evaluation.generate import LocalGenerator, decode
 from cs336_alignment.evaluation.grading import close_reward, failures_of
 from cs336_alignment.evaluation.log_generations import generation_row, summarize
@@ -28,6 +29,7 @@ from cs336_alignment.evaluation.sampling import (
     Sampling,
     request_seed,
 )
+from cs336_alignment.evaluation.truths import doubtful_truths
 from cs336_alignment.microbatch import Batching
 from cs336_alignment.model.compile import in_eager
 from cs336_alignment.model.loading import check_fits
@@ -134,12 +136,28 @@ class Evaluator:
             return ["no evaluation row has a ground truth, so nothing is generated"]
         longest = max(len(self.dataset.prompt_ids(i)) for i in self.gradable)
         check_fits(model, 0, 0, longest + self.config.max_new_tokens)
-        if self.config.reward == "r1_zero" and template is not None and not template.tagged:
-            return [
-                f"the reward looks for </think> <answer> … </answer>, and the prompt template "
-                f"{template.name} does not ask for it"
-            ]
-        return []
+        choices = {i: self.choices[i] for i in self.gradable if self.choices and self.choices[i]}
+        truths = {i: str(self.ground_truths[i]) for i in self.gradable}
+        lines = doubtful_truths(truths, choices, self.config.reward)
+        if self.config.reward == "r1_zero" and not self._has_tags():
+            name = "the prompts do"
+            if template is not None and not template.tagged:
+                name = f"the prompt template {template.name} does"
+            lines.append(
+                "the reward r1_zero looks for </think> <answer> … </answer>, and "
+                f"{name} not ask for it"
+            )
+        if choices and self.config.reward in ("r1_zero", "gsm8k"):
+            lines.append(
+                f"the questions are multiple choice, and the reward {self.config.reward} knows no "
+                "letters but bare ones: evaluation.reward=multiple_choice does"
+            )
+        return lines
+
+    def _has_tags(self) -> bool:
+        """Whether the first prompt asks for answer tags, or the response that it has gives some."""
+        first = self.dataset[self.gradable[0]].input_ids.tolist()
+        return OPENING in decode(self.tokenizer, first)
 
     def run(self, *, generate: bool) -> EvaluationResult:
         """Evaluate the loss and, if wanted, generate; every process gets the same result.

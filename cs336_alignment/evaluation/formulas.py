@@ -110,6 +110,14 @@ def equal_formulas(answer: str, truth: str) -> bool:
     return bool(parsed and true_parsed and verify(true_parsed, parsed))
 
 
+def reads(text: str) -> bool:
+    """Tell whether a normal form is a formula that can be compared with others."""
+    formula = _formula(text)
+    if formula is None or not _is_small(formula, _names(formula)):
+        return False
+    return bool(load_parser()[0](f"${formula}$"))
+
+
 @functools.cache
 def load_parser() -> tuple[Callable[[str], list[Any]], Callable[[list[Any], list[Any]], bool]]:
     """Import math-verify (sympy: a second) on first use; its own timeouts are off, ours is on.
