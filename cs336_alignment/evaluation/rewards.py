@@ -191,3 +191,8 @@ def describe_reward(config: EvaluationConfig, reward: RewardFunction) -> str:
         f"reward     {reward.path} of {reward.source['file']}, in a process of its own, at most "
         f"{config.reward_seconds:g} s a response"
     )
+
+
+def code_of(reward: RewardFunction) -> str | None:
+    """Give the sha256 of the file that a user's reward function is from; None for those here."""
+    return reward.source["sha256"] if isinstance(reward, CustomReward) else None

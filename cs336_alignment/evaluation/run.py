@@ -21,7 +21,7 @@ from cs336_alignment.evaluation.kept_responses import (
     KeptResponses,
     forget,
 )
-from cs336_alignment.evaluation.rewards import RewardFunction, describe_reward, make_reward
+from cs336_alignment.evaluation.rewards import RewardFunction, code_of, describe_reward, make_reward
 from cs336_alignment.evaluation.summary import Summary, summarize_evaluation, to_json
 from cs336_alignment.evaluation.summary_page import brief_table_of, to_markdown
 from cs336_alignment.files import write_json, write_text
@@ -83,6 +83,8 @@ def evaluate(config: Config) -> ExitStatus:
         results = [_run(arm, config, precision, folder, processes, console, reward) for arm in arms]
         if processes.is_main:
             report: dict[str, Any] = {**subject, "options": asdict(config.evaluation)}
+            if (code := code_of(reward)) is not None:
+                report["reward_sha256"] = code
             _write(folder, report, results, arms, config, console)
             forget(folder / FOLDER)
             console.note(f"results  {folder}")

@@ -20,6 +20,7 @@ from cs336_alignment.evaluation.evaluator import Evaluator
 from cs336_alignment.evaluation.rewards import (
     REWARDS,
     RewardFunction,
+    code_of,
     describe_reward,
     make_reward,
 )
@@ -247,7 +248,7 @@ class _Run:
             config, old=old, model=policy.model,
             tokenizer=tokenizer, train=data, held_out=held_out, num_processes=self.processes.count,
             precision=str(policy.autocast_dtype or policy.model.dtype).removeprefix("torch."),
-            step=state.step,
+            step=state.step, reward_sha256=code_of(self.inputs.reward),
         )  # fmt: skip
         since = state.step if self.decision.more_steps else old.get("patient_since_step", 0)
         manifest["patient_since_step"] = since

@@ -91,6 +91,10 @@ def test_mmlu_by_subject(sft: Sft, tmp_path: Path) -> None:
     done = sft("evaluate", *options, "evaluation.reward=multiple_choice", "run_name=bad")
     assert done.returncode == 65
     assert 'physics_test.csv:3, field "answer"' in done.stderr and "error[D216]" in done.stderr
+    done = sft("prepare", MODEL[0], "data.train_path=mmlu/physics_test.csv", "data.on_bad_row=drop",
+               "data.max_bad_fraction=1")  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "physics_test.csv:3" in done.stdout and "D216" in done.stdout
 
 
 def test_failures_are_told_once_and_count_as_zero(sft: Sft, tmp_path: Path, data: str) -> None:
