@@ -47,7 +47,10 @@ def _is_small(text: str, names: set[str]) -> bool:
         text: a formula.
         names: the names in it and in what it is compared with.
     """
-    powers = re.findall(r"(.?)\^(\{(?:[^{}]|\{[^{}]*\})*\}|[^{])", text)
+    powers = [  # what stands before the sign (the end of a power, perhaps), and the exponent
+        (text[found.start() - 1 : found.start()], found[1])
+        for found in re.finditer(r"\^(\{(?:[^{}]|\{[^{}]*\})*\}|[^{])", text)
+    ]
     if len(powers) != text.count("^"):
         return False  # a power in an exponent, or braces deeper than the pattern follows
     longest, nested = 0, 1
