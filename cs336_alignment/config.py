@@ -12,6 +12,7 @@ MISSING = "???"  # OmegaConf's mark for a value that must be given
 DEFAULT_MICROBATCH_TOKENS = 4096
 DEFAULT_WARMUP_RATIO = 0.03
 DEFAULT_SERVER_URL = "http://127.0.0.1:8000/v1"
+DEFAULT_REWARD_SECONDS = 10.0
 
 
 @dataclass
@@ -33,6 +34,10 @@ class ColumnsConfig:
     prompt: str | None = None
     response: str | None = None
     question: str | None = None
+    problem: str | None = None
+    solution: str | None = None
+    choices: str | None = None
+    answer: str | None = None
     instruction: str | None = None
     input: str | None = None
     input_ids: str | None = None
@@ -167,6 +172,8 @@ class EvaluationConfig:
     batch_size: int = 16
     stop: list[str] = field(default_factory=lambda: ["</answer>"])
     reward: str = "r1_zero"
+    reward_seconds: float = DEFAULT_REWARD_SECONDS
+    allow_custom_reward: bool = False
     baseline: str | None = None
     backend: str = "transformers"
     server_url: str = DEFAULT_SERVER_URL

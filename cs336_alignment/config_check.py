@@ -11,6 +11,7 @@ from typing import Any
 
 from cs336_alignment.config import (
     ALL_KEYS,
+    DEFAULT_REWARD_SECONDS,
     DEFAULT_WARMUP_RATIO,
     Config,
     DataConfig,
@@ -28,8 +29,8 @@ OVERLONG = ("drop", "truncate", "split", "error")
 TRAIN_ON = ("response", "assistant", "last_turn", "all")
 MIXTURE_STOPS = ("first_exhausted", "all_exhausted")
 FORMATS = (
-    "auto", "messages", "sharegpt", "prompt_response", "question_answer", "alpaca", "tokens",
-    "text",
+    "auto", "messages", "sharegpt", "prompt_response", "question_answer", "alpaca", "math",
+    "multiple_choice", "tokens", "text",
 )  # fmt: skip
 SECRET_WORDS = {"token", "key", "secret", "password", "passwd", "credential", "credentials"}
 SECRET_LENGTH = 8  # shorter ones are found in ordinary words
@@ -40,9 +41,10 @@ SELECTIONS = ("first", "longest", "random", "findings")
 LEVELS = ("error", "warning", "off")
 SCHEDULES = ("cosine", "linear", "constant", "warmup_stable_decay")
 LOGGERS = ("wandb", "none")
-REWARDS = ("r1_zero",)
 BACKENDS = ("transformers", "server", "vllm")
 SERVER_APIS = ("completions", "chat")
+REWARDS = ("r1_zero", "gsm8k", "exact_match", "multiple_choice")
+CUSTOM_REWARD = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*(\.[^\W\d]\w*)*")
 RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,150}")
 
 
@@ -158,7 +160,12 @@ _RULES = (
     _Rule("evaluation.num_samples", _at_least(1), "a whole number of at least 1"),
     _Rule("evaluation.min_new_tokens", _at_least(0), "a whole number of at least 0"),
     _Rule("evaluation.top_p", lambda v: 0 < v <= 1, "a number above 0, at most 1"),
-    _one_of("evaluation.reward", REWARDS),
+    _Rule(
+        "evaluation.reward",
+        lambda v: v in REWARDS or bool(CUSTOM_REWARD.fullmatch(v)),
+        f"one of {', '.join(REWARDS)}, or package.module:function",
+    ),
+    _Rule("evaluation.reward_seconds", lambda v: 0 < v <= 86_400, "seconds, above 0"),
     _Rule("evaluation.baseline", lambda v: bool(v.strip()), "a hub id, a local folder or null"),
     _one_of("evaluation.backend", BACKENDS),
     _Rule(
@@ -249,6 +256,7 @@ def _clashes(config: Config) -> Iterator[UserError]:
     yield from _source_clashes(config.data)
     yield from _best_clashes(config)
     yield from _backend_clashes(config)
+    yield from _reward_clashes(config.evaluation)
     if model.trust_remote_code and not re.fullmatch(r"[0-9a-f]{40}", model.revision or ""):
         yield clash(
             "model.trust_remote_code",
@@ -268,6 +276,23 @@ def _backend_clashes(config: Config) -> Iterator[UserError]:
     for name in (field.name for field in fields(options) if field.name.startswith("server_")):
         if why and getattr(options, name) != getattr(default, name):
             yield clash(f"evaluation.{name}", "evaluation.backend", why)
+
+
+def _reward_clashes(evaluation: EvaluationConfig) -> Iterator[UserError]:
+    if evaluation.reward in REWARDS:
+        if evaluation.reward_seconds != DEFAULT_REWARD_SECONDS:
+            yield clash(
+                "evaluation.reward_seconds",
+                "evaluation.reward",
+                f"only a function of your own has that limit, and {evaluation.reward} is built in",
+            )
+    elif not evaluation.allow_custom_reward:
+        yield UserError(
+            "C141",
+            f"evaluation.reward={evaluation.reward} is code, and running it has not been allowed",
+            ExitStatus.BAD_CONFIG,
+            hint="evaluation.allow_custom_reward=true, if you trust it",
+        )
 
 
 def _best_clashes(config: Config) -> Iterator[UserError]:

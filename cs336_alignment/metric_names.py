@@ -7,15 +7,16 @@ import difflib
 GENERATED = (  # of what the model says; they come where `evaluation.generation_steps` is due
     "eval/reward", "eval/format_reward", "eval/answer_reward", "eval/stop_rate",
     "eval/truncation_rate", "eval/response_entropy", "eval/response_length",
-    "eval/response_length_correct", "eval/response_length_incorrect",
+    "eval/response_length_correct", "eval/response_length_incorrect", "eval/reward_errors",
 )  # fmt: skip
 EVALUATED = (
     "eval/loss", "eval/loss_first_token", "eval/loss_stop_token", "eval/token_entropy", *GENERATED,
 )  # fmt: skip
-# Nothing may be correct, nothing wrong, and no response may end in a stop token.
-SOMETIMES = frozenset(
-    {"eval/response_length_correct", "eval/response_length_incorrect", "eval/loss_stop_token"}
-)
+# Nothing may be correct, nothing wrong, no response may end in a stop token, no reward may fail.
+SOMETIMES = frozenset({
+    "eval/response_length_correct", "eval/response_length_incorrect", "eval/loss_stop_token",
+    "eval/reward_errors",
+})  # fmt: skip
 SMALLER_WORDS = ("loss", "entropy", "length", "perplexity", "truncation", "error", "seconds")
 GREATER_WORDS = ("reward", "rate", "accuracy")
 

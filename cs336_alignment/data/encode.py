@@ -15,7 +15,7 @@ from cs336_alignment.config import DataConfig
 from cs336_alignment.data.chat import ChatRenderer, tokenize_rendered
 from cs336_alignment.data.chat_lint import special_spelling
 from cs336_alignment.data.formats import Example, to_example
-from cs336_alignment.data.layout import Layout
+from cs336_alignment.data.layout import ASKING, Layout
 from cs336_alignment.data.ledger import LedgerEntry
 from cs336_alignment.data.lint import Findings, SpecialTokens, check_row, ends_with_stop
 from cs336_alignment.data.row import Row
@@ -34,6 +34,7 @@ class Encoded:
         rows: the kept examples.
         places: of each.
         ground_truths: of each, or None.
+        choices: that each one's question gives.
         hashes: (rows, 2) uint64, of all tokens and of those before the last trained stretch.
         ledger: what became of the rows.
         findings: of the linter.
@@ -43,6 +44,7 @@ class Encoded:
     rows: list[TokenRow] = field(default_factory=list)
     places: list[str] = field(default_factory=list)
     ground_truths: list[str | None] = field(default_factory=list)
+    choices: list[tuple[str, ...]] = field(default_factory=list)
     hashes: NDArray[np.uint64] = field(default_factory=lambda: np.zeros((0, 2), np.uint64))
     ledger: LedgerEntry = field(default_factory=LedgerEntry)
     findings: Findings = field(default_factory=Findings)
@@ -73,7 +75,7 @@ class Encoder:
         self.special = special_tokens(tokenizer)
         self._vocabulary = max(tokenizer.get_vocab().values(), default=-1) + 1
         late = {layout.columns[role] for role in layout.late}
-        self._first = {*layout.ignored, *layout.columns.values()} - late
+        self._first = {*layout.ignored, *layout.columns.values(), *layout.lettered} - late
         self._late = late
         self._special = special_spelling(tokenizer)
         own = [] if template is None else [template.text, template.text_with_input or ""]
@@ -173,7 +175,7 @@ class Encoder:
         """Whether a question or instruction spells a special token that its template does not; in a
         prompt that stands verbatim it may be meant.
         """
-        if texts is None or self.layout.format not in ("question_answer", "alpaca"):
+        if texts is None or self.layout.format not in ASKING:
             return False
         return len(self._special.findall(texts[0])) > self._own_special
 
@@ -216,6 +218,7 @@ class Encoder:
             done.rows.append(piece)
             done.places.append(str(example.place))
             done.ground_truths.append(example.ground_truth if len(pieces) == 1 else None)
+            done.choices.append(example.choices)
 
 
 def special_tokens(tokenizer: PreTrainedTokenizerBase) -> SpecialTokens:

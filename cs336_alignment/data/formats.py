@@ -6,21 +6,20 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+from cs336_alignment.data.choices import LETTERS, ask, read_choices, read_letter
+from cs336_alignment.data.final_answers import FINAL_LINE, FINAL_MARK, last_boxed
 from cs336_alignment.data.layout import ANYWHERE, OPTIONAL, Layout
 from cs336_alignment.data.messages import WEIGHT, is_weight
 from cs336_alignment.data.row import Row
 from cs336_alignment.data.templates import PromptTemplate
 from cs336_alignment.errors import ExitStatus, Place, UserError, describe
 
-FINAL_MARK = "####"
 MOST_IDS = 2**31  # ids are kept in 32 bits
 CLOSING_TAG = "</think>"
 CALCULATOR = re.compile(r"<<[^<>a-zA-Z]*=[^<>]*>>")  # GSM8K's <<48/2=24>>
-# GSM8K's end: a line of its own, the last one. A Markdown heading further up is none.
-FINAL_LINE = re.compile(r"(?:\A|\n)[ \t]*####(?!#)[ \t]*([^\n]*)\s*\Z")
 OPTIONAL_ROLES = {*ANYWHERE, *(role for roles in OPTIONAL.values() for role in roles)}
 IGNORED_LABEL = -100  # transformers' mark for a token that is only read
 SHAREGPT_ROLES = {
@@ -50,6 +49,7 @@ class Example:
         tokens: ids, and a weight for each, 0 where it is only read.
         tools: of a conversation.
         ground_truth: the final answer that a reward compares with, if there is one.
+        choices: that the question gives, in the order of their letters.
         weight: of the whole example.
     """
 
@@ -59,6 +59,7 @@ class Example:
     tokens: tuple[Sequence[int], Sequence[float]] | None = None
     tools: Sequence[Any] | None = None
     ground_truth: str | None = None
+    choices: tuple[str, ...] = ()
     weight: float = 1.0
 
 
@@ -70,7 +71,9 @@ def to_example(
     A `prompt` is used verbatim; a question or instruction fills the template, or becomes the user's
     turn if there is none. An answer in GSM8K's form (reasoning, then `#### final`) loses its
     calculator annotations; under a template that opens `<think>` it becomes
-    ` {reasoning} </think> <answer> {final} </answer>`.
+    ` {reasoning} </think> <answer> {final} </answer>`. So does a solution of MATH, whose final
+    answer is its `answer` or what its last `\\boxed{}` holds. Of a multiple-choice row the letter
+    is the answer, and the choice's text stands where the reasoning would.
 
     Args:
         row: as read.
@@ -91,6 +94,8 @@ def to_example(
         "prompt_response": _from_prompt,
         "question_answer": _from_question,
         "alpaca": _from_question,
+        "math": _from_problem,
+        "multiple_choice": _from_choices,
         "tokens": _from_tokens,
         "text": _from_text,
     }[layout.format]
@@ -100,7 +105,7 @@ def to_example(
     if layout.format == "prompt_response" and messages is not None and train_on != "all":
         count = len(_parsed(row.fields[layout.columns["prompt"]]))
         messages = (*(_as_context(message) for message in messages[:count]), *messages[count:])
-    return Example(row.place, example.texts, messages, example.tokens, example.tools, truth, weight)
+    return replace(example, messages=messages, ground_truth=truth, weight=weight)
 
 
 def _from_prompt(row: Row, layout: Layout, _: PromptTemplate | None) -> Example:
@@ -137,24 +142,65 @@ def _from_question(row: Row, layout: Layout, template: PromptTemplate | None) ->
             got=describe(response),
             hint="use data.prompt_template=alpaca, question_only or chat for plain responses",
         )
+    if not extra or not extra.strip():
+        return _asked(row, template, question, response, truth)
     if template is None:
-        text = f"{question}\n\n{extra}" if extra and extra.strip() else question
-        turns = ({"role": "user", "content": text}, {"role": "assistant", "content": response})
-        return Example(row.place, messages=turns, ground_truth=truth)
-    if extra and extra.strip():
-        if not template.takes_input:
-            raise UserError(
-                "D206",
-                "the row has an `input`, and the prompt template has no place for it",
-                ExitStatus.BAD_DATA,
-                place=_at(row, layout.columns["input"]),
-                got=describe(extra),
-                hint="use data.prompt_template=alpaca, or a .prompt file with {input}",
-            )
-        return Example(
-            row.place, texts=(template.fill(question, extra), response), ground_truth=truth
+        return _asked(row, template, f"{question}\n\n{extra}", response, truth)
+    if not template.takes_input:
+        raise UserError(
+            "D206",
+            "the row has an `input`, and the prompt template has no place for it",
+            ExitStatus.BAD_DATA,
+            place=_at(row, layout.columns["input"]),
+            got=describe(extra),
+            hint="use data.prompt_template=alpaca, or a .prompt file with {input}",
         )
-    return Example(row.place, texts=(template.fill(question), response), ground_truth=truth)
+    return Example(row.place, texts=(template.fill(question, extra), response), ground_truth=truth)
+
+
+def _asked(
+    row: Row, template: PromptTemplate | None, question: str, response: str, truth: str | None
+) -> Example:
+    """Put a question into the template, or make it the user's turn."""
+    if template is not None:
+        return Example(row.place, texts=(template.fill(question), response), ground_truth=truth)
+    turns = ({"role": "user", "content": question}, {"role": "assistant", "content": response})
+    return Example(row.place, messages=turns, ground_truth=truth)
+
+
+def _in_tags(reasoning: str, final: str) -> str:
+    return f" {reasoning} {CLOSING_TAG} <answer> {final} </answer>"
+
+
+def _from_problem(row: Row, layout: Layout, template: PromptTemplate | None) -> Example:
+    column = layout.columns["solution"]
+    solution = _text(row, column)
+    final = _ground_truth(row, layout) or last_boxed(solution)
+    if not final:
+        raise UserError(
+            "D217",
+            f"the {column} has no final answer in a \\boxed{{}}",
+            ExitStatus.BAD_DATA,
+            place=_at(row, column),
+            expected="… \\boxed{answer} …, the braces closed, or a column `answer`",
+            got=describe(solution[-40:]),
+            hint="give the answer in a column of its own: data.columns.ground_truth=…",
+        )
+    if template is not None and template.tagged:
+        solution = _in_tags(solution.strip(), final)
+    return _asked(row, template, _text(row, layout.columns["problem"]), solution, final)
+
+
+def _from_choices(row: Row, layout: Layout, template: PromptTemplate | None) -> Example:
+    question, column = _text(row, layout.columns["question"]), layout.columns["choices"]
+    values = [row.fields.get(name) for name in layout.lettered] or _parsed(row.fields[column])
+    choices = read_choices(row, column, values)
+    letter = read_letter(row, layout.columns["answer"], choices)
+    response = letter
+    if template is not None and template.tagged:
+        response = _in_tags(str(choices[LETTERS.index(letter)]), letter)
+    example = _asked(row, template, ask(question, choices), response, letter)
+    return replace(example, choices=tuple(map(str, choices)))
 
 
 def _from_messages(row: Row, layout: Layout, _: PromptTemplate | None) -> Example:
@@ -286,7 +332,7 @@ def _shape_answer(row: Row, answer: str, *, tagged: bool) -> tuple[str, str | No
             hint="use data.prompt_template=question_only, or rows with `prompt` and `response`",
         )
     if tagged:
-        return f" {reasoning} {CLOSING_TAG} <answer> {final} </answer>", final
+        return _in_tags(reasoning, final), final
     return f"{reasoning}\n{FINAL_MARK} {final}", final
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from cs336_alignment.data.choices import lettered_columns
 from cs336_alignment.errors import ExitStatus, Place, UserError
 
 # For each format its roles, and for each role the columns that can play it. The first format of
@@ -18,6 +19,12 @@ FORMATS: dict[str, dict[str, tuple[str, ...]]] = {
     },
     "question_answer": {"question": ("question",), "response": ("answer", "response", "output")},
     "alpaca": {"instruction": ("instruction",), "response": ("output", "response", "answer")},
+    "math": {"problem": ("problem",), "solution": ("solution",)},
+    "multiple_choice": {
+        "question": ("question",),
+        "choices": ("choices", "options"),  # or a column for each, `lettered_columns`
+        "answer": ("answer",),
+    },
     "tokens": {"input_ids": ("input_ids",), "labels": ("labels", "response_mask")},
     "text": {"text": ("text",)},
 }
@@ -26,7 +33,9 @@ OPTIONAL: dict[str, dict[str, tuple[str, ...]]] = {
     "sharegpt": {"tools": ("tools",), "system": ("system",)},
     "prompt_response": {"tools": ("tools",)},
     "alpaca": {"input": ("input", "context")},
+    "math": {"ground_truth": ("ground_truth", "answer")},
 }
+ASKING = ("question_answer", "alpaca", "math", "multiple_choice")  # they fill a template
 ANYWHERE = {"weight": ("weight",), "ground_truth": ("ground_truth",)}
 
 
@@ -40,6 +49,7 @@ class Layout:
         reason: why, in words.
         ignored: columns that play no role.
         late: roles that the first row does not have and a later one may: its column is read there.
+        lettered: the columns of single choices; `columns` names the first of them.
     """
 
     format: str
@@ -47,10 +57,14 @@ class Layout:
     reason: str
     ignored: tuple[str, ...]
     late: frozenset[str] = frozenset()
+    lettered: tuple[str, ...] = ()
 
     def __str__(self) -> str:
+        last = f" to `{self.lettered[-1]}`" if self.lettered else ""
         roles = ", ".join(
-            role if role == column else f"{role} from `{column}`"
+            role
+            if role == column
+            else f"{role} from `{column}`" + (last if role == "choices" else "")
             for role, column in self.columns.items()
             if role not in self.late
         )
@@ -94,6 +108,8 @@ def detect(
         fitting = [wanted]
     elif len(fitting) > 1 and "text" in fitting:
         fitting.remove("text")
+    if "multiple_choice" in fitting and "question_answer" in fitting:
+        fitting.remove("question_answer")  # whose columns are among those of the other
     if not fitting:
         raise _none_fits(present, place, wanted)
     if len(fitting) > 1:
@@ -106,7 +122,7 @@ def detect(
             hint=f"choose: data.format={fitting[0]}, or map a column: data.columns.response=…",
         )
     name = fitting[0]
-    roles = FORMATS[name] | OPTIONAL.get(name, {}) | ANYWHERE
+    roles = FORMATS[name] | _optional(name)
     chosen = {}
     for role, choices in (_choices(roles, present, columns, partly=True) or {}).items():
         if len(choices) > 1:
@@ -119,14 +135,22 @@ def detect(
             )
         chosen[role] = choices[0]
     reason = "as data.format says" if wanted != "auto" else "seen from the columns of the first row"
-    ignored = tuple(column for column in present if column not in chosen.values())
+    lettered: tuple[str, ...] = ()
+    if "choices" in chosen and chosen["choices"] in (own := lettered_columns(present)):
+        lettered = own
+    ignored = tuple(c for c in present if c not in (*chosen.values(), *lettered))
     late = {
         role: aliases[0]
-        for role, aliases in (OPTIONAL.get(name, {}) | ANYWHERE).items()
+        for role, aliases in _optional(name).items()
         if role not in (*chosen, *columns)
         and aliases[0] not in (*columns.values(), *chosen.values())
     }
-    return Layout(name, {**chosen, **late}, reason, ignored, frozenset(late))
+    return Layout(name, {**chosen, **late}, reason, ignored, frozenset(late), lettered)
+
+
+def _optional(name: str) -> dict[str, tuple[str, ...]]:
+    """Give the roles that rows of a format may have and need not."""
+    return {**ANYWHERE, **OPTIONAL.get(name, {})}
 
 
 def _choices(
@@ -141,6 +165,8 @@ def _choices(
     for role, aliases in roles.items():
         given = [columns[role]] if columns.get(role) else []
         mapped = given if role in columns else [a for a in aliases if a in present]
+        if role == "choices" and role not in columns and not mapped:
+            mapped = list(lettered_columns(present)[:1])
         # A column that the user gave another role cannot play this one.
         free = [c for c in mapped if role in columns or c not in columns.values()]
         if free:

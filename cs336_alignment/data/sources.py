@@ -19,7 +19,7 @@ from typing import IO, Any
 from cs336_alignment.data import arithmetic
 from cs336_alignment.data.json_rows import read_json, read_json_lines
 from cs336_alignment.data.row import Row
-from cs336_alignment.data.table_rows import read_csv, read_dataset, read_parquet
+from cs336_alignment.data.table_rows import has_header, read_csv, read_dataset, read_parquet
 from cs336_alignment.errors import ExitStatus, Place, UserError
 
 BUILTIN = "builtin:"
@@ -30,6 +30,7 @@ HUB_SPEC = re.compile(
 ARITHMETIC_ROWS = {"train": 20_000, "test": 1_000}
 COMPRESSED = (".gz", ".zst")
 ENDINGS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
+DELIMITERS = {".csv": ",", ".tsv": "\t"}
 SAVED_BY_DATASETS = ("state.json", "dataset_dict.json")
 # The hub's and other frameworks' descriptions of data sets beside them: no rows.
 NAMES_SHOWN = 5
@@ -225,7 +226,21 @@ def _files(path: str, files: Sequence[Path], notes: tuple[str, ...]) -> Source:
                     hint="wait until what writes it is done, then run the command again",
                 )
 
+    bare = [file.name for file in files if ending_of(file) in DELIMITERS and not _has_header(file)]
+    if bare:
+        notes = (
+            *notes,
+            f"  without a header, read as question, A, B, C, D, answer: {_first(bare)}",
+        )
     return Source(path, digest.hexdigest(), None, read, notes)
+
+
+def _has_header(path: Path) -> bool:
+    try:
+        with closing(_open(path)) as file:
+            return has_header(file, path, DELIMITERS[ending_of(path)])
+    except (EOFError, zlib.error, OSError):  # whoever reads the rows is told
+        return True
 
 
 def _state(file: Path) -> tuple[int, int, int]:
@@ -242,8 +257,8 @@ def _read_file(path: Path) -> Iterator[Row | UserError]:
         with closing(_open(path)) as file:
             if kind == ".json":
                 yield from read_json(file, path)
-            elif kind in (".csv", ".tsv"):
-                yield from read_csv(file, path, "," if kind == ".csv" else "\t")
+            elif kind in DELIMITERS:
+                yield from read_csv(file, path, DELIMITERS[kind])
             else:
                 yield from read_json_lines(file, path)
     except (EOFError, zlib.error, OSError) as failure:

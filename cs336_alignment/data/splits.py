@@ -18,6 +18,7 @@ from cs336_alignment.data.batching import mix_seed
 from cs336_alignment.data.chat import FIXED_DATE, writes_date
 from cs336_alignment.data.dataset import TokenizedDataset
 from cs336_alignment.data.formats import Example, to_example
+from cs336_alignment.data.layout import ASKING
 from cs336_alignment.data.ledger import LedgerEntry
 from cs336_alignment.data.lint import MAX_EXAMPLES, Findings, Judged, judge, overlap
 from cs336_alignment.data.mixture import Mixture
@@ -90,6 +91,12 @@ class PreparedData:
         """The final answer of each example, or None."""
         truths = [truth for source in self.sources for truth in source.store.ground_truths]
         return [truths[number] for number in self.selection.tolist()]
+
+    @property
+    def choices(self) -> list[list[str]]:
+        """The choices that the question of each example gives."""
+        choices = [each for source in self.sources for each in source.store.choices]
+        return [choices[number] for number in self.selection.tolist()]
 
     @property
     def groups(self) -> list[str]:
@@ -295,7 +302,7 @@ def _prepare(
 def _unused(prepared: PreparedSource, config: DataConfig) -> list[str]:
     """Name the options that were set and say nothing for rows of this kind."""
     kind = prepared.ledger.format.partition(" ")[0]
-    asks = kind in ("question_answer", "alpaca")
+    asks = kind in ASKING
     is_chat = kind in ("messages", "sharegpt") or (asks and prepared.template is None)
     names = [] if asks else ["prompt_template"]
     names += ["append_eos", "add_special_tokens"] if is_chat or kind == "tokens" else []

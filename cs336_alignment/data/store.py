@@ -29,6 +29,7 @@ SCHEMA = pa.schema([
     ("example_weight", pa.float32()),
     ("place", pa.string()),
     ("ground_truth", pa.string()),
+    ("choices", pa.list_(pa.string())),
     ("row_hash", pa.uint64()),
     ("prompt_hash", pa.uint64()),
 ])  # fmt: skip
@@ -81,6 +82,11 @@ class Store:
         return self._column("ground_truth")
 
     @property
+    def choices(self) -> list[list[str]]:
+        """The choices that each example's question gives."""
+        return self._column("choices")
+
+    @property
     def row_hashes(self) -> NDArray[np.uint64]:
         """(N,) a hash of each example's tokens."""
         return self._numbers("row_hash")
@@ -125,6 +131,7 @@ class StoreWriter:
             pa.array([row.example_weight for row in rows], pa.float32()),
             pa.array(done.places, pa.string()),
             pa.array(done.ground_truths, pa.string()),
+            pa.array(done.choices, pa.list_(pa.string())),
             _array(done.hashes[:, 0], pa.uint64()),
             _array(done.hashes[:, 1], pa.uint64()),
         ], schema=SCHEMA))  # fmt: skip

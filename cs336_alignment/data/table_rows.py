@@ -6,9 +6,11 @@ import csv
 import io
 import re
 from collections.abc import Iterator
+from itertools import chain, islice
 from pathlib import Path
 from typing import IO, Any
 
+from cs336_alignment.data.choices import columns_without_header, subject_of
 from cs336_alignment.data.json_rows import MOST_ROW_BYTES, SURROGATE
 from cs336_alignment.data.row import Row
 from cs336_alignment.errors import ExitStatus, Place, UserError
@@ -21,6 +23,9 @@ BUFFER_BYTES = 2**20
 def read_csv(file: IO[bytes], path: Path, delimiter: str) -> Iterator[Row | UserError]:
     """Yield the rows of a CSV file with a header; every value is the text that stands there.
 
+    A file that begins with MMLU's row (question, four choices, letter) has no header; its rows get
+    the names that they lack, and the file's name is their subject.
+
     Args:
         file: its bytes, decompressed.
         path: for places; a row's line is that on which it begins.
@@ -30,11 +35,48 @@ def read_csv(file: IO[bytes], path: Path, delimiter: str) -> Iterator[Row | User
         UserError: there is no sound header, or quotes are broken: where the next row begins cannot
             be known then (65).
     """
+    records = _records(file, path, delimiter)
+    head = list(islice(records, 2))
+    if not head:
+        raise _bad("the file has no header", Place(path, 1), "a first line with names")
+    header = columns_without_header(*(cells for _, cells in head))
+    named: dict[str, str] = {}
+    if header is None:
+        place, cells = head.pop(0)
+        header = _check_header(cells, place)
+    else:
+        named = {"subject": subject_of(path)}
+    for place, cells in chain(head, records):
+        if any(not cell.isascii() and SURROGATE.search(cell) for cell in cells):
+            yield _bad("invalid UTF-8 in the row", place, "UTF-8 text")
+        elif len(cells) != len(header):
+            message = f"the row has {len(cells)} cells"
+            yield _bad(message, place, f"{len(header)}, as the header has")
+        else:
+            yield Row({**dict(zip(header, cells, strict=True)), **named}, place)
+
+
+def has_header(file: IO[bytes], path: Path, delimiter: str) -> bool:
+    """Tell whether a CSV file names its columns, as far as it can be read.
+
+    Args:
+        file: its bytes, decompressed.
+        path: for places.
+        delimiter: between cells.
+    """
+    try:
+        head = list(islice(_records(file, path, delimiter), 2))
+    except UserError:  # whoever reads the rows is told
+        return True
+    return not head or columns_without_header(*(cells for _, cells in head)) is None
+
+
+def _records(file: IO[bytes], path: Path, delimiter: str) -> Iterator[tuple[Place, list[str]]]:
+    """Yield the cells of each line that has some, and where it begins."""
     csv.field_size_limit(MOST_ROW_BYTES)
     # Bytes that are no UTF-8 become surrogates, so that they spoil no row but their own.
     text = io.TextIOWrapper(file, encoding="utf-8-sig", errors="surrogateescape", newline="")
     reader = csv.reader(text, delimiter=delimiter, strict=True)
-    header: list[str] | None = None
     while True:
         place = Place(path, reader.line_num + 1)
         try:
@@ -43,20 +85,9 @@ def read_csv(file: IO[bytes], path: Path, delimiter: str) -> Iterator[Row | User
             message, expected = f"broken CSV: {failure}", "cells, quoted where they hold quotes"
             raise _bad(message, place, expected) from failure
         if cells is None:
-            break
-        if not cells:
-            continue
-        if header is None:
-            header = _check_header(cells, place)
-        elif any(not cell.isascii() and SURROGATE.search(cell) for cell in cells):
-            yield _bad("invalid UTF-8 in the row", place, "UTF-8 text")
-        elif len(cells) != len(header):
-            message = f"the row has {len(cells)} cells"
-            yield _bad(message, place, f"{len(header)}, as the header has")
-        else:
-            yield Row(dict(zip(header, cells, strict=True)), place)
-    if header is None:
-        raise _bad("the file has no header", Place(path, 1), "a first line with names")
+            return
+        if cells:
+            yield place, cells
 
 
 def _check_header(names: list[str], place: Place) -> list[str]:

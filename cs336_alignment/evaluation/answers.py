@@ -16,7 +16,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-from cs336_alignment.evaluation.formulas import equal_formulas, is_relation, load_parser
+from cs336_alignment.evaluation.formulas import equal_formulas, is_relation, load_parser, reads
 from cs336_alignment.evaluation.quantities import exact, peel_unit, split_items
 from cs336_alignment.evaluation.spelling import normal_form, same_text
 
@@ -28,7 +28,12 @@ MAX_SECONDS = 1.5
 
 _MAX_ITEMS = 12
 
-_ASSIGNMENT = re.compile(r"([A-Za-z](?:[A-Za-z_ ]*|\([a-z]\)))=([^=<>]+)")
+_SYMBOL = re.compile(r"\\[A-Za-z]+(?:\{\w\})?")  # \alpha, \mathbb{R}
+
+_ASSIGNMENT = re.compile(
+    r"((?:[A-Za-z](?:[A-Za-z_ ]*|\([a-z]\))|\\(?:alpha|beta|gamma|theta|lambda|mu|phi|omega))"
+    r"(?:_\{?\w\}?)?)(?:=| ?\\in(?![a-z]) ?(?=[(\[{\\]))([^=<>]+)"
+)
 
 
 def answers_equal(answer: str, ground_truth: str) -> bool:
@@ -67,6 +72,35 @@ def answers_equal(answer: str, ground_truth: str) -> bool:
         return False
 
 
+def is_read(ground_truth: str) -> bool:
+    """Whether a ground truth is more than a text to the grader, or need not be more.
+
+    Args:
+        ground_truth: the right answer, plain text or LaTeX, at most `MAX_CHARS` long.
+
+    Returns:
+        False if it looks like a formula, and the grader can only compare its spelling.
+
+    Example:
+        >>> is_read("\\\\frac{1}{2}"), is_read("Monday"), is_read("\\\\int_0^1 x dx")
+        (True, True, False)
+    """
+    try:
+        with _time_limit(MAX_SECONDS):
+            return _is_read(normal_form(ground_truth.strip()))
+    except (Exception, _OutOfTimeError):  # as in `answers_equal`
+        return False
+
+
+def _is_read(text: str) -> bool:
+    text = peel_unit(text)[0]
+    if exact(text) is not None or not re.search(r"[\^\\]", text) or _SYMBOL.fullmatch(text):
+        return True
+    bare = _without_names(text, "")[0]
+    items = split_items(bare)
+    return all(map(_is_read, items[1])) if items else reads(bare)
+
+
 def _equal_items(answer: Sequence[str], truth: Sequence[str], *, ordered: bool) -> bool:
     if len(answer) != len(truth) or len(truth) > _MAX_ITEMS:
         return False
@@ -97,6 +131,9 @@ def _equal(answer: str, truth: str) -> bool:
             part, whole = (value, true_value) if unit else (true_value, value)
             return whole in (part, part / 100)
         return value == true_value
+    bare, true_bare = _without_names(answer, truth)
+    if (bare, true_bare) != (answer, truth):
+        return _equal(bare, true_bare)
     items, true_items = split_items(answer), split_items(truth)
     if items and true_items:
         ordered = items[0] not in ("", "∪")
@@ -105,9 +142,6 @@ def _equal(answer: str, truth: str) -> bool:
         return False
     if same_text(answer, truth):
         return True
-    bare, true_bare = _without_names(answer, truth)
-    if (bare, true_bare) != (answer, truth):
-        return _equal(bare, true_bare)
     return equal_formulas(answer, truth)
 
 

@@ -53,6 +53,12 @@ class Arm:
         truths = self.data.ground_truths
         return [truths[i] for i in self.chosen.tolist()]
 
+    @property
+    def choices(self) -> list[list[str]]:
+        """That the questions of the chosen examples give."""
+        choices = self.data.choices
+        return [choices[i] for i in self.chosen.tolist()]
+
     def categories(self, seed: int) -> dict[str, dict[int, str]]:
         """Give the columns that sort the rows, by the numbers of the chosen examples."""
         places = {int(old): new for new, old in enumerate(self.chosen)}

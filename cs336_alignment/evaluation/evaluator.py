@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -15,10 +16,12 @@ from cs336_alignment.data.encode import special_tokens
 from cs336_alignment.data.prepare import Progress
 from cs336_alignment.data.templates import PromptTemplate
 from cs336_alignment.errors import ExitStatus, UserError
+from cs336_alignment.evaluation.final_answer import OPENING
 from cs336_alignment.evaluation.generate import LocalGenerator, decode
+from cs336_alignment.evaluation.grading import close_reward, failures_of
 from cs336_alignment.evaluation.log_generations import generation_row, summarize
 from cs336_alignment.evaluation.loss import evaluate_loss
-from cs336_alignment.evaluation.rewards import REWARDS
+from cs336_alignment.evaluation.rewards import RewardFunction, with_choices
 from cs336_alignment.evaluation.sampling import (
     Generation,
     Generator,
@@ -26,6 +29,7 @@ from cs336_alignment.evaluation.sampling import (
     Sampling,
     request_seed,
 )
+from cs336_alignment.evaluation.truths import doubtful_truths
 from cs336_alignment.microbatch import Batching
 from cs336_alignment.model.compile import in_eager
 from cs336_alignment.model.loading import check_fits
@@ -70,9 +74,12 @@ class Evaluator:
         batching: flat rows, or padded ones.
         seed: of sampling.
         progress: shows a bar.
+        reward: grades what is generated; see `make_reward`. It is closed whenever that is done.
+        choices: that the question of each example gives, if any does.
         groups: the source of each example, if there are several.
         asked: gives the status of a request to stop, None while there is none.
         generator: None: the policy generates.
+        warn: prints a warning.
     """
 
     def __init__(
@@ -88,9 +95,12 @@ class Evaluator:
         batching: Batching,
         seed: int,
         progress: Progress,
+        reward: RewardFunction,
+        choices: Sequence[Sequence[str]] = (),
         groups: Sequence[str] = (),
         asked: Callable[[], ExitStatus | None] = lambda: None,
         generator: Generator | None = None,
+        warn: Callable[[str], None] = lambda _: None,
     ) -> None:
         self.policy = policy
         self.tokenizer = tokenizer
@@ -101,9 +111,12 @@ class Evaluator:
         self.batching = batching
         self.seed = seed
         self.progress = progress
+        self.reward = reward
+        self.choices = choices
         self.groups = groups
         self.stop_ids = special_tokens(tokenizer).stops
         self.asked = asked
+        self.warn = warn
         self.ground_truths = ground_truths
         self.gradable = gradable_of(ground_truths, config.num_prompts)
         if generator is None:
@@ -132,12 +145,28 @@ class Evaluator:
         longest = max(len(self.dataset.prompt_ids(i)) for i in self.gradable)
         if model is not None:
             check_fits(model, 0, 0, longest + self.config.max_new_tokens)
-        if self.config.reward == "r1_zero" and template is not None and not template.tagged:
-            return [
-                f"the reward looks for </think> <answer> … </answer>, and the prompt template "
-                f"{template.name} does not ask for it"
-            ]
-        return []
+        choices = {i: self.choices[i] for i in self.gradable if self.choices and self.choices[i]}
+        truths = {i: str(self.ground_truths[i]) for i in self.gradable}
+        lines = doubtful_truths(truths, choices, self.config.reward)
+        if self.config.reward == "r1_zero" and not self._has_tags():
+            name = "the prompts do"
+            if template is not None and not template.tagged:
+                name = f"the prompt template {template.name} does"
+            lines.append(
+                "the reward r1_zero looks for </think> <answer> … </answer>, and "
+                f"{name} not ask for it"
+            )
+        if choices and self.config.reward in ("r1_zero", "gsm8k"):
+            lines.append(
+                f"the questions are multiple choice, and the reward {self.config.reward} knows no "
+                "letters but bare ones: evaluation.reward=multiple_choice does"
+            )
+        return lines
+
+    def _has_tags(self) -> bool:
+        """Whether the first prompt asks for answer tags, or the response that it has gives some."""
+        first = self.dataset[self.gradable[0]].input_ids.tolist()
+        return OPENING in decode(self.tokenizer, first)
 
     def run(self, *, generate: bool) -> EvaluationResult:
         """Evaluate the loss, if the model is here, and, if wanted, generate; every process gets the
@@ -145,6 +174,7 @@ class Evaluator:
 
         Raises:
             StopNow: some process was asked to stop; raised on all of them.
+            UserError: the reward failed on every response (70).
         """
         metrics = {} if self.policy is None else self._loss(self.policy)
         self._leave_if_asked()
@@ -152,6 +182,8 @@ class Evaluator:
             return EvaluationResult(metrics, [])
         with in_eager():
             rows = self.generate()
+        if (failures := failures_of(rows)) is not None:
+            self.warn(failures)
         summary = summarize(rows)
         names = {
             "token_entropy": "response_entropy",
@@ -216,16 +248,27 @@ class Evaluator:
         for told in self.processes.gather(failure):
             if told is not None:
                 raise told
-        reward = REWARDS[options.reward]
-        rows = [
-            generation_row(
-                generation, decode(self.tokenizer, request.prompt_ids),
-                str(self.ground_truths[i]), reward, index=i, sample=n,
-            )
-            for (i, n), request, generation in zip(mine, requests, generations, strict=True)
-        ]  # fmt: skip
+        rows: list[dict[str, Any]] = []
+        try:
+            with self.progress("rewards", len(wanted)) as advance, suppress(_Stopped):
+                for (i, n), request, generation in zip(mine, requests, generations, strict=True):
+                    prompt = decode(self.tokenizer, request.prompt_ids)
+                    rows.append(self._grade(generation, prompt, i, n))
+                    note(1)
+        finally:
+            close_reward(self.reward)
+        self._leave_if_asked()
         shares = self.processes.gather(rows)
         return sorted(
             (row for share in shares for row in share),
             key=lambda row: (row["index"], row["sample"]),
         )
+
+    def _grade(
+        self, generation: Generation, prompt: str, index: int, sample: int
+    ) -> dict[str, Any]:
+        # Only there can the built-in grader be stopped (`answers_equal`).
+        assert threading.current_thread() is threading.main_thread()
+        reward = with_choices(self.reward, self.choices[index] if self.choices else ())
+        truth = str(self.ground_truths[index])
+        return generation_row(generation, prompt, truth, reward, index=index, sample=sample)

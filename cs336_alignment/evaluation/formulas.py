@@ -24,7 +24,8 @@ _MATRIX = re.compile(r"\\(?:begin|end)\{[pb]matrix\}")
 _NOT_A_FORMULA = re.compile(
     r"\d{21}"  # factoring and powers of these take long
     r"|\d \d"  # math-verify adds: "1 2" is 3
-    r"|^[^+*(]*\d+/\d+/\d"  # a date
+    r"|^[^+*(]*\d+/\d+/\d|^\d{4}-\d\d?-\d\d?$"  # a date
+    r"|\d_"  # a number of another base
     r"|[A-Za-z]{4}|(?![a-cx-z]{2})[A-Za-z]{2}"  # a word, which math-verify reads as a product
     r"|!!|\d{3}!|[^\dA-Za-z]!|!\^"
     r"|[^-0-9A-Za-z\\{}()\[\]^_+*/=<>|!& ]"
@@ -46,7 +47,10 @@ def _is_small(text: str, names: set[str]) -> bool:
         text: a formula.
         names: the names in it and in what it is compared with.
     """
-    powers = re.findall(r"(.?)\^(\{(?:[^{}]|\{[^{}]*\})*\}|[^{])", text)
+    powers = [  # what stands before the sign (the end of a power, perhaps), and the exponent
+        (text[found.start() - 1 : found.start()], found[1])
+        for found in re.finditer(r"\^(\{(?:[^{}]|\{[^{}]*\})*\}|[^{])", text)
+    ]
     if len(powers) != text.count("^"):
         return False  # a power in an exponent, or braces deeper than the pattern follows
     longest, nested = 0, 1
@@ -107,6 +111,14 @@ def equal_formulas(answer: str, truth: str) -> bool:
     parse, verify = load_parser()
     parsed, true_parsed = (parse(f"${formula}$") for formula in formulas)
     return bool(parsed and true_parsed and verify(true_parsed, parsed))
+
+
+def reads(text: str) -> bool:
+    """Tell whether a normal form is a formula that can be compared with others."""
+    formula = _formula(text)
+    if formula is None or not _is_small(formula, _names(formula)):
+        return False
+    return bool(load_parser()[0](f"${formula}$"))
 
 
 @functools.cache

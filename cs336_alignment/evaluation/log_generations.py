@@ -10,6 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from cs336_alignment.data.tokenize import tokenize_prompts
 from cs336_alignment.evaluation.generate import LocalGenerator
+from cs336_alignment.evaluation.grading import ERROR, failures_of, grade
 from cs336_alignment.evaluation.rewards import RewardFunction
 from cs336_alignment.evaluation.sampling import Generation, Request, Sampling, request_seed
 
@@ -38,7 +39,8 @@ def log_generations(
         tokenizer: of the model.
         prompts: N prompts, used verbatim.
         ground_truths: N final answers.
-        reward_fn: (response, ground truth) → `reward`, `format_reward`, `answer_reward`.
+        reward_fn: (response, ground truth) → `reward`, `format_reward`, `answer_reward`, and more
+            that is kept in the row. Where it fails the row has rewards 0.0 and `reward_error`.
         max_new_tokens: per prompt.
         temperature: 0 is greedy.
         batch_size: responses in the making at once.
@@ -54,6 +56,7 @@ def log_generations(
     Raises:
         ValueError: different numbers of prompts and ground truths, a string for `stop`, or a prompt
             that is empty or leaves no position for a response.
+        UserError: the reward failed on every response.
     """
     if isinstance(stop, str):  # its letters would each end a response
         raise ValueError(f"stop must be a sequence of strings, got the string {stop!r}")
@@ -71,6 +74,7 @@ def log_generations(
             zip(generator.generate(requests, sampling), prompts, ground_truths, strict=True)
         )
     ]
+    failures_of(rows)
     return {"rows": rows, "summary": summarize(rows)}
 
 
@@ -99,7 +103,7 @@ def generation_row(
         "prompt": prompt,
         "response": generation.text,
         "ground_truth": ground_truth,
-        **reward_fn(generation.text, ground_truth),
+        **grade(reward_fn, generation.text, ground_truth),
         "token_entropy": generation.token_entropy,
         "length": generation.length,
         "stopped": generation.stopped,
@@ -116,7 +120,8 @@ def summarize(rows: Sequence[dict[str, Any]]) -> dict[str, float | None]:
         Means of `reward`, `format_reward`, `answer_reward`, `token_entropy` and `length` (tokens),
         of the lengths of rows with and without answer reward (`length_correct`,
         `length_incorrect`); `stop_rate`, the share of rows that came to an end by themselves, and
-        `truncation_rate`, that of the others. None where there is no such row.
+        `truncation_rate`, that of the others; and `reward_errors`, how many rows the reward failed
+        on. None where there is no such row.
     """
 
     def mean(values: Sequence[float | None]) -> float | None:
@@ -130,4 +135,5 @@ def summarize(rows: Sequence[dict[str, Any]]) -> dict[str, float | None]:
         "length_incorrect": mean([row["length"] for row in rows if row["answer_reward"] <= 0]),
         "stop_rate": mean([float(row["stopped"] != "length") for row in rows]),
         "truncation_rate": mean([float(row["stopped"] == "length") for row in rows]),
+        "reward_errors": float(sum(ERROR in row for row in rows)) or None,
     }

@@ -14,6 +14,7 @@ _NUMBER = re.compile(
         (?:(?P<whole>\d+)\s?)?\\frac\{{(?P<top>-?{_NUM})\}}\{{(?P<bottom>-?{_NUM})\}}
       | (?P<whole_>\d+)\ (?P<top_>\d+)/(?P<bottom_>\d+)
       | (?P<top__>{_NUM})/(?P<bottom__>-?{_NUM})
+      | 10\^\{{(?P<exponent__>-?\d{{1,3}})\}}
       | (?P<number>{_NUM})
         (?:[eE](?P<exponent>[-+]?\d{{1,3}})|\*10\^\{{(?P<exponent_>-?\d{{1,3}})\}})?
     )""",
@@ -41,20 +42,21 @@ _NOT_UNITS = frozenset(
         "or and to than plus minus times over of is not was by point negative half halves "
         "third thirds quarter quarters fourth fourths fifth fifths sixth sixths eighth eighths "
         "tenth tenths hundredth hundredths thousandth thousandths "
-        "hundred thousand million billion trillion",
+        "hundred thousand million billion trillion dozen dozens squared cubed factorial",
     )
 )
 _UNIT = re.compile(
-    r" ?/?(?:%|¢|[A-Za-z][A-Za-z'.]*(?:\^\{-?\d\})?(?:[-/* ][A-Za-z][A-Za-z'.]*(?:\^\{-?\d\})?)*)"
+    r" ?/?(?:[%¢$€£]|[A-Za-z][A-Za-z'.]*(?:\^\{-?\d\})?"
+    r"(?:[-/* ][A-Za-z][A-Za-z'.]*(?:\^\{-?\d\})?)*)"
 )
-_UNIT_START = re.compile(r"[ /%¢A-Za-z]")
+_UNIT_START = re.compile(r"[ /%¢$€£A-Za-z]")
 
 
 def _unit_name(text: str) -> str | None:
     """The canonical name of what follows a number, or None if that is no unit."""
     if not _UNIT.fullmatch(text):
         return None
-    words = re.findall(r"[A-Za-z'.]+|%|¢", text)
+    words = re.findall(r"[A-Za-z'.]+|[%¢$€£]", text)
     glued = text[0].isalpha()
     if len(words) > 5 or (glued and words[0] not in _GLUED):
         return None
@@ -101,7 +103,7 @@ def exact(text: str) -> Fraction | None:
             return None
         value = read("whole", "0") + read("top", "0") / read("bottom", "1")
     else:
-        value = read("number", "0") * Fraction(10) ** int(group.get("exponent", "0"))
+        value = read("number", "1") * Fraction(10) ** int(group.get("exponent", "0"))
     return -value if match["sign"] == "-" else value
 
 
@@ -120,5 +122,8 @@ def split_items(text: str) -> tuple[str, list[str]] | None:
         brackets = (body[1] + body[3]).replace("\\", "")
         is_list = len(parts) > 1 or body[1] == "\\{"
         return ("" if brackets == "{}" else brackets, parts) if is_list else None
+    if len(signs := text.split("\\pm")) == 2 and "," not in text:  # the two that it stands for
+        plus = "" if re.search(r"(?:^|[=(])$", signs[0]) else "+"
+        return "", [signs[0] + plus + signs[1], signs[0] + "-" + signs[1]]
     parts = split_commas(re.sub(r",? (?:and|or) ", ", ", text))
     return ("", parts) if len(parts) > 1 else None

@@ -26,6 +26,7 @@ from cs336_alignment.evaluation.kept_responses import (
     KeptResponses,
     forget,
 )
+from cs336_alignment.evaluation.rewards import RewardFunction, code_of, describe_reward, make_reward
 from cs336_alignment.evaluation.summary import Summary, summarize_evaluation, to_json
 from cs336_alignment.evaluation.summary_page import brief_table_of, to_markdown
 from cs336_alignment.files import write_json, write_text
@@ -81,15 +82,19 @@ def evaluate(config: Config) -> ExitStatus:
     processes = Processes(start_processes(config.parallel))
     console = Console(enabled=processes.is_main)
     try:
+        reward = make_reward(config.evaluation)
+        console.note(describe_reward(config.evaluation, reward))
         arms = prepare_arms(config, console)
         results = [
             (_ask if number == 0 and config.evaluation.backend != "transformers" else _run)(
-                arm, config, precision, folder, processes, console
+                arm, config, precision, folder, processes, console, reward
             )
             for number, arm in enumerate(arms)
         ]
         if processes.is_main:
             report: dict[str, Any] = {**subject, "options": asdict(config.evaluation)}
+            if (code := code_of(reward)) is not None:
+                report["reward_sha256"] = code
             _write(folder, report, results, arms, config, console)
             forget(folder / FOLDER)
             console.note(f"results  {folder}")
@@ -124,7 +129,13 @@ def _refuse_another(path: Path, subject: dict[str, str | None]) -> None:
 
 
 def _run(
-    arm: Arm, config: Config, precision: str, folder: Path, processes: Processes, console: Console
+    arm: Arm,
+    config: Config,
+    precision: str,
+    folder: Path,
+    processes: Processes,
+    console: Console,
+    reward: RewardFunction,
 ) -> EvaluationResult:
     """Load a model, evaluate it and let it go."""
     if processes.device.type == "cpu":
@@ -151,6 +162,9 @@ def _run(
         batching=choice.batching,
         seed=config.seed,
         progress=console.progress,
+        reward=reward,
+        choices=arm.choices,
+        warn=console.warn,
     )
     for line in evaluator.check(model, arm.data.template):
         console.warn(line)
@@ -162,7 +176,13 @@ def _run(
 
 
 def _ask(
-    arm: Arm, config: Config, precision: str, folder: Path, processes: Processes, console: Console
+    arm: Arm,
+    config: Config,
+    precision: str,
+    folder: Path,
+    processes: Processes,
+    console: Console,
+    reward: RewardFunction,
 ) -> EvaluationResult:
     """Evaluate what another backend generates."""
     options, truths = config.evaluation, arm.ground_truths
@@ -180,6 +200,9 @@ def _ask(
         batching="padded",  # of a loss that is not evaluated
         seed=config.seed,
         progress=console.progress,
+        reward=reward,
+        choices=arm.choices,
+        warn=console.warn,
         generator=_keeping(backend, folder, processes, console),
     )
     for line in evaluator.check(None, arm.data.template):

@@ -4,13 +4,24 @@ from __future__ import annotations
 
 import itertools
 import re
+import unicodedata
 
+# ½ and its like, of which Unicode says that they are a number, a fraction slash and a number
+_FRACTIONS = {
+    char: f" {unicodedata.normalize('NFKC', char).replace(chr(0x2044), '/')}"
+    for char in map(chr, (0xBC, 0xBD, 0xBE, *range(0x2150, 0x215F), 0x2189))
+}
+_RAISED = dict(zip("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻", "0123456789+-", strict=True))
+_LOWERED = dict(zip("₀₁₂₃₄₅₆₇₈₉", "0123456789", strict=True))
 _CHARACTERS = str.maketrans(
     {
-        **dict.fromkeys("−–—", "-"),
+        **dict.fromkeys("−–—‐‑﹣－", "-"),
+        **dict.fromkeys("＋﹢", "+"),
+        ";": ", ",
+        **{letter: rf"\mathbb{{{plain}}}" for letter, plain in zip("ℝℤℕℚℂ", "RZNQC", strict=True)},
         **dict.fromkeys("\u00a0\u2009\u202f\t\n\r", " "),
-        **{"×": "*", "·": "*", "÷": "/", "²": "^2", "³": "^3", "°": " degrees"},
-        **{"½": " 1/2", "¼": " 1/4", "¾": " 3/4"},
+        **{"×": "*", "·": "*", "÷": "/", "⁄": "/", "°": " degrees"},
+        **_FRACTIONS,
         **{
             "π": r"\pi ",
             "∞": r"\infty ",
@@ -29,19 +40,27 @@ _SPELLINGS: tuple[tuple[re.Pattern[str], str], ...] = tuple(
     for pattern, replacement in (
         (r"\$(?! )([^$]*[^$ \\])\$(?!\d)", r"\1"),  # inline math; "$5 and $6" is money
         (r"\\(?:displaystyle|textstyle|left|right|[bB]igg?[lr]?)(?![A-Za-z])", ""),
+        (r"\\(?:bf|it|rm|large|Large)(?![A-Za-z])", ""),
+        (r"(?:\\\\\s*)+$", ""),
+        (r"(?<![\d'’.,])(\d{1,3})(?:['’](\d{3}))(?:['’](\d{3}))?(?![\d'’])", r"\1\2\3"),  # 1'000
+        (r"\bper cent\b", "percent"),
+        (r"(?<![A-Za-z\\])[Ii]nfinity(?![A-Za-z])", r"\\infty "),
         (r"(?<!\\)\\!", ""),  # 10,\!000
         (r"\{,\}(?=\d)", ","),  # 10{,}000
         (r"(?<!\\)\\[,;: ]|\\q?quad(?![A-Za-z])|~", " "),
         (r"\\([$%])", r"\1"),
         (r"\\(?:text(?:bf|it|rm|normal)?|mathrm|mathbf|mbox|operatorname)\s*\{([^{}]*)\}", r" \1 "),
-        (r"\^\s*(?:\{\s*\\circ\s*\}|\\circ(?![A-Za-z]))", " degrees"),
+        (r"\^\s*(?:\{\s*\\circ\s*\}|\\circ(?![A-Za-z]))|\\degree(?![A-Za-z])", " degrees"),
         (r"\\[dtc]frac(?![A-Za-z])", r"\\frac"),
-        (r"\\frac\s*(\d)\s*(\d)", r"\\frac{\1}{\2}"),
+        (r"\\frac\s*(\d)\s*(\d|(?=\{))", r"\\frac{\1}{\2}"),
+        (r"(\\frac\{\d+\})\{\}(?=\{)", r"\1"),
+        (r"(\\frac\s*\{[^{}]*\})\s*(\d)", r"\1{\2}"),
         (r"\\(?:cdot|times)(?![A-Za-z])", "*"),
         (r"\\div(?![A-Za-z])", "/"),
         (r"\\(le|ge|ne)q(?:slant)?(?![A-Za-z])", r"\\\1"),
         (r"<=", r"\\le "),
         (r">=", r"\\ge "),
+        (r"(?<=[)\]]) ?U ?(?=[(\[])", r"\\cup "),
         (r"\\(?:varnothing|\{\s*\\\})", r"\\emptyset"),
         (r"\*\*", "^"),
         (r"(?<![A-Za-z\\])pi(?![A-Za-z])", r"\\pi "),
@@ -50,6 +69,7 @@ _SPELLINGS: tuple[tuple[re.Pattern[str], str], ...] = tuple(
         (r"(?<![A-Za-z\\])(sin|cos|tan|log|ln|exp)(?=\s*\()", r"\\\1"),
         (r"\^\s*(-?\d+|[A-Za-z])", r"^{\1}"),  # x^10 is never meant as (x^1)0
         (r"\^\s*\(([^()]*)\)", r"^{\1}"),
+        (r"_\s*(\d+|[A-Za-z])", r"_{\1}"),
         (r" +", " "),
         (r" ?([-+*/^=<>]) ?", r"\1"),
         (r"([(\[{]) ", r"\1"),
@@ -64,6 +84,11 @@ _WRAPPERS = (
     ("$", "$"),
     (r"\(", r"\)"),
     (r"\[", r"\]"),
+    ("*", "*"),
+    ("__", "__"),
+    ("`", "`"),
+    ('"', '"'),
+    ("“", "”"),
     (r"\boxed{", "}"),
     (r"\fbox{", "}"),
     ("{", "}"),
@@ -98,7 +123,7 @@ def _unwrap(text: str) -> str:
             continue
         inner = text[len(opening) : -len(closing)]
         depths = bracket_depths(inner)
-        if opening in ("**", "$$", "$") and opening in inner:
+        if opening == closing and opening in inner:
             continue  # "$5 or 6$" is one formula, "$5$ or $6$" is two
         if min(depths) < 0 or depths[-1] != 0 or inner.endswith("\\"):
             continue  # "(x+1)(x-1)": the first bracket is not closed by the last
@@ -113,12 +138,21 @@ def _strip_layers(text: str) -> str:
     previous = None
     while text != previous:  # each round takes something away or is the last
         previous = text
-        text = _unwrap(re.sub(r"(?:(?<!\\)[.,;:?]|\s)+$", "", text.strip()))
+        text = text.strip()
+        if not text.endswith(("..", "…")):  # 0.333... is not 0.333
+            text = re.sub(r"(?:(?<!\\)[.,;:?]|\s)+$", "", text)
+        text = _unwrap(text)
     return text
+
+
+def _group(sign: str, text: str, plain: dict[str, str]) -> str:
+    return f"{sign}{{{''.join(plain[char] for char in text)}}}"
 
 
 def normal_form(text: str) -> str:
     """Bring an answer into the one spelling that all comparisons expect."""
+    text = re.sub(f"[{''.join(_RAISED)}]+", lambda m: _group("^", m[0], _RAISED), text)
+    text = re.sub(f"[{''.join(_LOWERED)}]+", lambda m: _group("_", m[0], _LOWERED), text)
     text = _strip_layers(text.translate(_CHARACTERS))
     for pattern, replacement in _SPELLINGS:
         text = pattern.sub(replacement, text)

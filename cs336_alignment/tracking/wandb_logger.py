@@ -20,7 +20,7 @@ class Logger(Protocol):
         """Log the metrics of a step."""
 
     def log_table(self, name: str, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Log rows, each with the same keys, as a table."""
+        """Log rows as a table."""
 
     def log_histogram(self, name: str, step: int, values: Sequence[float]) -> None:
         """Log how some values are spread."""
@@ -158,14 +158,14 @@ class WandbLogger:
         self._guarded("log", lambda: self._run.log({"step": step, **metrics}))
 
     def log_table(self, name: str, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Log rows, each with the same keys, as a table."""
+        """Log rows as a table."""
         if not rows:
             return
-        columns = list(rows[0])
+        columns = list(dict.fromkeys(name for row in rows for name in row))
 
         def call() -> None:
             table = self._wandb.Table(
-                columns=columns, data=[[row[c] for c in columns] for row in rows]
+                columns=columns, data=[[row.get(c) for c in columns] for row in rows]
             )
             self._run.log({"step": step, name: table})
 

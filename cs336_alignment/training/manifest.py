@@ -46,6 +46,7 @@ def build_manifest(
     num_processes: int,
     precision: str,
     step: int,
+    reward_sha256: str | None = None,
 ) -> dict[str, Any]:
     """Describe a run; what an earlier part of the same run noted (its wandb id) is kept.
 
@@ -61,12 +62,13 @@ def build_manifest(
         num_processes: that train.
         precision: of the computation, as resolved.
         step: where this part begins.
+        reward_sha256: of the file of a user's reward function, if one grades.
 
     Raises:
         UserError: training data, tokenizer, template or, where it counts, the number of processes
             of the earlier part were others (78).
     """
-    questions = _evaluation_hash(config, held_out)
+    questions = _evaluation_hash(config, held_out, reward_sha256)
     since = step + 1 if step and "evaluation_sha256" in old else 0
     same_questions = old.get("evaluation_sha256") == questions
     manifest: dict[str, Any] = {
@@ -163,11 +165,12 @@ def _template_hash(train: PreparedData) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _evaluation_hash(config: Config, held_out: PreparedData | None) -> str:
+def _evaluation_hash(config: Config, held_out: PreparedData | None, reward: str | None) -> str:
     """Hash what an evaluation's numbers depend on besides the model."""
     evaluation = config.evaluation
     text = [
         held_out and held_out.fingerprint, evaluation.num_prompts, evaluation.max_new_tokens,
         evaluation.temperature, evaluation.stop, evaluation.reward,
+        *([reward] if reward else []),
     ]  # fmt: skip
     return hashlib.sha256(json.dumps(text).encode()).hexdigest()

@@ -18,6 +18,13 @@ from cs336_alignment.data.batching import StepPlan
 from cs336_alignment.data.splits import RunData, ledger_json, prepare_run
 from cs336_alignment.errors import ExitStatus, UserError
 from cs336_alignment.evaluation.evaluator import Evaluator
+from cs336_alignment.evaluation.rewards import (
+    REWARDS,
+    RewardFunction,
+    code_of,
+    describe_reward,
+    make_reward,
+)
 from cs336_alignment.model.loading import (
     ModelSource,
     check_fits,
@@ -142,6 +149,7 @@ class _Inputs:
     source: ModelSource
     tokenizer: PreTrainedTokenizerBase
     data: RunData
+    reward: RewardFunction
 
 
 def _refuse_other_backends(options: EvaluationConfig) -> None:
@@ -160,7 +168,11 @@ def _refuse_other_backends(options: EvaluationConfig) -> None:
 
 
 def _load_inputs(config: Config, console: Console) -> _Inputs:
-    model = config.model
+    model, evaluation = config.model, config.evaluation
+    reward = REWARDS["r1_zero"]
+    if evaluation.generation_steps is not None:  # else nothing is graded, no code of users' runs
+        reward = make_reward(evaluation)
+        console.note(describe_reward(evaluation, reward))
     source = resolve_model(model.name_or_path, model.revision, model.trust_remote_code)
     tokenizer = load_tokenizer(source)
     data = prepare_run(
@@ -168,7 +180,7 @@ def _load_inputs(config: Config, console: Console) -> _Inputs:
     )
     for line in data.warnings:
         console.warn(line)
-    return _Inputs(source, tokenizer, data)
+    return _Inputs(source, tokenizer, data, reward)
 
 
 def _no_time(max_hours: float | None) -> UserError:
@@ -257,7 +269,7 @@ class _Run:
             config, old=old, model=policy.model,
             tokenizer=tokenizer, train=data, held_out=held_out, num_processes=self.processes.count,
             precision=str(policy.autocast_dtype or policy.model.dtype).removeprefix("torch."),
-            step=state.step,
+            step=state.step, reward_sha256=code_of(self.inputs.reward),
         )  # fmt: skip
         since = state.step if self.decision.more_steps else old.get("patient_since_step", 0)
         manifest["patient_since_step"] = since
@@ -407,7 +419,8 @@ class _Run:
             config=self.config.evaluation, processes=self.processes,
             microbatch_tokens=cut.microbatch_tokens or DEFAULT_MICROBATCH_TOKENS,
             batching=cut.batching, seed=self.config.seed, progress=self.console.progress,
-            groups=held_out.groups, asked=poll,
+            reward=self.inputs.reward, choices=held_out.choices,
+            groups=held_out.groups, asked=poll, warn=self.console.warn,
         )  # fmt: skip
         eval_steps = self.config.trainer.eval_steps
         generation_steps = self.config.evaluation.generation_steps

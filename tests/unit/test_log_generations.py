@@ -8,6 +8,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
+from cs336_alignment.errors import UserError
 from cs336_alignment.evaluation.log_generations import summarize
 from cs336_alignment.evaluation.rewards import r1_zero_reward
 from cs336_alignment.model.loading import resolve_model
@@ -121,6 +122,19 @@ def test_summary_is_over_the_rows() -> None:
     assert summary["stop_rate"] == pytest.approx(2 / 3)
     assert summarize(rows[1:])["length_correct"] is None
     assert all(value is None for value in summarize([]).values())
+
+
+def test_a_reward_that_fails_costs_its_own_row_alone(model: Any, tokenizer: Any) -> None:
+    def reward(response: str, truth: str) -> dict[str, float]:
+        return {"reward": 1.0 / (int(truth) - 5), "format_reward": 1.0, "answer_reward": 1.0}
+
+    result = log_generations(model, tokenizer, PROMPTS, TRUTHS, reward, max_new_tokens=2)
+    failed = [row for row in result["rows"] if "reward_error" in row]
+    assert [row["ground_truth"] for row in failed] == ["5"] and failed[0]["reward"] == 0.0
+    assert "ZeroDivisionError" in failed[0]["reward_error"]
+    assert result["summary"]["reward_errors"] == 1
+    with pytest.raises(UserError, match="all 1 responses"):
+        log_generations(model, tokenizer, ["7 - 2 = ?"], ["5"], reward, max_new_tokens=2)
 
 
 def test_numbers_must_agree(model: Any, tokenizer: Any) -> None:
