@@ -92,6 +92,7 @@ class DataConfig:
     append_eos: bool = True
     on_bad_row: str = "error"
     max_bad_fraction: float = 0.01
+    filter: str = "none"
     num_workers: int | None = None
     cache_dir: str | None = None
     lint: LintConfig = field(default_factory=LintConfig)

@@ -78,6 +78,7 @@ _RULES = (
     _one_of("data.format", FORMATS),
     _one_of("data.train_on", TRAIN_ON),
     _one_of("data.on_bad_row", ("error", "drop")),
+    _one_of("data.filter", ("none", "correct")),
     _Rule("data.max_bad_fraction", lambda v: 0 <= v <= 1, "a number from 0 to 1"),
     _Rule("data.num_workers", _at_least(1), "a whole number of at least 1, or null for the cores"),
     _Rule("data.cache_dir", lambda v: bool(v.strip()), "a folder, or null"),
@@ -301,6 +302,8 @@ def _source_clashes(data: DataConfig) -> Iterator[UserError]:
             "data.eval_path",
             "there is evaluation data already; data.eval_path=null splits some off",
         )
+    if data.filter == "correct" and data.overlong == "split":
+        yield clash("data.filter", "data.overlong", "a piece of a response cannot be verified")
     if data.eval_fraction and any(w is not None for w in weights):
         yield clash(
             "data.eval_fraction", "data.sources", "with weighted sources give data.eval_path"

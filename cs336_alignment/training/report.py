@@ -69,7 +69,7 @@ def describe_run(
     if train.mixture is not None:
         draws = " + ".join(f"{n:,}" for n in train.mixture.draws)
         lines.append(("mixture", f"{draws} examples an epoch ({train.mixture.stop})"))
-    if held_out is not None and held_out.sources != train.sources:
+    if held_out is not None and config.data.eval_path is not None:
         lines += [("held out", ledger_line(ledger)) for ledger in held_out.ledgers]
     elif held_out is not None:
         lines.append(
@@ -114,6 +114,7 @@ def ledger_line(ledger: LedgerEntry) -> str:
         f"{ledger.tokens:,} tokens, {ledger.response_tokens:,} trained; longest {ledger.longest:,}"
     ]
     pieces += [f"{count:,} dropped ({reason})" for reason, count in ledger.dropped.items()]
+    pieces += [f"{count:,} filtered ({reason})" for reason, count in ledger.filtered.items()]
     if ledger.truncated:
         pieces.append(f"{ledger.truncated:,} truncated")
     if ledger.split:

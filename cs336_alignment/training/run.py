@@ -17,6 +17,7 @@ from cs336_alignment.data.batching import StepPlan
 from cs336_alignment.data.splits import RunData, ledger_json, prepare_run
 from cs336_alignment.errors import ExitStatus, UserError
 from cs336_alignment.evaluation.evaluator import Evaluator
+from cs336_alignment.evaluation.verify import make_verify
 from cs336_alignment.model.loading import (
     ModelSource,
     check_fits,
@@ -143,8 +144,9 @@ def _load_inputs(config: Config, console: Console) -> _Inputs:
     source = resolve_model(model.name_or_path, model.revision, model.trust_remote_code)
     tokenizer = load_tokenizer(source)
     data = prepare_run(
-        config.data, tokenizer, seed=config.seed, progress=console.progress, note=console.note
-    )
+        config.data, tokenizer, seed=config.seed, progress=console.progress, note=console.note,
+        verify=make_verify(config.evaluation),
+    )  # fmt: skip
     for line in data.warnings:
         console.warn(line)
     return _Inputs(source, tokenizer, data)
