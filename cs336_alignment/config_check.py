@@ -155,6 +155,15 @@ _RULES = (
     _one_of("inspect.select", SELECTIONS),
     _Rule("inspect.num_examples", _at_least(1), "a whole number of at least 1"),
     _Rule("inspect.rows", lambda v: all(row >= 1 for row in v), "numbers of examples from 1"),
+    _Rule("expert_iteration.iterations", _at_least(1), "a whole number of at least 1"),
+    _Rule(
+        "expert_iteration.num_questions", _at_least(1), "a whole number of at least 1, or null"
+    ),
+    _Rule("expert_iteration.num_samples", _at_least(1), "a whole number of at least 1"),
+    _Rule("expert_iteration.temperature", _above(0), "a finite number above 0: samples must differ"),
+    _Rule("expert_iteration.top_p", lambda v: 0 < v <= 1, "a number above 0, at most 1"),
+    _Rule("sweep.num_trials", _at_least(1), "a whole number of at least 1"),
+    _Rule("sweep.metric", lambda v: bool(v.strip()), "a metric's name"),
     _one_of("logger.backend", LOGGERS),
     _Rule("logger.project", lambda v: bool(v.strip()), "a project's name"),
 )
@@ -229,6 +238,14 @@ def _clashes(config: Config) -> Iterator[UserError]:
         )
     yield from _source_clashes(config.data)
     yield from _best_clashes(config)
+    if (best := config.expert_iteration.metric_for_best_model) and greater_is_better(best) is None:
+        near = nearest_metric(best)
+        yield UserError(
+            "C133",
+            f"{best} does not say by its name whether greater is better",
+            ExitStatus.BAD_CONFIG,
+            hint=f"did you mean {near}?" if near else "eval/answer_reward, say",
+        )
     if model.trust_remote_code and not re.fullmatch(r"[0-9a-f]{40}", model.revision or ""):
         yield clash(
             "model.trust_remote_code",

@@ -77,7 +77,10 @@ def evaluate(config: Config) -> ExitStatus:
     console = Console(enabled=processes.is_main)
     try:
         arms = prepare_arms(config, console)
-        results = [_run(arm, config, precision, folder, processes, console) for arm in arms]
+        results = [
+            open_evaluator(arm, config, precision, folder, processes, console).run(generate=True)
+            for arm in arms
+        ]
         if processes.is_main:
             report: dict[str, Any] = {**subject, "options": asdict(config.evaluation)}
             _write(folder, report, results, arms, config, console)
@@ -113,10 +116,19 @@ def _refuse_another(path: Path, subject: dict[str, str | None]) -> None:
         )
 
 
-def _run(
+def open_evaluator(
     arm: Arm, config: Config, precision: str, folder: Path, processes: Processes, console: Console
-) -> EvaluationResult:
-    """Load a model, evaluate it and let it go."""
+) -> Evaluator:
+    """Load a model and give what evaluates it, its responses kept on disk as they come.
+
+    Args:
+        arm: the model and its examples.
+        config: of the command.
+        precision: as `refuse_launcher_options` gave it.
+        folder: responses are kept in its `responses/`.
+        processes: share the work.
+        console: shows what happens.
+    """
     if processes.device.type == "cpu":
         keep_freed_memory()
     console.note(f"loading {arm.options.name_or_path}")
@@ -152,7 +164,7 @@ def _run(
     evaluator.generator = KeptGenerator(
         evaluator.generator, kept, batch_size=config.evaluation.batch_size
     )
-    return evaluator.run(generate=True)
+    return evaluator
 
 
 def _write(

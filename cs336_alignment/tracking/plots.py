@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,28 @@ def plot_lengths(ledger_path: Path, png_path: Path, title: str) -> None:
             axes.legend()
         rows[0, 0].set_title(title)
         rows[-1, 0].set_xlabel("tokens of an example, prompt and response")
+        with replacing(png_path) as file:
+            figure.savefig(file, dpi=120, format="png")
+    finally:
+        pyplot.close(figure)
+
+
+@contextmanager
+def picture(png_path: Path, title: str, rows: int) -> Iterator[list[Any]]:
+    """Open axes one above another; they become a PNG, at once, when the block ends well.
+
+    Args:
+        png_path: the picture.
+        title: of the picture.
+        rows: number of axes.
+    """
+    pyplot = _pyplot()
+    figure, axes = pyplot.subplots(
+        rows, 1, figsize=(8, 3.2 * rows), squeeze=False, layout="constrained"
+    )
+    try:
+        axes[0, 0].set_title(title)
+        yield list(axes[:, 0])
         with replacing(png_path) as file:
             figure.savefig(file, dpi=120, format="png")
     finally:

@@ -17,7 +17,7 @@ PACKAGE = ROOT / "cs336_alignment"
 FILES = sorted(PACKAGE.rglob("*.py"))
 # Lower layers first; a module imports from its own package and from lower layers alone.
 LAYERS = [
-    {"cores", "errors", "files", "microbatch", "orphans"}, {"config"}, {"config_check", "config_names", "metric_names"},
+    {"cores", "errors", "files", "microbatch", "orphans"}, {"config"}, {"multirun"}, {"config_check", "config_names", "metric_names"},
     {"compose_errors", "compose", "data", "model", "training.loss"},
     {"training.parallel", "training.optimizer", "training.schedule", "training.checkpoint",
      "training.checkpoint_writer", "training.step", "training.stop", "training.spike",
@@ -28,7 +28,7 @@ LAYERS = [
      "training.trainer", "training.run", "training.doctor", "training.invariances",
      "training.token_check", "training.best", "training.finish", "training.reload_check",
      "training.reload_child"},
-    {"data_commands", "chat_command"}, {"cli", "sft"},
+    {"data_commands", "chat_command"}, {"experiments"}, {"cli", "sft"},
 ]  # fmt: skip
 OWNERS = {
     "hydra": {"compose", "compose_errors"}, "omegaconf": {"compose", "compose_errors"}, "datasets": {"data.sources"},
