@@ -106,6 +106,26 @@ def _expert_iteration(arguments: Sequence[str]) -> ExitStatus:
     return run_with_config("expert-iteration", arguments, job)
 
 
+def _sweep(arguments: Sequence[str]) -> ExitStatus:
+    from cs336_alignment.compose import run_with_config
+
+    if {"-m", "--multirun"} & set(arguments):
+        raise UserError(
+            "C144",
+            "a sweep tries several values by itself",
+            ExitStatus.USAGE,
+            hint="leave -m away and give sweep.space=…; for every combination: cs336-sft train -m",
+        )
+    words = [*arguments, "hydra.mode=RUN"]  # whatever a preset says for `train`
+
+    def job(config: Config) -> ExitStatus:
+        from cs336_alignment.experiments.sweep import sweep
+
+        return sweep(config, arguments)
+
+    return run_with_config("sweep", words, job)
+
+
 def _chat(arguments: Sequence[str]) -> ExitStatus:
     from cs336_alignment.compose import run_with_config
 
@@ -171,6 +191,7 @@ VERBS = (
     Verb("doctor", "prove the invariances on this model, tokenizer and data", _doctor),
     Verb("evaluate", "loss, generations and rewards of a model, checkpoint or export", _evaluate),
     Verb("expert-iteration", "sample, keep what is correct, train on it, again", _expert_iteration),
+    Verb("sweep", "search over keys with Optuna; each trial is a run", _sweep),
     Verb("chat", "talk to a run's model, a model folder or a hub id", _chat),
 )
 

@@ -226,7 +226,7 @@ def _refuse_added_keys(composed: Any, prefix: str = "") -> None:
     """Refuse what `+key=value` added: Hydra lets it pass even where a schema knows every key."""
     for name, value in composed.items():
         key = f"{prefix}{name}"
-        if isinstance(value, dict):
+        if isinstance(value, dict) and key not in ALL_KEYS:
             _refuse_added_keys(value, f"{key}.")
         elif key not in ALL_KEYS:
             raise no_such_key(key)

@@ -12,20 +12,18 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from cs336_alignment.config import (
     ColumnsConfig,
     Config,
     ModelConfig,
     SourceConfig,
-    flatten,
 )
 from cs336_alignment.config_check import clash
 from cs336_alignment.data.splits import prepare_run
-from cs336_alignment.errors import ExitStatus, Place, UserError, UserErrors
+from cs336_alignment.errors import ExitStatus, UserError, UserErrors
 from cs336_alignment.evaluation.verify import make_verify
 from cs336_alignment.experiments.expert_summary import choose_iteration, show_summary
+from cs336_alignment.experiments.kept_config import refuse_changes as check_config
 from cs336_alignment.experiments.samples import ROWS, Sampler
 from cs336_alignment.files import flush_tree, sha256_of
 from cs336_alignment.model.loading import load_tokenizer, resolve_model
@@ -275,8 +273,6 @@ def refuse_changes(folder: Path, config: Config) -> None:
         )
     if not _trained(folder):  # nothing that another config could spoil
         return
-    old = dict(_flatten(yaml.safe_load(path.read_text(encoding="utf-8")) or {}))
-    before = {**dict(flatten(Config())), **old}
     iterations, done = config.expert_iteration.iterations, _trained(folder)
     if iterations < done:
         raise UserError(
@@ -286,20 +282,7 @@ def refuse_changes(folder: Path, config: Config) -> None:
             expected=f"expert_iteration.iterations of at least {done}",
             got=f"{iterations}",
         )
-    changed = {
-        key: (before.get(key), value)
-        for key, value in flatten(config)
-        if before.get(key) != value and not _may_change(key, config)
-    }
-    if changed:
-        raise UserError(
-            "C301",
-            "the folder holds iterations whose config differs where it changes them",
-            ExitStatus.BAD_CONFIG,
-            place=Place(path),
-            got="; ".join(f"{key}: {old} → {new}" for key, (old, new) in changed.items()),
-            hint=f"to start others: run_name={config.run_name}-2",
-        )
+    check_config(path, config, lambda key: _may_change(key, config), "iterations")
 
 
 def _may_change(key: str, config: Config) -> bool:
@@ -366,13 +349,3 @@ def _no_truths(config: Config) -> UserError:
         ExitStatus.BAD_DATA,
         hint="name the column: data.columns.ground_truth=answer, say",
     )
-
-
-def _flatten(value: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    items: list[tuple[str, Any]] = []
-    for key, inner in value.items():
-        if isinstance(inner, dict) and inner:
-            items += _flatten(inner, f"{prefix}{key}.")
-        else:
-            items.append((f"{prefix}{key}", inner))
-    return items
