@@ -156,11 +156,11 @@ _RULES = (
     _Rule("inspect.num_examples", _at_least(1), "a whole number of at least 1"),
     _Rule("inspect.rows", lambda v: all(row >= 1 for row in v), "numbers of examples from 1"),
     _Rule("expert_iteration.iterations", _at_least(1), "a whole number of at least 1"),
-    _Rule(
-        "expert_iteration.num_questions", _at_least(1), "a whole number of at least 1, or null"
-    ),
+    _Rule("expert_iteration.num_questions", _at_least(1), "a whole number of at least 1, or null"),
     _Rule("expert_iteration.num_samples", _at_least(1), "a whole number of at least 1"),
-    _Rule("expert_iteration.temperature", _above(0), "a finite number above 0: samples must differ"),
+    _Rule(
+        "expert_iteration.temperature", _above(0), "a finite number above 0: samples must differ"
+    ),
     _Rule("expert_iteration.top_p", lambda v: 0 < v <= 1, "a number above 0, at most 1"),
     _Rule("sweep.num_trials", _at_least(1), "a whole number of at least 1"),
     _Rule("sweep.metric", lambda v: bool(v.strip()), "a metric's name"),

@@ -94,7 +94,8 @@ def run_all(runs: Sequence[SweptRun], job: Callable[[Config], ExitStatus]) -> li
 def status_of(outcomes: Sequence[Outcome]) -> ExitStatus:
     """Give the exit status of the whole: a request to stop, else the first failure's, else DONE."""
     failed = [outcome.status for outcome in outcomes if outcome.status != ExitStatus.DONE]
-    return next((status for status in failed if status in STOPS), (failed or [ExitStatus.DONE])[0])
+    stops = [status for status in failed if status in STOPS]
+    return next(iter(stops + failed), ExitStatus.DONE)
 
 
 def _describe(run: SweptRun) -> str:

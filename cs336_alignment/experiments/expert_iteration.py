@@ -1,5 +1,5 @@
-"""`cs336-sft expert-iteration`: sample, verify, train on what is correct, and again with what came
-out of it.
+"""`cs336-sft expert-iteration`: sample, verify, train on what is correct, and again with the model
+that came out of it.
 """
 
 from __future__ import annotations

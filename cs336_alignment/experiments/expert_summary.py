@@ -84,15 +84,20 @@ def show_summary(folder: Path, parts: Sequence[Path], chosen: int, console: Cons
             for entry in entries]  # fmt: skip
     write_json(folder / RESULT, {"exported_iteration": chosen, "iterations": entries})
     legend = (
-        "Iteration 0 is the model before. *correct*: of the samples; *kept*: each different correct "
-        "response to a question once; *solved*: questions with a correct response; `eval/…`: on the "
-        "held-out data, after the iteration's training."
+        "Iteration 0 is the model before. *correct*: of the samples; *kept*: each different "
+        "correct response to a question once; *solved*: questions with a correct response; "
+        "`eval/…`: on the held-out data, after the iteration's training."
     )
     table = to_markdown_table([*columns, *names], rows)
     write_text(folder / PAGE, f"# {folder.name}\n\n{table}\n{legend}\n")
     plot_panels(folder / PICTURE, folder.name, panels_of(entries))
-    shown = [name.removeprefix("eval/").replace("response_", "") for name in names]
-    console.table(f"{folder.name}: held-out data by iteration", [*columns, *shown], rows)
+    shown = [
+        name.removeprefix("eval/").removeprefix("response_").removesuffix("_reward")
+        for name in names
+    ]
+    brief = [[row[0], *row[2:]] for row in rows]  # a terminal of 80 characters
+    title = f"{folder.name}: samples, and held-out data, by iteration"
+    console.table(title, [columns[0], *columns[2:], *shown], brief)
     console.note(f"table    {folder / PAGE}, {folder / RESULT}, picture {folder / PICTURE}")
 
 

@@ -1,4 +1,4 @@
-"""The config that a folder of several runs was made with, and what a later command changes of it."""
+"""The config that a folder of several runs was made with, and what a later command may change."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ from cs336_alignment.config import Config, flatten
 from cs336_alignment.errors import ExitStatus, Place, UserError
 
 
-def refuse_changes(path: Path, config: Config, may_change: Callable[[str], bool], what: str) -> None:
+def refuse_changes(
+    path: Path, config: Config, may_change: Callable[[str], bool], what: str
+) -> None:
     """Refuse a command that differs from an earlier one where that would mix two experiments.
 
     Args:

@@ -14,7 +14,14 @@ from cs336_alignment.training.run_folder import LEDGER, MANIFEST, METRICS, STATU
 
 ACCURACY, FORMAT = "eval/answer_reward", "eval/format_reward"
 # In the order of tables, where they were measured.
-SHOWN = (ACCURACY, FORMAT, "eval/loss", "eval/response_entropy", "eval/response_length", "train/loss")
+SHOWN = (
+    ACCURACY,
+    FORMAT,
+    "eval/loss",
+    "eval/response_entropy",
+    "eval/response_length",
+    "train/loss",
+)
 
 
 @dataclass(frozen=True)

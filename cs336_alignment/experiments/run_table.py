@@ -1,9 +1,9 @@
-"""After a multirun: every run's swept keys beside what it came to, as a table, JSON and a picture."""
+"""After a multirun: every run's swept keys beside what it came to: a table, JSON, a picture."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from os.path import commonprefix
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -118,7 +118,9 @@ def panels_of(outcomes: Sequence[Outcome], results: Sequence[RunResult]) -> list
     """
     names = [name for name in (ACCURACY, FORMAT) if any(r.curve(name) for r in results)]
     if not names:
-        loss = next((n for n in ("eval/loss", "train/loss") if any(r.curve(n) for r in results)), "")
+        loss = next(
+            (n for n in ("eval/loss", "train/loss") if any(r.curve(n) for r in results)), ""
+        )
         names = [loss] if loss else []
     labels = [_label(outcome, result) for outcome, result in zip(outcomes, results, strict=True)]
     panels = [
@@ -171,7 +173,8 @@ def _folder_of(outcome: Outcome) -> Path:
 
 def _common_name(outcomes: Sequence[Outcome]) -> str:
     """Name the runs together: what their names begin with, where model or data are swept."""
-    common = commonprefix([outcome.run.base_name for outcome in outcomes])
+    letters = zip(*(outcome.run.base_name for outcome in outcomes), strict=False)
+    common = "".join(row[0] for row in takewhile(lambda row: len(set(row)) == 1, letters))
     return common.rstrip("._-") or "multirun"
 
 

@@ -1,5 +1,5 @@
-"""One iteration's sampling: questions drawn, responses sampled and verified, the correct ones kept as
-rows to train on.
+"""One iteration's sampling: questions drawn, responses sampled and verified, the correct ones kept
+as rows to train on.
 """
 
 from __future__ import annotations
@@ -96,9 +96,7 @@ class Sampler:
 
     def _open(self, iteration: int, model: ModelConfig, folder: Path) -> Evaluator:
         options = self.config.expert_iteration
-        chosen = choose_questions(
-            self.gradable, options.num_questions, self.config.seed, iteration
-        )
+        chosen = choose_questions(self.gradable, options.num_questions, self.config.seed, iteration)
         source = resolve_model(model.name_or_path, model.revision, model.trust_remote_code)
         arm = Arm(model, source, self.tokenizer, self.data, chosen)
         self._refuse_changed_prompts(arm)
@@ -252,7 +250,7 @@ def _nothing_correct(iteration: int, rows: Sequence[Mapping[str, Any]], folder: 
     formed = sum(row["format_reward"] > 0 for row in rows)
     return UserError(
         "R310",
-        f"iteration {iteration} has nothing to train on: none of {len(rows):,} responses is correct",
+        f"iteration {iteration} has nothing to train on: none of {len(rows):,} samples is correct",
         ExitStatus.BAD_DATA,
         got=f"{formed:,} in the right format, {ended:,} that ended by themselves",
         hint=f"look at {folder / SAMPLES}; begin with a model that sometimes answers (train it "

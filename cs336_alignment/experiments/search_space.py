@@ -115,12 +115,16 @@ def _read(key: str, entry: Any) -> Range | Choice:
             "C101",
             f"there is no key {key}, in sweep.space",
             ExitStatus.BAD_CONFIG,
-            hint=f"did you mean {near}?" if near else "`cs336-sft train --cfg job` prints every key",
+            hint=f"did you mean {near}?"
+            if near
+            else "`cs336-sft train --cfg job` prints every key",
         )
     if key in NOT_SEARCHED or key.startswith("sweep."):
         raise _wrong(f"sweep.space cannot hold {key}: the sweep sets it itself", None, None)
     if not isinstance(entry, dict) or (unknown := set(entry) - FIELDS):
-        got = f"unknown: {', '.join(sorted(unknown))}" if isinstance(entry, dict) else to_text(entry)
+        got = (
+            f"unknown: {', '.join(sorted(unknown))}" if isinstance(entry, dict) else to_text(entry)
+        )
         raise _wrong(f"sweep.space.{key} cannot be read", "low and high, or choices", got)
     if "choices" in entry:
         choices = entry["choices"]
@@ -132,7 +136,9 @@ def _read(key: str, entry: Any) -> Range | Choice:
     if not all(_is_number(value) for value in (low, high)) or low > high:  # type: ignore[operator]
         raise _wrong(f"sweep.space.{key} cannot be read", "numbers, low at most high", str(entry))
     if log and (low <= 0 or step is not None):  # type: ignore[operator]
-        raise _wrong(f"sweep.space.{key} cannot be read", "with log: low above 0, no step", str(entry))
+        raise _wrong(
+            f"sweep.space.{key} cannot be read", "with log: low above 0, no step", str(entry)
+        )
     if step is not None and (not _is_number(step) or step <= 0):
         raise _wrong(f"sweep.space.{key} cannot be read", "a step above 0", str(entry))
     return Range(key, low, high, log, step)  # type: ignore[arg-type]

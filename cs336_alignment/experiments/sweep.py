@@ -1,10 +1,11 @@
-"""`cs336-sft sweep`: a search over keys, each trial a run of its own that can be stopped and resumed."""
+"""`cs336-sft sweep`: a search over keys, each trial a run of its own that stops and resumes."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from cs336_alignment.compose import run_with_config
@@ -113,7 +114,7 @@ class _Search:
             place = [f"output_root={self.folder}", f"run_name={name}", SINGLE]
             end = run_trial(
                 [*self.fixed, *words, *place], self.folder / name, self.folder / f"{name}.log",
-                self.config.sweep.metric, lambda step, value, n=number: self._is_hopeless(n, step, value),  # type: ignore[misc]
+                self.config.sweep.metric, partial(self._is_hopeless, number),
             )  # fmt: skip
             if end.status in STOPS and not end.pruned:  # trainer.max_hours, or a signal of its own
                 self.console.note(f"  {name} stopped: the same command goes on with it")
@@ -205,9 +206,9 @@ def _direction(config: Config) -> bool:
             + (f"; or did you mean {near}?" if near else ""),
         )
     lacking = None
-    if metric.startswith("eval/") and config.data.eval_path is None:
-        if not config.data.eval_fraction:
-            lacking = "there is no evaluation data: data.eval_path=…, or sweep.metric=train/loss"
+    has_data = config.data.eval_path is not None or config.data.eval_fraction
+    if metric.startswith("eval/") and not has_data:
+        lacking = "there is no evaluation data: data.eval_path=…, or sweep.metric=train/loss"
     if metric in GENERATED and config.evaluation.generation_steps is None:
         lacking = "nothing is generated: evaluation.generation_steps=0, say"
     if lacking is not None:

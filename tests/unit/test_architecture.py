@@ -33,6 +33,7 @@ LAYERS = [
 OWNERS = {
     "hydra": {"compose", "compose_errors"}, "omegaconf": {"compose", "compose_errors"}, "datasets": {"data.sources"},
     "wandb": {"tracking.wandb_logger"}, "matplotlib": {"tracking.plots"}, "accelerate": {"training.parallel"},
+    "optuna": {"experiments.study"},
 }  # fmt: skip
 
 
