@@ -142,6 +142,8 @@ def _hydra_process(verb: str, arguments: Sequence[str]) -> Any:
     argv, full_error = sys.argv, os.environ.get("HYDRA_FULL_ERROR")
     # Hydra's parser refuses a flag between two overrides; people type it there.
     flags, overrides = _split_flags(arguments)
+    # Keys are added to a dictionary by `++` alone; people type them as any other.
+    overrides = [f"++{w}" if w.startswith("sweep.space") else w for w in overrides]
     os.environ["HYDRA_FULL_ERROR"] = "1"
     try:
         # A multirun writes a multirun.yaml that nobody asked for.
