@@ -52,6 +52,7 @@ from cs336_alignment.training.status import StatusFile
 from cs336_alignment.training.stop import StopNow, StopRequest
 
 VERB = "expert-iteration"
+NO_TIME = "R304"  # the error of a run whose time limit is over before its first step
 # Of the evaluation, what decides which responses are sampled and kept.
 SAMPLED_BY = frozenset(
     f"evaluation.{name}" for name in ("max_new_tokens", "min_new_tokens", "stop", "reward")
@@ -143,13 +144,17 @@ class _Whole:
         for number in range(1, config.expert_iteration.iterations + 1):
             self.console.note(f"\niteration {number} of {config.expert_iteration.iterations}")
             part = folder_of(self.folder.path, number)
-            sampler(number, model, part)
+            sampled = sampler(number, model, part)
             run = config_of_iteration(config, number, model)
             run.trainer.max_hours = self._hours_left(begin)
-            outcome = train(run, self.arguments, verb=VERB, processes=self.processes)
+            try:
+                outcome = train(run, self.arguments, verb=VERB, processes=self.processes)
+            except UserError as error:
+                if error.code != NO_TIME or not sampled:
+                    raise
+                outcome = ExitStatus.STOPPED  # the time went into samples, and these are kept
             self.processes.on_main(lambda done=number: self.status.running(done))  # type: ignore[misc]
             if outcome != ExitStatus.DONE:
-                self.console.note(f"to continue the whole: {self.status.command}")
                 return outcome
             model = run_model(part)
         self.processes.on_main(lambda: self._end(manifest))

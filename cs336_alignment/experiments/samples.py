@@ -69,7 +69,7 @@ class Sampler:
         self.asked = asked
         self.gradable = np.flatnonzero([truth is not None for truth in data.ground_truths])
 
-    def __call__(self, iteration: int, model: ModelConfig, folder: Path) -> None:
+    def __call__(self, iteration: int, model: ModelConfig, folder: Path) -> bool:
         """Leave an iteration's rows in its folder, unless they are there.
 
         Responses are kept as they come, so a stop costs at most a few batches.
@@ -78,6 +78,9 @@ class Sampler:
             iteration: from 1.
             model: that is asked.
             folder: of the iteration.
+
+        Returns:
+            Whether there was anything left to do.
 
         Raises:
             UserError: no response is correct, or a prompt does not survive being written (65); the
@@ -88,11 +91,12 @@ class Sampler:
         if self.processes.agree(_is_done(folder, request)):
             self.console.note(f"responses of iteration {iteration} are there: {folder / ROWS}")
             self.processes.on_main(lambda: forget(folder / FOLDER))  # a kill may have left them
-            return
+            return False
         evaluator = self._open(iteration, model, folder)
         with in_eager():
             rows = evaluator.generate()
         self.processes.on_main(lambda: self._write(iteration, folder, request, rows))
+        return True
 
     def _open(self, iteration: int, model: ModelConfig, folder: Path) -> Evaluator:
         options = self.config.expert_iteration

@@ -112,6 +112,7 @@ PHASES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.fault("expert iteration killed")
 def test_a_kill_in_any_phase_changes_neither_rows_nor_weights(
     start: Path, tmp_path: Path, tally: Tally
@@ -144,7 +145,9 @@ def test_what_it_leaves_and_what_it_refuses(
     folder = tmp_path / "e"
     rows = [json.loads(line) for line in (folder / "iteration-01/rows.jsonl").open()]
     drawn = [json.loads(line) for line in (folder / "iteration-01/samples.jsonl").open()]
-    assert len(drawn) == 24 and all(set(row) == {"prompt", "response", "ground_truth"} for row in rows)
+    assert len(drawn) == 24 and all(
+        set(row) == {"prompt", "response", "ground_truth"} for row in rows
+    )
     assert {(r["prompt"], r["response"]) for r in rows} == {
         (d["prompt"], d["response"]) for d in drawn if d["answer_reward"]
     }
@@ -155,8 +158,13 @@ def test_what_it_leaves_and_what_it_refuses(
     assert counts["samples"] == 24 and counts["kept"] == len(rows)
     assert counts["correct"] == counts["kept"] + counts["duplicates"]
     assert counts["correct"] == sum(d["answer_reward"] > 0 for d in drawn)
-    assert "eval/response_entropy" in found[0]["metrics"] and "eval/answer_reward" in found[1]["metrics"]
-    assert (folder / "expert_iteration.png").is_file() and (folder / "expert_iteration.md").is_file()
+    assert (
+        "eval/response_entropy" in found[0]["metrics"]
+        and "eval/answer_reward" in found[1]["metrics"]
+    )
+    assert (folder / "expert_iteration.png").is_file() and (
+        folder / "expert_iteration.md"
+    ).is_file()
     assert run("expert_iteration.iterations=1") == 0
     assert "complete: nothing to do" in capfd.readouterr().out
     for change in ("expert_iteration.temperature=0.5", "optimizer.learning_rate=0.1", "seed=1",

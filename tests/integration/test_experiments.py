@@ -64,8 +64,12 @@ def test_a_sweep_that_is_killed_goes_on_with_its_trial(
     assert process.wait() == -signal.SIGKILL
     again = sft(*command, "output_root=cut")
     assert again.returncode == 0, again.stderr
-    found = [json.loads((tmp_path / root / "s/sweep.json").read_text()) for root in ("cut", "whole")]
+    found = [
+        json.loads((tmp_path / root / "s/sweep.json").read_text()) for root in ("cut", "whole")
+    ]
     assert found[0]["trials"] == found[1]["trials"]
     for number in range(3):
         weights = f"s/trial-{number:03d}/model/model.safetensors"
-        assert (tmp_path / "cut" / weights).read_bytes() == (tmp_path / "whole" / weights).read_bytes()
+        assert (tmp_path / "cut" / weights).read_bytes() == (
+            tmp_path / "whole" / weights
+        ).read_bytes()

@@ -9,8 +9,8 @@ import pytest
 
 from cs336_alignment.config import Config
 from cs336_alignment.errors import ExitStatus, UserError
-from cs336_alignment.experiments.run_table import panels_of, show_multirun
 from cs336_alignment.experiments.results import read_result, to_markdown_table
+from cs336_alignment.experiments.run_table import panels_of, show_multirun
 from cs336_alignment.multirun import Outcome, SweptRun, run_all, status_of
 
 
@@ -71,7 +71,11 @@ def test_what_they_came_to_is_compared_at_the_exported_step(
     ]  # fmt: skip
     show_multirun(outcomes)
     written = json.loads((tmp_path / "base/runs.json").read_text())
-    assert [run["metrics"].get("eval/answer_reward") for run in written["runs"]] == [0.25, 0.5, None]
+    assert [run["metrics"].get("eval/answer_reward") for run in written["runs"]] == [
+        0.25,
+        0.5,
+        None,
+    ]
     assert written["runs"][1]["metrics_at_start"]["eval/answer_reward"] == 0.0
     assert [run["exit_code"] for run in written["runs"]] == [0, 0, 65]
     page = (tmp_path / "base/runs.md").read_text()

@@ -51,7 +51,10 @@ def test_mistakes_in_the_space(space: dict[str, Any], texts: tuple[str, ...]) ->
 
 
 def test_a_space_is_read_whole_or_nested() -> None:
-    want = [Range("optimizer.learning_rate", 1e-6, 1e-3, True), Choice("optimizer.betas", ("[0.9,0.99]",))]
+    want = [
+        Range("optimizer.learning_rate", 1e-6, 1e-3, True),
+        Choice("optimizer.betas", ("[0.9,0.99]",)),
+    ]
     whole = {
         "optimizer.learning_rate": {"low": 1e-6, "high": 1e-3, "log": True},
         "optimizer.betas": {"choices": [[0.9, 0.99]]},
@@ -195,7 +198,10 @@ def test_mistakes_before_any_trial(fake: Fake, capsys: pytest.CaptureFixture[str
         (("sweep.metric=eval/fish",), "sweep.greater_is_better"),
         (("sweep.metric=eval/answer_reward",), "evaluation.generation_steps=0"),
         (("data.eval_path=null",), "no evaluation data"),
-        (("sweep.space={trainer.global_batch_size: {choices: [8, x]}}",), "trainer.global_batch_size"),
+        (
+            ("sweep.space={trainer.global_batch_size: {choices: [8, x]}}",),
+            "trainer.global_batch_size",
+        ),
         (("sweep.space={optimizer.learning_rate: {low: -1, high: 1}}",), "optimizer.learning_rate"),
     ):
         assert run(*words) == 78, words
