@@ -199,7 +199,7 @@ VERBS = (
 def usage() -> str:
     """List the verbs."""
     lines = ["usage: cs336-sft VERB [section.key=value ...]", ""]
-    lines += [f"  {verb.name:<16} {verb.help}" for verb in VERBS]
+    lines += [f"  {verb.name:<17}{verb.help}" for verb in VERBS]
     lines += [
         "",
         "cs336-sft train --help           every key and preset",

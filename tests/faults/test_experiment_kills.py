@@ -141,6 +141,7 @@ def test_what_it_leaves_and_what_it_refuses(
     start: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     run = lambda *more: in_child(lambda: cli.run(command(start, tmp_path, *more)))  # noqa: E731
+    assert run("expert_iteration.iterations=1", "trainer.max_hours=1e-6") == 75
     assert run("expert_iteration.iterations=1") == 0
     folder = tmp_path / "e"
     rows = [json.loads(line) for line in (folder / "iteration-01/rows.jsonl").open()]

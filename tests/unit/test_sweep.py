@@ -18,7 +18,7 @@ from cs336_alignment.experiments.trial_process import TrialEnd
 
 SPACE = (
     "sweep.space={optimizer.learning_rate: {low: 1e-5, high: 1e-1, log: true}, "
-    "trainer.global_batch_size: {choices: [8, 16]}, optimizer.warmup_steps: {low: 1, high: 9}}"
+    "trainer.global_batch_size: {choices: [8, 16]}}"
 )
 GIVEN = ("model.name_or_path=m", "data.train_path=d.jsonl", "data.eval_path=e.jsonl", "logger=none")
 
