@@ -195,6 +195,8 @@ class _Whole:
         ]
         metric = self.config.expert_iteration.metric_for_best_model
         chosen, value = choose_iteration(parts, metric)
+        if metric is not None and value is None:
+            self.console.warn(f"no iteration has a {metric} to choose by: the last one is taken")
         target = self.folder.path / EXPORT
         copy_whole(parts[chosen - 1] / EXPORT, target)
         weights = {path.name: sha256_of(path) for path in sorted(target.glob("*.safetensors"))}
