@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cs336_alignment.errors import ExitStatus
-from cs336_alignment.experiments.results import read_result
 from cs336_alignment.orphans import end_with
+from cs336_alignment.tracking.metrics import read_metrics
+from cs336_alignment.training.run_folder import METRICS
 
 POLL_SECONDS = 0.2
 ERROR_MARK = "error["
@@ -51,7 +52,7 @@ def run_trial(
         is_hopeless: called with (step, value) of every evaluation after step 0, in order.
     """
     command = [sys.executable, "-m", "cs336_alignment.cli", "train", *arguments]
-    parent, seen, pruned = os.getpid(), 0, False
+    parent, seen, size, pruned = os.getpid(), 0, -1, False
     with log.open("wb") as out:
         # A trial that outlived a sweep that was killed would hold its run's lock.
         child = subprocess.Popen(
@@ -61,10 +62,11 @@ def run_trial(
         try:
             while not pruned:
                 over = child.poll() is not None
-                points = _points(folder, metric)
-                for step, value in points[seen:]:
-                    pruned = pruned or (step > 0 and is_hopeless(int(step), value))
-                seen = len(points)
+                if (now := _size(folder / METRICS)) != size:  # a long file is not read for nothing
+                    size, points = now, _points(folder / METRICS, metric)
+                    for step, value in points[seen:]:
+                        pruned = pruned or (step > 0 and is_hopeless(step, value))
+                    seen = len(points)
                 if over:
                     break
                 time.sleep(POLL_SECONDS)
@@ -76,9 +78,16 @@ def run_trial(
     return TrialEnd(status, pruned and status != ExitStatus.DONE, _error_of(log))
 
 
-def _points(folder: Path, metric: str) -> list[tuple[float, float]]:
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError:
+        return -1
+
+
+def _points(path: Path, metric: str) -> list[tuple[int, float]]:
     with suppress(OSError, ValueError):  # it may be replaced at this moment
-        return read_result(folder).curve(metric)
+        return [(r["step"], r[metric]) for r in read_metrics(path) if r.get(metric) is not None]
     return []
 
 

@@ -57,6 +57,8 @@ def plot_panels(png_path: Path, title: str, panels: Sequence[Panel]) -> None:
                 ticks = sorted({x for points in panel.lines.values() for x, _ in points})
                 axes.set_xticks(ticks, [f"{x:g}" for x in ticks])
                 axes.minorticks_off()
+            elif all(x == int(x) for points in panel.lines.values() for x, _ in points):
+                axes.xaxis.get_major_locator().set_params(integer=True)
             axes.set_xlabel(panel.x_label)
             axes.set_ylabel(panel.y_label)
             axes.grid(alpha=0.3)
