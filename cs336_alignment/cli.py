@@ -16,6 +16,7 @@ from pathlib import Path
 from cs336_alignment.config import Config
 from cs336_alignment.config_names import FLAGS, VALUE_FLAGS, nearest_key
 from cs336_alignment.errors import ExitStatus, UserError
+from cs336_alignment.multirun import Outcome
 from cs336_alignment.training.stop import StopNow, StopRequest, end_with_launcher
 
 FILE_FLAGS = {"--config", "--config_file", "--config-file", "--yaml"}
@@ -40,7 +41,12 @@ def _train(arguments: Sequence[str]) -> ExitStatus:
 
         return train(config, arguments)
 
-    return run_with_config("train", arguments, job)
+    def after_all(outcomes: Sequence[Outcome]) -> None:
+        from cs336_alignment.experiments.run_table import show_multirun
+
+        show_multirun(outcomes)
+
+    return run_with_config("train", arguments, job, after_all)
 
 
 def _evaluate(arguments: Sequence[str]) -> ExitStatus:
@@ -87,6 +93,37 @@ def _doctor(arguments: Sequence[str]) -> ExitStatus:
         return doctor(config)
 
     return run_with_config("doctor", arguments, job)
+
+
+def _expert_iteration(arguments: Sequence[str]) -> ExitStatus:
+    from cs336_alignment.compose import run_with_config
+
+    def job(config: Config) -> ExitStatus:
+        from cs336_alignment.experiments.expert_iteration import expert_iteration
+
+        return expert_iteration(config, arguments)
+
+    return run_with_config("expert-iteration", arguments, job)
+
+
+def _sweep(arguments: Sequence[str]) -> ExitStatus:
+    from cs336_alignment.compose import run_with_config
+
+    if {"-m", "--multirun"} & set(arguments):
+        raise UserError(
+            "C144",
+            "a sweep tries several values by itself",
+            ExitStatus.USAGE,
+            hint="leave -m away and give sweep.space=…; for every combination: cs336-sft train -m",
+        )
+    words = [*arguments, "hydra.mode=RUN"]  # whatever a preset says for `train`
+
+    def job(config: Config) -> ExitStatus:
+        from cs336_alignment.experiments.sweep import sweep
+
+        return sweep(config, arguments)
+
+    return run_with_config("sweep", words, job)
 
 
 def _chat(arguments: Sequence[str]) -> ExitStatus:
@@ -161,6 +198,8 @@ VERBS = (
     Verb("doctor", "prove the invariances on this model, tokenizer and data", _doctor),
     Verb("evaluate", "loss, generations and rewards of a model, checkpoint or export", _evaluate),
     Verb("report", "a page and plots of a run, or of several side by side", _report),
+    Verb("expert-iteration", "sample, keep what is correct, train on it, again", _expert_iteration),
+    Verb("sweep", "search over keys with Optuna; each trial is a run", _sweep),
     Verb("chat", "talk to a run's model, a model folder or a hub id", _chat),
 )
 
@@ -168,7 +207,7 @@ VERBS = (
 def usage() -> str:
     """List the verbs."""
     lines = ["usage: cs336-sft VERB [section.key=value ...]", ""]
-    lines += [f"  {verb.name:<10} {verb.help}" for verb in VERBS]
+    lines += [f"  {verb.name:<17}{verb.help}" for verb in VERBS]
     lines += [
         "",
         "cs336-sft train --help           every key and preset",

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -27,56 +27,62 @@ from cs336_alignment.compose_errors import config_folder, no_such_key, presets, 
 from cs336_alignment.config import ALL_KEYS, DEFAULT_WARMUP_RATIO, Config
 from cs336_alignment.config_check import check, clash, warmup_clash
 from cs336_alignment.config_names import VALUE_FLAGS
-from cs336_alignment.errors import ExitStatus, UserError
+from cs336_alignment.errors import ExitStatus, UserError, UserErrors
+from cs336_alignment.multirun import (
+    Outcome,
+    SweptRun,
+    refuse_equal_names,
+    run_all,
+    status_of,
+)
 
 MIXTURE = "mixture"  # stands for the path where data.sources names several
 OPTIONAL_KEYS = {
     "evaluate": ("data.train_path",),
     "chat": ("data.train_path", "model.name_or_path"),
 }
+TRAINING = ("train", "expert-iteration", "sweep")  # verbs that keep a preset's run_name
 Job = Callable[[Config], ExitStatus]
 
 
-def run_with_config(verb: str, arguments: Sequence[str], job: Job) -> ExitStatus:
+def run_with_config(
+    verb: str,
+    arguments: Sequence[str],
+    job: Job,
+    after_all: Callable[[Sequence[Outcome]], None] = lambda _: None,
+) -> ExitStatus:
     """Compose the config that the arguments describe and run the job on it.
 
     `--cfg job`, `--help`, `--info`, `--config-dir` and `--multirun` are Hydra's and work as
-    documented there. A multirun calls the job once for each combination, in this process; each gets
-    a `run_name` with its own overrides appended, and the first that fails ends it.
+    documented there. A multirun, asked for by a flag or by a preset's `hydra.mode`, checks the
+    configs of all combinations and then calls the job for each, in this process; each gets a
+    `run_name` with its own overrides appended.
 
     Args:
         verb: the command, for help texts and for the keys it needs.
         arguments: all that follows the verb.
         job: what to run.
+        after_all: called at the end of a multirun.
 
     Raises:
-        UserError: the config is wrong (78).
+        UserError: the config is wrong (78), of several runs of all of them.
     """
-    if {"-m", "--multirun"} & set(arguments) and int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise UserError(
-            "C113",
-            "a multirun works in one process, and the launcher started several",
-            ExitStatus.BAD_CONFIG,
-            hint="launch the runs one after another, each with its own run_name=…",
-        )
     ConfigStore.instance().store(name="schema", node=Config, provider="cs336_alignment")
     single: list[Config] = []
+    runs: list[SweptRun] = []
     failed: list[Exception] = []
-    status = ExitStatus.DONE
 
     def task(composed: DictConfig) -> None:
-        nonlocal status
         run = HydraConfig.get()
-        if failed or status != ExitStatus.DONE:
-            return
         try:
             config = to_config(composed, verb, run.overrides.task)
             if run.mode != RunMode.MULTIRUN:
                 single.append(config)
                 return
-            config.run_name = f"{config.run_name}{_swept_suffix(arguments, run.overrides.task)}"
+            swept = _swept(run.sweeper.params or {}, arguments, run.overrides.task)
+            base, config.run_name = config.run_name or "", f"{config.run_name}{_suffix(swept)}"
             check(config)
-            status = job(config)
+            runs.append(SweptRun(config, base, swept))
         except Exception as failure:  # raised again below: Hydra would print a line of its own
             failed.append(failure)
 
@@ -98,11 +104,36 @@ def run_with_config(verb: str, arguments: Sequence[str], job: Job) -> ExitStatus
                 expected="section.key=value",
                 got=" ".join(arguments),
             ) from failure
-    if failed and isinstance(failed[0], OmegaConfBaseException):  # an interpolation, say
-        raise translate(failed[0]) from failed[0]
     if failed:
-        raise failed[0]
-    return job(single[0]) if single else status
+        raise _joined(failed)
+    if single:
+        return job(single[0])
+    if runs and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError(
+            "C113",
+            "a multirun works in one process, and the launcher started several",
+            ExitStatus.BAD_CONFIG,
+            hint="launch the runs one after another, each with its own run_name=…",
+        )
+    refuse_equal_names(runs)
+    outcomes = run_all(runs, job)
+    if outcomes:
+        after_all(outcomes)
+    return status_of(outcomes)
+
+
+def _joined(failures: Sequence[Exception]) -> Exception:
+    """Make one error of those of several runs, each told once."""
+    errors: dict[str, UserError] = {}
+    for failure in failures:
+        if isinstance(failure, OmegaConfBaseException):  # an interpolation, say
+            failure = translate(failure)
+        if not isinstance(failure, UserError):
+            return failure
+        for error in failure.errors if isinstance(failure, UserErrors) else [failure]:
+            errors.setdefault(str(error), error)
+    found = list(errors.values())
+    return found[0] if len(found) == 1 else UserErrors(found)
 
 
 @contextmanager
@@ -111,12 +142,13 @@ def _hydra_process(verb: str, arguments: Sequence[str]) -> Any:
     argv, full_error = sys.argv, os.environ.get("HYDRA_FULL_ERROR")
     # Hydra's parser refuses a flag between two overrides; people type it there.
     flags, overrides = _split_flags(arguments)
+    # Keys are added to a dictionary by `++` alone; people type them as any other.
+    overrides = [f"++{w}" if w.startswith("sweep.space") else w for w in overrides]
     os.environ["HYDRA_FULL_ERROR"] = "1"
     try:
         # A multirun writes a multirun.yaml that nobody asked for.
         with TemporaryDirectory() as sweep:
-            own = [f"hydra.sweep.dir={sweep}"] if {"-m", "--multirun"} & set(flags) else []
-            sys.argv = [f"cs336-sft {verb}", *flags, *own, *overrides]
+            sys.argv = [f"cs336-sft {verb}", *flags, f"hydra.sweep.dir={sweep}", *overrides]
             yield
     finally:
         sys.argv = argv
@@ -186,7 +218,7 @@ def to_config(composed: DictConfig, verb: str, overrides: Sequence[str]) -> Conf
         config.optimizer.warmup_ratio = DEFAULT_WARMUP_RATIO  # typed, it replaces a preset's
     if "model.name_or_path" in given and "model.random_init" not in given:
         config.model.random_init = False  # typed, it replaces a preset's model, weights and all
-    if config.run_name is None or (verb != "train" and "run_name" not in given):
+    if config.run_name is None or (verb not in TRAINING and "run_name" not in given):
         config.run_name = _default_run_name(config, verb)
     check(config)
     return config
@@ -196,7 +228,7 @@ def _refuse_added_keys(composed: Any, prefix: str = "") -> None:
     """Refuse what `+key=value` added: Hydra lets it pass even where a schema knows every key."""
     for name, value in composed.items():
         key = f"{prefix}{name}"
-        if isinstance(value, dict):
+        if isinstance(value, dict) and key not in ALL_KEYS:
             _refuse_added_keys(value, f"{key}.")
         elif key not in ALL_KEYS:
             raise no_such_key(key)
@@ -204,7 +236,7 @@ def _refuse_added_keys(composed: Any, prefix: str = "") -> None:
 
 def _default_run_name(config: Config, verb: str) -> str:
     model, data = config.model.name_or_path, config.data
-    if verb == "train":
+    if verb in TRAINING:
         parts = [_last(model), _last(data.train_path)]
     else:
         # Every run's export is called `model`, so the folders above it belong to the name.
@@ -217,10 +249,20 @@ def _last(name: str) -> str:
     return re.split(r"[/:]", name.rstrip("/"))[-1].removesuffix(".jsonl")
 
 
-def _swept_suffix(arguments: Sequence[str], job_overrides: Sequence[str]) -> str:
-    """Name a multirun's job by the overrides that differ between its jobs."""
-    parsed = OverridesParser.create().parse_overrides(_split_flags(arguments)[1])
-    swept = {o.get_key_element() for o in parsed if o.is_sweep_override()}
-    chosen = [o.split("=", 1) for o in job_overrides if o.split("=", 1)[0] in swept]
-    text = "".join(f"-{key.rsplit('.', 1)[-1]}-{value}" for key, value in chosen)
+def _swept(
+    params: Mapping[str, str], arguments: Sequence[str], job_overrides: Sequence[str]
+) -> dict[str, str]:
+    """Find the overrides of a multirun's job that differ between its jobs: those swept by a
+    preset's `hydra.sweeper.params` or on the command line, which replaces a preset's.
+    """
+    typed = [*(f"{k}={v}" for k, v in params.items()), *_split_flags(arguments)[1]]
+    parsed = OverridesParser.create().parse_overrides(typed)
+    swept = {o.get_key_element(): o.is_sweep_override() for o in parsed}
+    chosen = [o.split("=", 1) for o in job_overrides if swept.get(o.split("=", 1)[0])]
+    return {key.lstrip("+"): value for key, value in chosen}
+
+
+def _suffix(swept: Mapping[str, str]) -> str:
+    """Name a multirun's job by what differs."""
+    text = "".join(f"-{key.rsplit('.', 1)[-1]}-{value}" for key, value in swept.items())
     return re.sub(r"[^A-Za-z0-9._-]+", "-", text)

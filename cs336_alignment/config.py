@@ -98,6 +98,7 @@ class DataConfig:
     append_eos: bool = True
     on_bad_row: str = "error"
     max_bad_fraction: float = 0.01
+    filter: str = "none"
     num_workers: int | None = None
     cache_dir: str | None = None
     lint: LintConfig = field(default_factory=LintConfig)
@@ -194,6 +195,29 @@ class InspectConfig:
 
 
 @dataclass
+class ExpertIterationConfig:
+    """What `cs336-sft expert-iteration` samples and keeps."""
+
+    iterations: int = 2
+    num_questions: int | None = None
+    num_samples: int = 4
+    temperature: float = 1.0
+    top_p: float = 1.0
+    metric_for_best_model: str | None = None
+
+
+@dataclass
+class SweepConfig:
+    """What `cs336-sft sweep` tries."""
+
+    space: dict[str, Any] = field(default_factory=dict)
+    num_trials: int = 20
+    metric: str = "eval/loss"
+    greater_is_better: bool | None = None
+    prune: bool = True
+
+
+@dataclass
 class LoggerConfig:
     """Where metrics go besides the console and metrics.jsonl."""
 
@@ -215,6 +239,8 @@ class Config:
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     logger: LoggerConfig = field(default_factory=LoggerConfig)
     inspect: InspectConfig = field(default_factory=InspectConfig)
+    expert_iteration: ExpertIterationConfig = field(default_factory=ExpertIterationConfig)
+    sweep: SweepConfig = field(default_factory=SweepConfig)
     run_name: str | None = None  # null: the names of model and data, joined
     output_root: str = "outputs"
     seed: int = 42

@@ -89,6 +89,7 @@ _RULES = (
     _one_of("data.format", FORMATS),
     _one_of("data.train_on", TRAIN_ON),
     _one_of("data.on_bad_row", ("error", "drop")),
+    _one_of("data.filter", ("none", "correct")),
     _Rule("data.max_bad_fraction", lambda v: 0 <= v <= 1, "a number from 0 to 1"),
     _Rule("data.num_workers", _at_least(1), "a whole number of at least 1, or null for the cores"),
     _Rule("data.cache_dir", lambda v: bool(v.strip()), "a folder, or null"),
@@ -181,6 +182,15 @@ _RULES = (
     _one_of("inspect.select", SELECTIONS),
     _Rule("inspect.num_examples", _at_least(1), "a whole number of at least 1"),
     _Rule("inspect.rows", lambda v: all(row >= 1 for row in v), "numbers of examples from 1"),
+    _Rule("expert_iteration.iterations", _at_least(1), "a whole number of at least 1"),
+    _Rule("expert_iteration.num_questions", _at_least(1), "a whole number of at least 1, or null"),
+    _Rule("expert_iteration.num_samples", _at_least(1), "a whole number of at least 1"),
+    _Rule(
+        "expert_iteration.temperature", _above(0), "a finite number above 0: samples must differ"
+    ),
+    _Rule("expert_iteration.top_p", lambda v: 0 < v <= 1, "a number above 0, at most 1"),
+    _Rule("sweep.num_trials", _at_least(1), "a whole number of at least 1"),
+    _Rule("sweep.metric", lambda v: bool(v.strip()), "a metric's name"),
     _one_of("logger.backend", LOGGERS),
     _Rule("logger.project", lambda v: bool(v.strip()), "a project's name"),
 )
@@ -257,6 +267,14 @@ def _clashes(config: Config) -> Iterator[UserError]:
     yield from _best_clashes(config)
     yield from _backend_clashes(config)
     yield from _reward_clashes(config.evaluation)
+    if (best := config.expert_iteration.metric_for_best_model) and greater_is_better(best) is None:
+        near = nearest_metric(best)
+        yield UserError(
+            "C133",
+            f"{best} does not say by its name whether greater is better",
+            ExitStatus.BAD_CONFIG,
+            hint=f"did you mean {near}?" if near else "eval/answer_reward, say",
+        )
     if model.trust_remote_code and not re.fullmatch(r"[0-9a-f]{40}", model.revision or ""):
         yield clash(
             "model.trust_remote_code",
@@ -360,6 +378,8 @@ def _source_clashes(data: DataConfig) -> Iterator[UserError]:
             "data.eval_path",
             "there is evaluation data already; data.eval_path=null splits some off",
         )
+    if data.filter == "correct" and data.overlong == "split":
+        yield clash("data.filter", "data.overlong", "a piece of a response cannot be verified")
     if data.eval_fraction and any(w is not None for w in weights):
         yield clash(
             "data.eval_fraction", "data.sources", "with weighted sources give data.eval_path"

@@ -21,6 +21,7 @@ from cs336_alignment.data.splits import PreparedData, RunData, prepare_run
 from cs336_alignment.data.token_page import write_page
 from cs336_alignment.data.token_view import ViewedExample, print_examples, view_tokens
 from cs336_alignment.errors import ExitStatus, UserError
+from cs336_alignment.evaluation.verify import verifying
 from cs336_alignment.model.loading import load_tokenizer, resolve_model
 from cs336_alignment.tracking.console import Console
 
@@ -72,10 +73,8 @@ def inspect(config: Config, html: Path | None) -> ExitStatus:
     if html is None:
         print_examples(examples, RichConsole(highlight=False, soft_wrap=True))
         for ledger in data.train.ledgers:
-            if ledger.dropped:
-                reasons = ", ".join(
-                    f"{n:,} {why.replace('_', ' ')}" for why, n in ledger.dropped.items()
-                )
+            if gone := {**ledger.dropped, **ledger.filtered}:
+                reasons = ", ".join(f"{n:,} {why.replace('_', ' ')}" for why, n in gone.items())
                 console.note(f"not among the examples: rows of {ledger.source} dropped ({reasons})")
         return ExitStatus.DONE
     rows = [row for ledger in data.train.ledgers for row in ledger.rows()]
@@ -101,9 +100,11 @@ def _tokenizer(config: Config) -> PreTrainedTokenizerBase:
 
 
 def _prepare(config: Config, tokenizer: PreTrainedTokenizerBase, console: Console) -> RunData:
-    return prepare_run(
-        config.data, tokenizer, seed=config.seed, progress=console.progress, note=console.note
-    )
+    with verifying(config.evaluation) as verify:
+        return prepare_run(
+            config.data, tokenizer, seed=config.seed, progress=console.progress, note=console.note,
+            verify=verify,
+        )  # fmt: skip
 
 
 def _show(ledger: LedgerEntry, title: str, console: Console) -> None:

@@ -129,6 +129,14 @@ class TokenizedDataset:
         ids: list[int] = chunk.input_ids[start : start + end].tolist()
         return ids
 
+    def response_ids(self, example_id: int) -> list[int]:
+        """Give the tokens of the last trained stretch."""
+        chunk, index = self._find(example_id)
+        start, end = chunk.spans[chunk.span_offsets[index + 1] - 1]
+        offset = chunk.offsets[index]
+        ids: list[int] = chunk.input_ids[offset + start : offset + end].tolist()
+        return ids
+
     def _find(self, example_id: int) -> tuple[Chunk, int]:
         number = self._selection[example_id]
         place = int(np.searchsorted(self._firsts, number, side="right")) - 1

@@ -32,6 +32,7 @@ class LedgerEntry:
         split: rows cut into pieces.
         pieces: what they were cut into.
         dropped: reason → rows.
+        filtered: reason → examples that `data.filter` left out.
         bad_places: the first bad rows that were dropped, with the code of what is wrong.
         late_columns: columns that the first row does not have, and whether they are read → rows.
         tokens: of all examples.
@@ -51,6 +52,7 @@ class LedgerEntry:
     split: int = 0
     pieces: int = 0
     dropped: dict[str, int] = field(default_factory=dict)
+    filtered: dict[str, int] = field(default_factory=dict)
     bad_places: list[str] = field(default_factory=list)
     late_columns: dict[str, int] = field(default_factory=dict)
     tokens: int = 0
@@ -88,6 +90,8 @@ class LedgerEntry:
             setattr(self, name, max(getattr(self, name), getattr(other, name)))
         for reason, count in other.dropped.items():
             self.drop(reason, count)
+        for reason, count in other.filtered.items():
+            self.filtered[reason] = self.filtered.get(reason, 0) + count
         for column, count in other.late_columns.items():
             self.come_late(column, count)
 
@@ -120,6 +124,8 @@ class LedgerEntry:
         yield "rows read", f"{self.rows_read:,}"
         for reason, count in self.dropped.items():
             yield f"dropped: {reason.replace('_', ' ')}", f"{count:,}"
+        for reason, count in self.filtered.items():
+            yield f"filtered: {reason}", f"{count:,}"
         if self.bad_places:
             more = ", …" if self.bad_rows > PLACES_SHOWN else ""
             yield "bad rows", ", ".join(self.bad_places[:PLACES_SHOWN]) + more

@@ -17,6 +17,7 @@ from cs336_alignment.config import DataConfig, SourceConfig
 from cs336_alignment.data.batching import mix_seed
 from cs336_alignment.data.chat import FIXED_DATE, writes_date
 from cs336_alignment.data.dataset import TokenizedDataset
+from cs336_alignment.data.filter import Verify, find_correct, without
 from cs336_alignment.data.formats import Example, to_example
 from cs336_alignment.data.layout import ASKING
 from cs336_alignment.data.ledger import LedgerEntry
@@ -145,6 +146,7 @@ def prepare_run(
     seed: int,
     progress: Progress = lambda *_: nullcontext(lambda _: None),
     note: Callable[[str], None] = lambda _: None,
+    verify: Verify | None = None,
 ) -> RunData:
     """Prepare all data of a run and let the linter judge it.
 
@@ -154,9 +156,10 @@ def prepare_run(
         seed: of the run: built-in data and `eval_fraction` follow it.
         progress: shows bars.
         note: prints lines: each source, and its format as detected.
+        verify: tells whether a response is correct, for `data.filter=correct`.
 
     Raises:
-        UserError: as `prepare_source` and `judge` do.
+        UserError: as `prepare_source`, `find_correct` and `judge` do.
     """
     sources = config.sources or [SourceConfig(config.train_path)]
     limit = config.max_train_examples
@@ -170,7 +173,38 @@ def prepare_run(
         held_out = _held_out(config, tokenizer, seed, progress, note)
     elif config.eval_fraction:
         train, held_out = split_off(train, config.eval_fraction, seed)
+    if config.filter == "correct":
+        assert verify is not None
+        train = _filter(train, sources, config, tokenizer, verify, progress)
     return RunData(train, held_out, tuple(_judge(train, held_out, config)))
+
+
+def _filter(
+    train: PreparedData,
+    sources: list[SourceConfig],
+    config: DataConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    verify: Verify,
+    progress: Progress,
+) -> PreparedData:
+    """Choose the correct examples: a pure selection of what is prepared, so that it has no state of
+    its own and changes the fingerprint where it changes what is trained.
+    """
+    with progress("verifying", len(train.dataset)) as advance:
+        kept = find_correct(
+            train.dataset, train.ground_truths, train.places, tokenizer, verify, advance
+        )
+    wrong = train.selection[~kept]
+    parts, begin = [], 0
+    for source in train.sources:
+        examples = TokenizedDataset(source.store.chunks)
+        own = wrong[(wrong >= begin) & (wrong < begin + len(examples))] - begin
+        begin += len(examples)
+        remaining = examples.select(np.setdiff1d(np.arange(len(examples)), own))
+        ledger = without(source.ledger, examples.select(own), remaining, tokenizer)
+        parts.append(replace(source, ledger=ledger))
+    mixture = _mixture(sources, tuple(parts), config.mixture_stop)
+    return PreparedData.of(tuple(parts), train.selection[kept], mixture)
 
 
 def _prepare_all(
@@ -247,8 +281,8 @@ def split_off(data: PreparedData, fraction: float, seed: int) -> tuple[PreparedD
     order = np.random.Generator(np.random.PCG64(mix_seed(seed, SPLIT_STREAM))).permutation(total)
     evaluated = np.isin(rows, order[:count])
     return (
-        PreparedData.of(data.sources, np.flatnonzero(~evaluated)),
-        PreparedData.of(data.sources, np.flatnonzero(evaluated)),
+        PreparedData.of(data.sources, data.selection[~evaluated]),
+        PreparedData.of(data.sources, data.selection[evaluated]),
     )
 
 

@@ -86,9 +86,11 @@ def evaluate(config: Config) -> ExitStatus:
         console.note(describe_reward(config.evaluation, reward))
         arms = prepare_arms(config, console)
         results = [
-            (_ask if number == 0 and config.evaluation.backend != "transformers" else _run)(
-                arm, config, precision, folder, processes, console, reward
-            )
+            (
+                _asking
+                if number == 0 and config.evaluation.backend != "transformers"
+                else open_evaluator
+            )(arm, config, precision, folder, processes, console, reward).run(generate=True)
             for number, arm in enumerate(arms)
         ]
         if processes.is_main:
@@ -128,7 +130,7 @@ def _refuse_another(path: Path, subject: dict[str, str | None]) -> None:
         )
 
 
-def _run(
+def open_evaluator(
     arm: Arm,
     config: Config,
     precision: str,
@@ -136,8 +138,18 @@ def _run(
     processes: Processes,
     console: Console,
     reward: RewardFunction,
-) -> EvaluationResult:
-    """Load a model, evaluate it and let it go."""
+) -> Evaluator:
+    """Load a model and give what evaluates it, its responses kept on disk as they come.
+
+    Args:
+        arm: the model and its examples.
+        config: of the command.
+        precision: as `refuse_launcher_options` gave it.
+        folder: responses are kept in its `responses/`.
+        processes: share the work.
+        console: shows what happens.
+        reward: grades.
+    """
     if processes.device.type == "cpu":
         keep_freed_memory()
     console.note(f"loading {arm.options.name_or_path}")
@@ -172,10 +184,10 @@ def _run(
     identity = f"{identity} {dtype} {processes.device.type}"
     backend = Backend(evaluator.generator, identity, config.evaluation.batch_size)
     evaluator.generator = _keeping(backend, folder, processes, console)
-    return evaluator.run(generate=True)
+    return evaluator
 
 
-def _ask(
+def _asking(
     arm: Arm,
     config: Config,
     precision: str,
@@ -183,8 +195,8 @@ def _ask(
     processes: Processes,
     console: Console,
     reward: RewardFunction,
-) -> EvaluationResult:
-    """Evaluate what another backend generates."""
+) -> Evaluator:
+    """Give what evaluates the responses of another backend; see `open_evaluator`."""
     options, truths = config.evaluation, arm.ground_truths
     gradable = gradable_of(truths, options.num_prompts)
     refuse_nothing_to_ask(gradable, config)
@@ -207,7 +219,7 @@ def _ask(
     )
     for line in evaluator.check(None, arm.data.template):
         console.warn(line)
-    return evaluator.run(generate=True)
+    return evaluator
 
 
 def _keeping(

@@ -128,7 +128,7 @@ def plot_panels(
     columns = min(2, len(panels))
     lines = -(-len(panels) // columns)
     size = (5.2 * columns, 3.4 * lines + 0.3)
-    with _figure(lines, columns, size, paths) as (figure, grid):
+    with open_figure(lines, columns, size, paths) as (figure, grid):
         for axes in grid.flat[len(panels) :]:
             axes.set_visible(False)
         for axes, panel in zip(grid.flat, panels, strict=False):
@@ -140,7 +140,7 @@ def plot_panels(
 
 
 @contextmanager
-def _figure(
+def open_figure(
     lines: int, columns: int, size: tuple[float, float], paths: Sequence[Path]
 ) -> Iterator[tuple[Any, Any]]:
     """Give a figure with its axes; save it into all paths when the block ends well."""

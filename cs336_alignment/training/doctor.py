@@ -17,6 +17,7 @@ from cs336_alignment.config import Config
 from cs336_alignment.data.batching import MIN_SHARED_TOKENS, collate, shared_prefix
 from cs336_alignment.data.splits import RunData, prepare_run
 from cs336_alignment.errors import ExitStatus, UserError
+from cs336_alignment.evaluation.verify import verifying
 from cs336_alignment.microbatch import Batching
 from cs336_alignment.model.attention import FLAT_ATTENTION, why_not_flat
 from cs336_alignment.model.compile import compile_layers
@@ -135,9 +136,11 @@ def examine(config: Config, processes: Processes, console: Console) -> Iterator[
 
 
 def _load_data(config: Config, tokenizer: PreTrainedTokenizerBase, console: Console) -> RunData:
-    data = prepare_run(
-        config.data, tokenizer, seed=config.seed, progress=console.progress, note=console.note
-    )
+    with verifying(config.evaluation) as verify:
+        data = prepare_run(
+            config.data, tokenizer, seed=config.seed, progress=console.progress, note=console.note,
+            verify=verify,
+        )  # fmt: skip
     for line in data.warnings:
         console.warn(line)
     return data

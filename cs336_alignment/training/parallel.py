@@ -229,11 +229,19 @@ class Processes:
         """Wait for the other processes."""
         self._accelerator.wait_for_everyone()
 
-    def close(self) -> None:
-        """Leave the process group; what `wrap` gave can do no backward pass any more."""
+    def release(self) -> None:
+        """Let go of what `wrap` gave: it can do no backward pass any more, and its memory is free
+        for the next model.
+        """
         # DDP's reducer holds the group. If the group dies with it, its destructor joins gloo's
         # threads under the interpreter's lock, and one of them may be waiting for that lock.
         for wrapped in self._wrapped:
             if isinstance(wrapped, nn.parallel.DistributedDataParallel):
                 wrapped.reducer = wrapped.logger = None  # type: ignore[assignment]
+        self._wrapped.clear()
+        self._accelerator.free_memory()
+
+    def close(self) -> None:
+        """Leave the process group, and let go of what `wrap` gave."""
+        self.release()
         self._accelerator.end_training()

@@ -71,7 +71,7 @@ def describe_run(
     if train.mixture is not None:
         draws = " + ".join(f"{n:,}" for n in train.mixture.draws)
         lines.append(("mixture", f"{draws} examples an epoch ({train.mixture.stop})"))
-    if held_out is not None and held_out.sources != train.sources:
+    if held_out is not None and config.data.eval_path is not None:
         lines += [("held out", ledger_line(ledger)) for ledger in held_out.ledgers]
     elif held_out is not None:
         lines.append(
@@ -116,6 +116,7 @@ def ledger_line(ledger: LedgerEntry) -> str:
         f"{ledger.tokens:,} tokens, {ledger.response_tokens:,} trained; longest {ledger.longest:,}"
     ]
     pieces += [f"{count:,} dropped ({reason})" for reason, count in ledger.dropped.items()]
+    pieces += [f"{count:,} filtered ({reason})" for reason, count in ledger.filtered.items()]
     if ledger.truncated:
         pieces.append(f"{ledger.truncated:,} truncated")
     if ledger.split:
@@ -144,11 +145,12 @@ def show_metric(name: str, value: float) -> str:
     return f"{100 * value:.1f} %" if greater_is_better(name) else f"{value:.4f}"
 
 
-def resume_command(arguments: Sequence[str]) -> str:
+def resume_command(arguments: Sequence[str], verb: str = "train") -> str:
     """Write the command that continues a run, under the launcher that started this process.
 
     Args:
         arguments: as typed after the verb.
+        verb: the command.
     """
     # `never` refuses a folder that holds a run, and what the launcher said is not in the words.
     kept = [word for word in arguments if word != "trainer.resume=never"]
@@ -160,10 +162,10 @@ def resume_command(arguments: Sequence[str]) -> str:
     python = shlex.quote(sys.executable)
     if count > 1:
         launcher = f"{python} -m torch.distributed.run --standalone --nproc_per_node {local}"
-        return f"{launcher} -m cs336_alignment.cli train {words}"
+        return f"{launcher} -m cs336_alignment.cli {verb} {words}"
     on_path = shutil.which("cs336-sft")
     here = on_path is not None and Path(on_path).parent == Path(sys.executable).parent
-    return f"{'cs336-sft' if here else f'{python} -m cs336_alignment.cli'} train {words}"
+    return f"{'cs336-sft' if here else f'{python} -m cs336_alignment.cli'} {verb} {words}"
 
 
 def evaluation_line(folder: Path) -> str | None:

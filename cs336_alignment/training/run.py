@@ -25,6 +25,7 @@ from cs336_alignment.evaluation.rewards import (
     describe_reward,
     make_reward,
 )
+from cs336_alignment.evaluation.verify import verifying
 from cs336_alignment.model.loading import (
     ModelSource,
     check_fits,
@@ -89,16 +90,25 @@ from cs336_alignment.training.trainer import Trainer, is_due
 from cs336_alignment.training.watchdog import Watchdog
 
 
-def train(config: Config, arguments: Sequence[str]) -> ExitStatus:
+def train(
+    config: Config,
+    arguments: Sequence[str],
+    *,
+    verb: str = "train",
+    processes: Processes | None = None,
+) -> ExitStatus:
     """Train as the config says, or continue or finish what its folder holds.
 
     Args:
         config: checked.
         arguments: as typed after the verb, for the command that resumes.
+        verb: what was typed.
+        processes: of the larger whole that this run is a part of; None: it is none, and joins and
+            leaves its own.
 
     Returns:
         DONE; or STOPPED or INTERRUPTED after a request to stop: what was trained is in a
-        checkpoint.
+        checkpoint. A part of a whole returns a request that came too late for it, too.
 
     Raises:
         UserError: as everywhere; `status.json` then holds it too.
@@ -109,7 +119,7 @@ def train(config: Config, arguments: Sequence[str]) -> ExitStatus:
     folder, console = RunFolder(config), Console(enabled=is_main)
     if is_main:
         folder.claim()
-    status = StatusFile(folder.path / STATUS, resume_command(arguments), enabled=is_main)
+    status = StatusFile(folder.path / STATUS, resume_command(arguments, verb), enabled=is_main)
     stop = StopRequest(config.trainer.max_hours, on_leave=status.ended, tell=is_main)
     try:
         with stop, status.covering():
@@ -123,18 +133,22 @@ def train(config: Config, arguments: Sequence[str]) -> ExitStatus:
                 status.running()
             # Before the processes wait for each other: one tokenizes, and that can take long.
             inputs = None if decision.complete else _load_inputs(config, console)
-            processes = Processes(start_processes(config.parallel))
+            own = None if processes else Processes(start_processes(config.parallel))
+            joined = processes or own
+            assert joined is not None
             try:
-                decision = processes.agree(decision)
+                decision = joined.agree(decision)
                 if decision.complete:
                     return _nothing_to_do(folder, console)
                 inputs = inputs or _load_inputs(config, console)
-                run = _Run(config, folder, console, processes, decision, status, stop, inputs)
+                run = _Run(config, folder, console, joined, decision, status, stop, inputs)
                 outcome = run.to_the_end(precision)
             finally:
                 console.stop()
-                processes.close()
+                joined.release() if own is None else own.close()
             status.ended(outcome)
+            if own is None and outcome == ExitStatus.DONE:
+                outcome = joined.agree(stop.status) or outcome
     except StopNow as request:
         console.note("stopped on request before the first step: there was nothing to save")
         return request.status
@@ -175,9 +189,11 @@ def _load_inputs(config: Config, console: Console) -> _Inputs:
         console.note(describe_reward(evaluation, reward))
     source = resolve_model(model.name_or_path, model.revision, model.trust_remote_code)
     tokenizer = load_tokenizer(source)
-    data = prepare_run(
-        config.data, tokenizer, seed=config.seed, progress=console.progress, note=console.note
-    )
+    with verifying(evaluation) as verify:
+        data = prepare_run(
+            config.data, tokenizer, seed=config.seed, progress=console.progress, note=console.note,
+            verify=verify,
+        )  # fmt: skip
     for line in data.warnings:
         console.warn(line)
     return _Inputs(source, tokenizer, data, reward)

@@ -51,7 +51,7 @@ FREE = frozenset(
         "parallel.timeout_minutes",
     }
 )
-FREE_SECTIONS = ("evaluation.", "logger.", "inspect.", "data.lint.")
+FREE_SECTIONS = ("evaluation.", "logger.", "inspect.", "data.lint.", "expert_iteration.", "sweep.")
 # These are told: the same examples in the same steps, with sums in another order, or a longer run.
 NOTICED = frozenset(
     {
@@ -201,7 +201,7 @@ class RunFolder:
             # Nothing was trained that another config could spoil.
             return Decision() if named is None else self._from_named(named)
         notices, lengthened = compare(old, config, Place(self.path / CONFIG))
-        ended_early = completed and bool(self._read_manifest().get("stopped_early"))
+        ended_early = completed and bool(self.earlier_manifest().get("stopped_early"))
         patient = old.get("trainer.early_stopping_patience")
         goes_on = lengthened or (ended_early and _is_more(patient, config))
         if completed and not goes_on:
@@ -233,7 +233,7 @@ class RunFolder:
 
     def _other_choice(self, config: Config) -> str | None:
         """Say that the export was chosen by another metric than is asked for; None: it was not."""
-        best = self._read_manifest().get("best") or {}
+        best = self.earlier_manifest().get("best") or {}
         metric = config.trainer.metric_for_best_model
         if best.get("metric") == metric:
             return None
@@ -243,7 +243,7 @@ class RunFolder:
         """Say what is wrong with the exported weights; None: nothing."""
         if not export.is_dir():
             return f"there is no {export}"
-        for name, digest in self._read_manifest().get("export", {}).items():
+        for name, digest in self.earlier_manifest().get("export", {}).items():
             if not (export / name).is_file():
                 return f"{export / name} is missing"
             if sha256_of(export / name) != digest:
@@ -303,12 +303,17 @@ class RunFolder:
         Raises:
             UserError: it cannot be read, so what the run was made of is unknown (74).
         """
-        manifest = self._read_manifest()
+        manifest = self.earlier_manifest()
         if checkpoint is None or checkpoint.resolve().parent != self.checkpoints.resolve():
             return {key: manifest[key] for key in ("wandb_run_id",) if key in manifest}
         return manifest or dict(_read_json(checkpoint / STATE).get("manifest", {}))
 
-    def _read_manifest(self) -> dict[str, Any]:
+    def earlier_manifest(self) -> dict[str, Any]:
+        """Read the manifest; {} if there is none.
+
+        Raises:
+            UserError: it cannot be read (74).
+        """
         path = self.path / MANIFEST
         return _read_json(path) if path.is_file() else {}
 

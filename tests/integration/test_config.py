@@ -35,9 +35,13 @@ def error_of(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, 
     "path", sorted((ROOT / "configs/experiment").glob("*.yaml")), ids=lambda p: p.stem
 )
 def test_every_experiment_composes(path: Path) -> None:
-    (config,) = composed(f"experiment={path.stem}")
-    assert config.run_name == path.stem
-    assert config.trainer.gradient_accumulation_steps is None
+    configs = composed(f"experiment={path.stem}")
+    assert len(configs) == (4 if "quickstart_data" in path.stem else 5) or len(configs) == 1
+    assert (len(configs) > 1) == ("MULTIRUN" in path.read_text())
+    for config in configs:
+        swept = f"-max_train_examples-{config.data.max_train_examples or 'null'}"
+        assert config.run_name == path.stem + (swept if len(configs) > 1 else "")
+        assert config.trainer.gradient_accumulation_steps is None
 
 
 @pytest.mark.parametrize(
@@ -159,7 +163,17 @@ def test_multirun_names_each_run() -> None:
     assert [c.optimizer.learning_rate for c in configs] == [1e-5, 2e-5]
 
 
-def test_a_multirun_ends_with_its_first_mistake_and_leaves_no_file(
+def test_the_command_line_replaces_what_a_preset_sweeps() -> None:
+    given = ("experiment=quickstart_dataset_size", "run_name=r")
+    (one,) = composed(*given, "data.max_train_examples=9")
+    assert (one.run_name, one.data.max_train_examples) == ("r", 9)
+    pair = composed(*given, "-m", "data.max_train_examples=9,10", "seed=1,2")
+    assert [c.run_name for c in pair] == [
+        f"r-max_train_examples-{size}-seed-{seed}" for size in (9, 10) for seed in (1, 2)
+    ]
+
+
+def test_a_multirun_with_a_mistake_does_not_begin_and_leaves_no_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -170,9 +184,12 @@ def test_a_multirun_ends_with_its_first_mistake_and_leaves_no_file(
         return ExitStatus.DONE
 
     monkeypatch.setattr("cs336_alignment.training.run.train", train)
-    status, error = error_of(capsys, *GIVEN, "-m", "seed=1,-1,2")
-    assert (status, ran) == (78, [1])
-    assert error.count("error[") == 1 and "Error executing job" not in error
+    status, error = error_of(capsys, *GIVEN, "-m", "seed=1,-1,-2")
+    assert (status, ran) == (78, [])
+    assert "-1 (int)" in error and "-2 (int)" in error and "2 errors in all" in error
+    assert "Error executing job" not in error
+    status, error = error_of(capsys, *GIVEN, "-m", "evaluation.reward=r1_zero,r1_zero")
+    assert (status, ran) == (78, []) and "C140" in error
     assert list(tmp_path.iterdir()) == []
 
 

@@ -17,7 +17,7 @@ PACKAGE = ROOT / "cs336_alignment"
 FILES = sorted(PACKAGE.rglob("*.py"))
 # Lower layers first; a module imports from its own package and from lower layers alone.
 LAYERS = [
-    {"cores", "errors", "files", "html_page", "microbatch", "orphans"}, {"config"}, {"config_check", "config_names", "metric_names"},
+    {"cores", "errors", "files", "html_page", "microbatch", "orphans"}, {"config"}, {"multirun"}, {"config_check", "config_names", "metric_names"},
     {"compose_errors", "compose", "data", "model", "training.loss"},
     {"training.parallel", "training.optimizer", "training.schedule", "training.checkpoint",
      "training.checkpoint_writer", "training.step", "training.stop", "training.spike",
@@ -28,12 +28,13 @@ LAYERS = [
      "training.trainer", "training.run", "training.doctor", "training.invariances",
      "training.token_check", "training.best", "training.finish", "training.reload_check",
      "training.reload_child"},
-    {"data_commands", "chat_command", "report_command"}, {"cli", "sft"},
+    {"data_commands", "chat_command", "report_command"}, {"experiments"}, {"cli", "sft"},
 ]  # fmt: skip
 OWNERS = {
     "hydra": {"compose", "compose_errors"}, "omegaconf": {"compose", "compose_errors"}, "datasets": {"data.sources"},
     "httpx2": {"evaluation.server_client"}, "vllm": {"evaluation.vllm_backend"},
     "wandb": {"tracking.wandb_logger"}, "matplotlib": {"tracking.plots"}, "accelerate": {"training.parallel"},
+    "optuna": {"experiments.study"},
 }  # fmt: skip
 
 
@@ -175,5 +176,5 @@ def test_size() -> None:
             if name_of(path).split(".")[0] in packages
         )  # fmt: skip
 
-    assert lines("config", "data", "model", "training") <= 8800
-    assert lines("evaluation", "tracking", "cli") <= 4200
+    assert lines("config", "data", "model", "training") <= 9100
+    assert lines("evaluation", "tracking", "cli") <= 4950

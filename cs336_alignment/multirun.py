@@ -1,0 +1,102 @@
+"""Several runs from one command line: one after another, in one process, none hiding another."""
+
+from __future__ import annotations
+
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from cs336_alignment.config import Config
+from cs336_alignment.errors import ExitStatus, UserError
+
+STOPS = (ExitStatus.STOPPED, ExitStatus.INTERRUPTED)
+
+
+@dataclass(frozen=True)
+class SweptRun:
+    """One run of several.
+
+    Attributes:
+        config: of the run; its name says what differs.
+        base_name: the name that all of them have in common.
+        swept: key → value as typed, of the keys that differ between the runs.
+    """
+
+    config: Config
+    base_name: str
+    swept: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How one run of several ended.
+
+    Attributes:
+        run: which.
+        status: its exit status.
+        error: as printed, if it failed.
+    """
+
+    run: SweptRun
+    status: ExitStatus
+    error: str | None = None
+
+
+def refuse_equal_names(runs: Sequence[SweptRun]) -> None:
+    """Refuse runs that would share a folder.
+
+    Raises:
+        UserError: two have the same name (78).
+    """
+    seen: dict[tuple[str, str | None], SweptRun] = {}
+    for run in runs:
+        other = seen.setdefault((run.config.output_root, run.config.run_name), run)
+        if other is not run:
+            raise UserError(
+                "C140",
+                f"two runs of this multirun would be called {run.config.run_name}",
+                ExitStatus.BAD_CONFIG,
+                got=f"{_describe(other)} and {_describe(run)}",
+                hint="sweep values whose letters and digits differ",
+            )
+
+
+def run_all(runs: Sequence[SweptRun], job: Callable[[Config], ExitStatus]) -> list[Outcome]:
+    """Run one after another. One that fails is told, and the next begins; a request to stop ends
+    them all.
+
+    Args:
+        runs: their configs are checked.
+        job: runs one.
+
+    Returns:
+        What became of those that began, in order.
+    """
+    outcomes: list[Outcome] = []
+    for number, run in enumerate(runs, start=1):
+        print(f"\n[{number}/{len(runs)}] {run.config.run_name}", flush=True)
+        try:
+            outcomes.append(Outcome(run, job(run.config)))
+        except UserError as error:
+            print(error, file=sys.stderr, flush=True)
+            outcomes.append(Outcome(run, error.status, str(error)))
+        except Exception as failure:
+            traceback.print_exc()
+            text = f"error[X001]: internal error: {failure}"
+            print(text, file=sys.stderr, flush=True)
+            outcomes.append(Outcome(run, ExitStatus.INTERNAL, text))
+        if outcomes[-1].status in STOPS:
+            break
+    return outcomes
+
+
+def status_of(outcomes: Sequence[Outcome]) -> ExitStatus:
+    """Give the exit status of the whole: a request to stop, else the first failure's, else DONE."""
+    failed = [outcome.status for outcome in outcomes if outcome.status != ExitStatus.DONE]
+    stops = [status for status in failed if status in STOPS]
+    return next(iter(stops + failed), ExitStatus.DONE)
+
+
+def _describe(run: SweptRun) -> str:
+    return " ".join(f"{key}={value}" for key, value in run.swept.items())

@@ -1,0 +1,210 @@
+"""A sweep: what is tried is a pure function of seed and trials, and a kill anywhere changes nothing."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cs336_alignment import cli
+from cs336_alignment.errors import ExitStatus, UserError
+from cs336_alignment.experiments import sweep as module
+from cs336_alignment.experiments.search_space import Choice, Range, read_space, to_text
+from cs336_alignment.experiments.study import Study
+from cs336_alignment.experiments.trial_process import TrialEnd
+
+SPACE = (
+    "sweep.space={optimizer.learning_rate: {low: 1e-5, high: 1e-1, log: true}, "
+    "trainer.global_batch_size: {choices: [8, 16]}}"
+)
+GIVEN = ("model.name_or_path=m", "data.train_path=d.jsonl", "data.eval_path=e.jsonl", "logger=none")
+
+
+class Killed(BaseException):
+    """The process dies here."""
+
+
+@pytest.mark.parametrize(
+    ("space", "texts"),
+    [
+        ({}, ("sweep.space is empty",)),
+        ({"optimizer.learning_rat": {"low": 1, "high": 2}}, ("C101", "optimizer.learning_rate")),
+        ({"optimizer": {"lr": {"low": 1, "high": 2}}}, ("no key optimizer.lr", "learning_rate")),
+        ({"seed": {"lo": 1}}, ("sweep.space.seed", "unknown: lo")),
+        ({"seed": 3}, ("low and high, or choices",)),
+        ({"seed": {"low": 3, "high": 2}}, ("low at most high",)),
+        ({"seed": {"low": 0, "high": 2, "log": True}}, ("low above 0",)),
+        ({"seed": {"choices": []}}, ("choices alone",)),
+        ({"run_name": {"choices": ["a"]}}, ("sets it itself",)),
+        ({"seed": {"lo": 1}, "sed": {"low": 1, "high": 2}}, ("2 errors in all", "mean seed?")),
+    ],
+)  # fmt: skip
+def test_mistakes_in_the_space(space: dict[str, Any], texts: tuple[str, ...]) -> None:
+    with pytest.raises(UserError) as raised:
+        read_space(space)
+    assert raised.value.status == ExitStatus.BAD_CONFIG
+    for text in texts:
+        assert text in str(raised.value)
+
+
+def test_a_space_is_read_whole_or_nested() -> None:
+    want = [
+        Range("optimizer.learning_rate", 1e-6, 1e-3, True),
+        Choice("optimizer.betas", ("[0.9,0.99]",)),
+    ]
+    whole = {
+        "optimizer.learning_rate": {"low": 1e-6, "high": 1e-3, "log": True},
+        "optimizer.betas": {"choices": [[0.9, 0.99]]},
+    }
+    nested = {"optimizer": {key.split(".")[1]: value for key, value in whole.items()}}
+    assert read_space(whole) == read_space(nested) == want
+    assert to_text("a=b, c") == '"a=b, c"' and to_text(True) == "true" and to_text(1e-05) == "1e-05"
+
+
+def test_what_is_tried_does_not_depend_on_where_it_was_killed(tmp_path: Path) -> None:
+    space = read_space({
+        "optimizer.learning_rate": {"low": 1e-5, "high": 1e-1, "log": True},
+        "seed": {"low": 1, "high": 99},
+        "optimizer.weight_decay": {"low": 0.0, "high": 0.3, "step": 0.1},
+    })  # fmt: skip
+
+    def study(name: str) -> Study:
+        (tmp_path / name).mkdir(exist_ok=True)
+        return Study(tmp_path / name, space, maximize=False, seed=5)
+
+    whole, tried = study("whole"), []
+    for number in range(13):  # beyond Optuna's random ones
+        tried.append(whole.begin(number))
+        whole.complete(number, float(tried[-1]["seed"]))
+    assert len({json.dumps(values) for values in tried}) == 13
+    for number in range(13):
+        cut = study("cut")
+        cut.begin(number)
+        cut = study("cut")  # the first was killed before its trial was told
+        assert cut.begin(number) == tried[number]
+        cut.report(number, 1, 2.0)
+        cut.report(number, 1, 3.0)
+        cut.complete(number, float(tried[number]["seed"]))
+    assert study("cut").trials == whole.trials
+    importances = whole.importances()
+    assert set(importances) == {part.key for part in space}
+    assert max(importances, key=lambda key: importances[key]) == "seed"
+
+
+class Fake:
+    """Stands for the trials' processes: the loss is the learning rate, at three evaluations."""
+
+    def __init__(self) -> None:
+        self.began: list[list[str]] = []
+        self.ends: dict[int, TrialEnd | type[BaseException]] = {}
+
+    def __call__(
+        self, arguments: Sequence[str], folder: Path, log: Path, metric: str,
+        is_hopeless: Callable[[int, float], bool],
+    ) -> TrialEnd:  # fmt: skip
+        self.began.append(list(arguments))
+        number = int(folder.name[-3:])
+        end = self.ends.pop(number, None)
+        if isinstance(end, type):
+            raise end
+        if end is not None:
+            return end
+        values = dict(word.split("=", 1) for word in arguments if "=" in word)
+        loss = float(values["optimizer.learning_rate"])
+        folder.mkdir(parents=True, exist_ok=True)
+        lines = []
+        for step in (5, 10, 15):
+            lines.append(json.dumps({"step": step, metric: loss + 1 / step}) + "\n")
+            if is_hopeless(step, loss + 1 / step):
+                return TrialEnd(75, True, None)
+        (folder / "metrics.jsonl").write_text("".join(lines))
+        (folder / "status.json").write_text('{"state": "completed", "step": 15}')
+        return TrialEnd(0, False, None)
+
+
+@pytest.fixture
+def fake(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Fake:
+    monkeypatch.chdir(tmp_path)
+    stands_in = Fake()
+    monkeypatch.setattr(module, "run_trial", stands_in)
+    # A process holds a run's lock until it ends, and here one stands for several.
+    monkeypatch.setattr(
+        module.RunFolder, "claim", lambda self: self.path.mkdir(parents=True, exist_ok=True)
+    )
+    return stands_in
+
+
+def run(*more: str, name: str = "s") -> int:
+    return int(cli.run(["sweep", *GIVEN, SPACE, "sweep.num_trials=8", f"run_name={name}", *more]))
+
+
+def test_a_sweep_goes_on_after_a_kill_and_ends_as_without(
+    fake: Fake, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(name="whole") == 0
+    whole = json.loads((tmp_path / "outputs/whole/sweep.json").read_text())
+    assert {trial["state"] for trial in whole["trials"]} == {"complete", "pruned"}
+    losses = {t["number"]: float(t["values"]["optimizer.learning_rate"]) for t in whole["trials"]}
+    assert whole["best"] == min(losses, key=lambda number: losses[number])
+    words = whole["command"].split()
+    assert words[:2] == ["cs336-sft", "train"] and words[-1] == "run_name=whole-best"
+    assert not any(word.startswith(("sweep", "output_root", "hydra")) for word in words[2:])
+    assert f"optimizer.learning_rate={losses[whole['best']]}" in words
+    assert (tmp_path / "outputs/whole/sweep.png").is_file()
+    for number in (0, 3, 7):
+        fake.ends[number] = Killed
+        with pytest.raises(Killed):
+            run(name="cut")
+    begun = len(fake.began)
+    assert run(name="cut") == 0
+    assert len(fake.began) == begun + 1  # the killed one alone
+    cut = json.loads((tmp_path / "outputs/cut/sweep.json").read_text())
+    assert cut["trials"] == whole["trials"]
+    assert "best first" in capsys.readouterr().out
+    assert run(name="cut") == 0 and len(fake.began) == begun + 1
+    assert run("sweep.num_trials=9", name="cut") == 0 and len(fake.began) == begun + 2
+    assert run("optimizer.eps=1e-6", name="cut") == 78
+    assert "optimizer.eps: 1e-08 → 1e-06" in capsys.readouterr().err
+
+
+def test_a_failed_trial_is_told_and_the_sweep_goes_on(
+    fake: Fake, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fake.ends[2] = TrialEnd(70, False, "error[R301]: loss is not finite\n  hint: h")
+    assert run("sweep.prune=false") == 0
+    written = json.loads((tmp_path / "outputs/s/sweep.json").read_text())
+    states = [trial["state"] for trial in written["trials"]]
+    assert states == ["complete"] * 2 + ["fail"] + ["complete"] * 5
+    assert "trial-002 failed: error[R301]" in capsys.readouterr().err
+    assert json.loads((tmp_path / "outputs/s/status.json").read_text())["state"] == "completed"
+
+
+def test_a_mistake_that_every_trial_would_have_ends_it_at_once(
+    fake: Fake, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fake.ends[0] = TrialEnd(66, False, "error[D101]: there is no file d.jsonl")
+    assert run() == 66 and len(fake.began) == 1
+    assert "error[D101]: there is no file d.jsonl" in capsys.readouterr().err
+    status = json.loads((tmp_path / "outputs/s/status.json").read_text())
+    assert (status["state"], status["exit_code"]) == ("failed", 66)
+    assert run("optimizer.eps=1e-6") == 0  # nothing was tried that the change could spoil
+
+
+def test_mistakes_before_any_trial(fake: Fake, capsys: pytest.CaptureFixture[str]) -> None:
+    for words, text in (
+        (("sweep.metric=eval/fish",), "sweep.greater_is_better"),
+        (("sweep.metric=eval/answer_reward",), "evaluation.generation_steps=0"),
+        (("data.eval_path=null",), "no evaluation data"),
+        (
+            ("sweep.space={trainer.global_batch_size: {choices: [8, x]}}",),
+            "trainer.global_batch_size",
+        ),
+        (("sweep.space={optimizer.learning_rate: {low: -1, high: 1}}",), "optimizer.learning_rate"),
+    ):
+        assert run(*words) == 78, words
+        assert text in capsys.readouterr().err
+    assert run("-m") == 2
+    assert not fake.began
