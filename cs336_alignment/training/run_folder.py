@@ -14,7 +14,7 @@ from typing import IO, Any
 
 import yaml
 
-from cs336_alignment.config import Config, flatten
+from cs336_alignment.config import ALL_KEYS, Config, flatten
 from cs336_alignment.errors import ExitStatus, Place, UserError
 from cs336_alignment.files import sha256_of, write_json, write_text
 from cs336_alignment.training.checkpoint import STATE, find_latest, list_checkpoints, verify
@@ -396,7 +396,7 @@ def compare(old: dict[str, Any], new: Config, place: Place) -> tuple[list[str], 
 def _flatten_dict(value: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
     items: list[tuple[str, Any]] = []
     for key, inner in (value or {}).items():
-        if isinstance(inner, dict):
+        if isinstance(inner, dict) and f"{prefix}{key}" not in ALL_KEYS:
             items += _flatten_dict(inner, f"{prefix}{key}.")
         else:
             items.append((f"{prefix}{key}", inner))
