@@ -16,11 +16,10 @@ from cs336_alignment.data.templates import PromptTemplate
 from cs336_alignment.data.tokenize import tokenize_plain, tokenize_prompts
 from cs336_alignment.errors import ExitStatus, UserError
 from cs336_alignment.evaluation.generate import decode, draw, eos_ids
-from cs336_alignment.evaluation.sampling import Sampling
+from cs336_alignment.evaluation.sampling import UNFINISHED, Sampling, end_of_stop
 from cs336_alignment.model.padded_decoder import PaddedDecoder
 
 Message = dict[str, str]
-UNFINISHED = "\ufffd"  # what a tokenizer writes for the first bytes of a character
 
 
 class Conversation:
@@ -182,8 +181,9 @@ def stream_reply(
             stopped = "eos"
             break
         tokens.append(int(token))
-        before, text = len(text), decode(tokenizer, tokens)
-        if len(tokens) >= sampling.min_new_tokens and (end := _end(text, before, sampling.stop)):
+        earlier, text = text, decode(tokenizer, tokens)
+        end = end_of_stop(text, earlier, sampling.stop)
+        if len(tokens) >= sampling.min_new_tokens and end is not None:
             text, stopped = text[:end], "stop"
             break
         if not text.endswith(UNFINISHED) and text.startswith(shown):
@@ -193,9 +193,3 @@ def stream_reply(
             logits = decoder.step(token)
     show(text[len(shown) :] if text.startswith(shown) else text)
     return Reply(text, stopped)
-
-
-def _end(text: str, before: int, stop: Sequence[str]) -> int:
-    """Find where the first stop string ends that the last token completed; 0: none."""
-    found = ((text.find(string, max(0, before - len(string) + 1)), string) for string in stop)
-    return min((place + len(string) for place, string in found if place >= 0), default=0)

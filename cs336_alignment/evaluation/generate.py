@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from cs336_alignment.evaluation.sampling import Generation, Request, Sampling
+from cs336_alignment.evaluation.sampling import Generation, Request, Sampling, end_of_stop
 from cs336_alignment.model.log_probs import compute_entropy
 from cs336_alignment.model.padded_decoder import PaddedDecoder
 from cs336_alignment.model.slots import SlotDecoder, flat_attention_of, slots_work
@@ -98,8 +98,8 @@ class LocalGenerator:
         longest = max(
             len(request.prompt_ids) + n for request, n in zip(requests, limits, strict=True)
         )
-        with torch.no_grad(), self._ready(longest):
-            decoder, waiting = self._decoder(requests, longest), self._in_order(requests)
+        with torch.no_grad(), self._ready(longest) as in_slots:
+            decoder, waiting = self._decoder(requests, longest, in_slots), self._in_order(requests)
             rows: list[_Row] = []
             logits = torch.empty(0)
             while waiting or rows:
@@ -136,20 +136,21 @@ class LocalGenerator:
         return limit
 
     @contextmanager
-    def _ready(self, longest: int) -> Iterator[None]:
+    def _ready(self, longest: int) -> Iterator[bool]:
+        """Prepare the model; yields whether it takes slots for rows of this length."""
         training = self.model.training
         self.model.eval()
         try:
-            with flat_attention_of(self.model, longest):
-                if self._slots_work is None:
+            with flat_attention_of(self.model, longest) as flat:
+                if flat and self._slots_work is None:
                     self._slots_work = slots_work(self.model, self.autocast_dtype)
-                yield
+                yield flat and bool(self._slots_work)
         finally:
             self.model.train(training)
 
-    def _decoder(self, requests: Sequence[Request], longest: int) -> _Decoder:
+    def _decoder(self, requests: Sequence[Request], longest: int, in_slots: bool) -> _Decoder:
         slots = min(self.batch_size, len(requests))
-        if not self._slots_work:
+        if not in_slots:
             return PaddedDecoder(self.model, slots=slots, autocast_dtype=self.autocast_dtype)
         prompts = [request.prompt_ids for request in requests]
         # What the first and the last in order share, all share; each keeps a token of its own.
@@ -194,23 +195,16 @@ class LocalGenerator:
             if sampling.stop and len(row.tokens) >= sampling.min_new_tokens:
                 text = decode(self.tokenizer, row.tokens[-tail:])
                 if any(string in text for string in sampling.stop):
-                    row.end = self._end(row.tokens, sampling.stop)
+                    earlier = decode(self.tokenizer, row.tokens[:-1])
+                    row.end = end_of_stop(
+                        decode(self.tokenizer, row.tokens), earlier, sampling.stop
+                    )
                 if row.end is not None:
                     over[number] = "stop"
                     continue
             if len(row.tokens) == row.limit:
                 over[number] = "length"
         return over
-
-    def _end(self, tokens: Sequence[int], stop: Sequence[str]) -> int | None:
-        """Where the first stop string ends that the last token completed; None if none did."""
-        text, before = decode(self.tokenizer, tokens), len(decode(self.tokenizer, tokens[:-1]))
-        ends = [
-            place + len(string)
-            for string in stop
-            if (place := text.find(string, max(0, before - len(string) + 1))) >= 0
-        ]
-        return min(ends, default=None)
 
     def _finish(self, row: _Row, stopped: Literal["eos", "stop", "length"]) -> Generation:
         text = decode(self.tokenizer, row.tokens[: len(row.tokens) - (stopped == "eos")])

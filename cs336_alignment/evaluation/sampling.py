@@ -7,6 +7,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
+UNFINISHED = "\ufffd"  # what a tokenizer writes for the first bytes of a character
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -93,3 +95,21 @@ def request_seed(seed: int, prompt: int, sample: int) -> int:
     """
     digest = hashlib.sha256(f"generation {seed} {prompt} {sample}".encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1
+
+
+def end_of_stop(text: str, earlier: str, stop: Sequence[str]) -> int | None:
+    """Find where the first stop string ends that counts; None: there is none.
+
+    Args:
+        text: of a response.
+        earlier: its beginning; a stop string that is over in it does not count. It may end within a
+            character, whose bytes then stand in it as several signs and in `text` as one.
+        stop: the strings.
+    """
+    known = len(earlier.rstrip(UNFINISHED))
+    ends = [
+        place + len(string)
+        for string in stop
+        if (place := text.find(string, max(0, known - len(string) + 1))) >= 0
+    ]
+    return min(ends, default=None)
