@@ -6,6 +6,7 @@ once. What all prompts begin with is computed once.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from cs336_alignment.errors import ExitStatus, UserError
 from cs336_alignment.evaluation.sampling import Generation, Request, Sampling, end_of_stop
 from cs336_alignment.model.log_probs import compute_entropy
 from cs336_alignment.model.padded_decoder import PaddedDecoder
@@ -90,6 +92,7 @@ class LocalGenerator:
 
         Raises:
             ValueError: a prompt is empty, or leaves no position for a response.
+            UserError: the model computes NaN or infinity (70).
         """
         limits = [self._limit(i, request, sampling) for i, request in enumerate(requests)]
         done: dict[int, Generation] = {}
@@ -169,7 +172,9 @@ class LocalGenerator:
 
     def _choose(self, logits: Tensor, rows: Sequence[_Row], sampling: Sampling) -> Tensor:
         """Choose the next token of each row (n,) and note the entropy of what it was chosen of."""
-        for row, entropy in zip(rows, _entropies(logits), strict=True):
+        for number, (row, entropy) in enumerate(zip(rows, _entropies(logits), strict=True)):
+            if math.isnan(entropy) and not logits[number].max() < math.inf:
+                raise _no_numbers(row)
             row.entropies.append(entropy)
         early = [i for i, row in enumerate(rows) if len(row.tokens) < sampling.min_new_tokens]
         if early and self._eos_ids:
@@ -258,6 +263,17 @@ def eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[i
     configured = model.generation_config.eos_token_id if model.generation_config else None
     ids.update(configured if isinstance(configured, list) else [configured])
     return {i for i in ids if i is not None}
+
+
+def _no_numbers(row: _Row) -> UserError:
+    return UserError(
+        "R321",
+        "the model computes NaN or infinity, of which no token can be chosen",
+        ExitStatus.INTERNAL,
+        got=f"token {len(row.tokens) + 1} of response {row.index + 1} of this process",
+        hint="look for NaN in its weights, or for a precision that overflows: "
+        "trainer.precision=fp32",
+    )
 
 
 def _draws(request: Request, limit: int) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoTokenizer
 
+from cs336_alignment.errors import UserError
 from cs336_alignment.evaluation.generate import LocalGenerator, draw
 from cs336_alignment.evaluation.sampling import Request, Sampling, end_of_stop, request_seed
 from cs336_alignment.model.attention import FLAT_ATTENTION
@@ -206,6 +208,16 @@ def test_the_ends_of_the_unit_interval_draw_what_has_probability() -> None:
     ends = torch.tensor([0.0, 1 - 2**-53], dtype=torch.float64)
     for top_p in (1.0, 0.99):
         assert draw(logits, ends, 1.0, top_p).tolist() == [1, 3]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_model_of_nan_is_an_error(temperature: float, tokenizer: Any, model: Any) -> None:
+    broken = copy.deepcopy(model)
+    broken.get_output_embeddings().weight.data[3] = float("nan")
+    generator = LocalGenerator(broken, tokenizer, batch_size=2)
+    with pytest.raises(UserError, match="NaN") as caught:
+        generator.generate(requests_of(tokenizer), Sampling(4, temperature=temperature))
+    assert caught.value.code == "R321" and "token 1" in str(caught.value)
 
 
 def test_bad_prompts_are_named(tokenizer: Any, model: Any) -> None:
