@@ -45,7 +45,6 @@ from cs336_alignment.training.checkpoint import (
     TrainState,
     remove_leftovers,
     restore,
-    saved_steps,
 )
 from cs336_alignment.training.checkpoint_writer import CheckpointWriter
 from cs336_alignment.training.export import save_sidecars
@@ -306,7 +305,7 @@ class _Run:
             comparable_since=manifest["evaluation_since_step"],
             patient_since=manifest["patient_since_step"],
             evaluations=lambda: tracker.evaluations,
-            saved_steps=lambda: saved_steps(self.folder.checkpoints),
+            saved_steps=lambda: writer.saved_steps,
         )  # fmt: skip
         trainer = Trainer(
             policy, self.processes.wrap(policy), optimizer, data.dataset, plan=plan, cut=cut,
