@@ -15,8 +15,9 @@ from cs336_alignment.data.chat import TEMPLATE_ERRORS, with_fixed_date
 from cs336_alignment.data.templates import PromptTemplate
 from cs336_alignment.data.tokenize import tokenize_plain, tokenize_prompts
 from cs336_alignment.errors import ExitStatus, UserError
-from cs336_alignment.evaluation.generate import decode, draw, eos_ids
+from cs336_alignment.evaluation.generate import decode, draw
 from cs336_alignment.evaluation.sampling import UNFINISHED, Sampling, end_of_stop
+from cs336_alignment.model.loading import eos_ids
 from cs336_alignment.model.padded_decoder import PaddedDecoder
 
 Message = dict[str, str]
@@ -155,7 +156,7 @@ def stream_reply(
         interrupted: asked before each token whether to end here.
         autocast_dtype: compute dtype; None: the weights' own.
     """
-    ends, context = eos_ids(model, tokenizer), context_of(model)
+    ends, context = eos_ids(model.generation_config, tokenizer), context_of(model)
     limit = sampling.max_new_tokens
     if context is not None:
         limit = min(limit, context - len(prompt_ids))

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from cs336_alignment.errors import ExitStatus, UserError
 from cs336_alignment.evaluation.sampling import Generation, Request, Sampling, end_of_stop
+from cs336_alignment.model.loading import eos_ids
 from cs336_alignment.model.log_probs import compute_entropy
 from cs336_alignment.model.padded_decoder import PaddedDecoder
 from cs336_alignment.model.slots import SlotDecoder, flat_attention_of, slots_work
@@ -70,7 +71,7 @@ class LocalGenerator:
         self.tokenizer = tokenizer
         self.batch_size = batch_size
         self.autocast_dtype = autocast_dtype
-        self._eos_ids = sorted(eos_ids(model, tokenizer))
+        self._eos_ids = sorted(eos_ids(model.generation_config, tokenizer))
         self._slots_work: bool | None = None
 
     def generate(
@@ -255,14 +256,6 @@ def decode(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int]) -> str:
     """Give the exact text of tokens: special ones kept, no spaces tidied away."""
     options = {"skip_special_tokens": False, "clean_up_tokenization_spaces": False}
     return str(tokenizer.decode(list(tokens), **options))
-
-
-def eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    """Give the tokens that end a response: the tokenizer's and those the model's folder names."""
-    ids = {tokenizer.eos_token_id}
-    configured = model.generation_config.eos_token_id if model.generation_config else None
-    ids.update(configured if isinstance(configured, list) else [configured])
-    return {i for i in ids if i is not None}
 
 
 def _no_numbers(row: _Row) -> UserError:

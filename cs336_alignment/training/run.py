@@ -25,6 +25,7 @@ from cs336_alignment.evaluation.rewards import (
     describe_reward,
     make_reward,
 )
+from cs336_alignment.evaluation.sampling import doubtful_sampling
 from cs336_alignment.model.loading import (
     ModelSource,
     check_fits,
@@ -424,7 +425,8 @@ class _Run:
         eval_steps = self.config.trainer.eval_steps
         generation_steps = self.config.evaluation.generation_steps
         if generation_steps is not None:
-            for line in evaluator.check(policy.model, held_out.template):
+            lines = evaluator.check(policy.model, held_out.template)
+            for line in (*lines, *doubtful_sampling(self.config.evaluation)):
                 self.console.warn(line)
         # A stop came before or in the evaluation of the last step, or the run begins here.
         pending = self.processes.agree(not tracker.has_evaluated(first_step))

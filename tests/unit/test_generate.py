@@ -10,9 +10,16 @@ import pytest
 import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoTokenizer
 
+from cs336_alignment.config import EvaluationConfig
 from cs336_alignment.errors import UserError
 from cs336_alignment.evaluation.generate import LocalGenerator, draw
-from cs336_alignment.evaluation.sampling import Request, Sampling, end_of_stop, request_seed
+from cs336_alignment.evaluation.sampling import (
+    Request,
+    Sampling,
+    doubtful_sampling,
+    end_of_stop,
+    request_seed,
+)
 from cs336_alignment.model.attention import FLAT_ATTENTION
 from cs336_alignment.model.loading import resolve_model
 from cs336_alignment.sft import compute_entropy
@@ -227,3 +234,9 @@ def test_bad_prompts_are_named(tokenizer: Any, model: Any) -> None:
     most = model.config.max_position_embeddings
     with pytest.raises(ValueError, match=r"prompt 0 .* no position"):
         generator.generate([Request([5] * most, 0)], Sampling())
+
+
+def test_options_that_do_nothing_are_told() -> None:
+    told = doubtful_sampling(EvaluationConfig(num_samples=2, top_p=0.9, min_new_tokens=600))
+    assert all(key in line for key, line in zip(("equal", "top_p", "cut"), told, strict=True))
+    assert not doubtful_sampling(EvaluationConfig(temperature=1, top_p=0.9))
