@@ -208,10 +208,6 @@ class ServerClient:
             hint=f"start one ({START_LINES}), or name its address: evaluation.server_url=…",
         )
 
-    def close(self) -> None:
-        """End all connections."""
-        self._http.close()
-
 
 def _sendable(key: str | None) -> str:
     """Take white space off a key, and refuse one that no header can hold, without showing it."""
