@@ -17,7 +17,7 @@ from cs336_alignment.data.templates import CHAT, load_template
 from cs336_alignment.errors import ExitStatus, UserError
 from cs336_alignment.evaluation.chat import Conversation, Reply, context_of, stream_reply
 from cs336_alignment.evaluation.chat_session import ChatSession, Show, tell
-from cs336_alignment.evaluation.sampling import Sampling, request_seed
+from cs336_alignment.evaluation.sampling import request_seed, sampling_of
 from cs336_alignment.model.loading import load_model, load_tokenizer, resolve_model
 from cs336_alignment.training.checkpoint import INDEX, find_latest, verify
 from cs336_alignment.training.parallel import launched_processes, set_threads
@@ -96,8 +96,7 @@ def chat(config: Config, model: str, given: Collection[str]) -> ExitStatus:
     net = load_model(source, random_init=options.random_init, seed=config.seed)
     set_threads(1, net.num_parameters())
     net.to(device).eval()  # type: ignore[arg-type]  # its decorator hides its type
-    e = config.evaluation
-    sampling = Sampling(e.max_new_tokens, e.min_new_tokens, e.temperature, e.top_p, tuple(e.stop))
+    sampling = sampling_of(config.evaluation)
 
     def answer(prompt_ids: list[int], turn: int, show: Show, interrupted: Any) -> Reply:
         seed = request_seed(config.seed, turn, 0)

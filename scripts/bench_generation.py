@@ -29,8 +29,9 @@ from rich.progress import track
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cs336_alignment.data.templates import load_template
-from cs336_alignment.evaluation.generate import LocalGenerator, decode, eos_ids
+from cs336_alignment.evaluation.generate import LocalGenerator, decode
 from cs336_alignment.evaluation.sampling import Request, Sampling
+from cs336_alignment.model.loading import eos_ids
 
 STOP = "</answer>"
 NEAR = 1e-4
@@ -47,7 +48,7 @@ class Bench:
         self.tokenizer: Any = AutoTokenizer.from_pretrained(model)
         model_class: Any = AutoModelForCausalLM  # its `to` is typed too narrowly
         self.model: Any = model_class.from_pretrained(model, dtype=dtype).to(device).eval()
-        self.eos = eos_ids(self.model, self.tokenizer)
+        self.eos = eos_ids(self.model.generation_config, self.tokenizer)
         self.sampling = Sampling(max_new_tokens=new_tokens, stop=(STOP,))
         template = load_template("r1_zero")
         assert template is not None

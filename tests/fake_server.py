@@ -7,7 +7,7 @@ import json
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -37,6 +37,7 @@ class FakeServer:
         context: as it lists it.
         counts: whether it tells how many tokens there are.
         delay: seconds of each response.
+        drip: seconds between the bytes of an answer.
     """
 
     models: tuple[str, ...] = ("tiny",)
@@ -49,6 +50,7 @@ class FakeServer:
     context: int | None = None
     counts: bool = True
     delay: float = 0.0
+    drip: float = 0.0
     key: str | None = None
     url: str = ""
     bodies: list[dict[str, Any]] = field(default_factory=list)
@@ -141,6 +143,12 @@ def _handler(fake: FakeServer) -> type[BaseHTTPRequestHandler]:
             for name, value in (headers or {}).items():
                 self.send_header(name, value)
             self.end_headers()
-            self.wfile.write(data)
+            if not fake.drip:
+                self.wfile.write(data)
+                return
+            with suppress(OSError):  # nobody waits any more
+                for byte in data:
+                    self.wfile.write(bytes([byte]))
+                    time.sleep(fake.drip)
 
     return Handler

@@ -57,7 +57,8 @@ def read_choices(row: Row, column: str, values: Any) -> list[Any]:
         UserError: they are neither, one is empty, or there are fewer than two or more than ten
             (65).
     """
-    choices = [v.strip() if isinstance(v, str) else v for v in values if isinstance(values, list)]
+    listed = values if isinstance(values, list) else []
+    choices = [v.strip() if isinstance(v, str) else v for v in listed]
     while choices and choices[-1] in (None, ""):
         choices.pop()
     sound = all((isinstance(choice, str) and choice) or _is_number(choice) for choice in choices)

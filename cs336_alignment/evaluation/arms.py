@@ -19,6 +19,7 @@ from cs336_alignment.data.splits import PreparedData, prepare_evaluation
 from cs336_alignment.data.tokenize import special_prefix, tokenizer_fingerprint
 from cs336_alignment.errors import ExitStatus, UserError
 from cs336_alignment.evaluation.categories import find_categories
+from cs336_alignment.evaluation.sampling import doubtful_sampling
 from cs336_alignment.files import sha256_of
 from cs336_alignment.model.loading import WEIGHT_FILES, ModelSource, load_tokenizer, resolve_model
 from cs336_alignment.tracking.console import Console
@@ -104,8 +105,8 @@ def prepare_arms(config: Config, console: Console) -> list[Arm]:
         )
     for arm in arms:
         _refuse_empty_prompts(arm, gradable[: options.num_prompts], config.data)
-    if options.num_samples > 1 and options.temperature == 0:
-        console.warn("all samples of a prompt are equal: evaluation.temperature=0 is greedy")
+    for line in doubtful_sampling(options):
+        console.warn(line)
     return arms
 
 

@@ -4,23 +4,24 @@ from __future__ import annotations
 
 import os
 from collections.abc import Collection, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 
 from transformers import AutoConfig, GenerationConfig
 
-from cs336_alignment.config import Config, EvaluationConfig
+from cs336_alignment.config import Config
 from cs336_alignment.config_check import clash
 from cs336_alignment.data.chat import writes_date
 from cs336_alignment.errors import ExitStatus, UserError
 from cs336_alignment.evaluation.arms import Arm, identity_of
 from cs336_alignment.evaluation.conversations import Asked, find_conversations
 from cs336_alignment.evaluation.generate import decode
-from cs336_alignment.evaluation.sampling import Generator, Sampling
+from cs336_alignment.evaluation.sampling import Generator, sampling_of
 from cs336_alignment.evaluation.server_client import ServerClient
 from cs336_alignment.evaluation.server_dialect import Dialect, learn
 from cs336_alignment.evaluation.server_generator import PromptForms, ServerGenerator
 from cs336_alignment.evaluation.vllm_backend import VllmGenerator
-from cs336_alignment.model.loading import check_positions
+from cs336_alignment.model.loading import check_positions, eos_ids
 from cs336_alignment.tracking.console import Console
 from cs336_alignment.training.parallel import Processes
 from cs336_alignment.training.preflight import choose_precision
@@ -41,14 +42,6 @@ class Backend:
     generator: Generator
     identity: str
     batch_size: int | None
-
-
-def sampling_of(options: EvaluationConfig) -> Sampling:
-    """Read how responses are drawn."""
-    return Sampling(
-        options.max_new_tokens, options.min_new_tokens, options.temperature, options.top_p,
-        tuple(options.stop),
-    )  # fmt: skip
 
 
 def open_backend(
@@ -191,16 +184,12 @@ def _conversations(
 
 
 def _eos_ids(arm: Arm) -> Collection[int]:
-    """Give the tokens that end a response: the tokenizer's and those the model's folder names."""
-    source, ids = arm.source, {arm.tokenizer.eos_token_id}
-    try:
-        configured = GenerationConfig.from_pretrained(
+    settings, source = None, arm.source
+    with suppress(OSError):  # it has none
+        settings = GenerationConfig.from_pretrained(
             source.location, revision=source.revision or "main"
-        ).eos_token_id
-    except OSError:  # it has none
-        configured = None
-    ids.update(configured if isinstance(configured, list) else [configured])
-    return sorted(i for i in ids if i is not None)
+        )
+    return sorted(eos_ids(settings, arm.tokenizer))
 
 
 def refuse_nothing_to_ask(gradable: Sequence[int], config: Config) -> None:

@@ -15,12 +15,12 @@ from cs336_alignment.data.chat import TEMPLATE_ERRORS, with_fixed_date
 from cs336_alignment.data.templates import PromptTemplate
 from cs336_alignment.data.tokenize import tokenize_plain, tokenize_prompts
 from cs336_alignment.errors import ExitStatus, UserError
-from cs336_alignment.evaluation.generate import decode, draw, eos_ids
-from cs336_alignment.evaluation.sampling import Sampling
+from cs336_alignment.evaluation.generate import decode, draw
+from cs336_alignment.evaluation.sampling import UNFINISHED, Sampling, end_of_stop
+from cs336_alignment.model.loading import eos_ids
 from cs336_alignment.model.padded_decoder import PaddedDecoder
 
 Message = dict[str, str]
-UNFINISHED = "\ufffd"  # what a tokenizer writes for the first bytes of a character
 
 
 class Conversation:
@@ -156,7 +156,7 @@ def stream_reply(
         interrupted: asked before each token whether to end here.
         autocast_dtype: compute dtype; None: the weights' own.
     """
-    ends, context = eos_ids(model, tokenizer), context_of(model)
+    ends, context = eos_ids(model.generation_config, tokenizer), context_of(model)
     limit = sampling.max_new_tokens
     if context is not None:
         limit = min(limit, context - len(prompt_ids))
@@ -182,8 +182,9 @@ def stream_reply(
             stopped = "eos"
             break
         tokens.append(int(token))
-        before, text = len(text), decode(tokenizer, tokens)
-        if len(tokens) >= sampling.min_new_tokens and (end := _end(text, before, sampling.stop)):
+        earlier, text = text, decode(tokenizer, tokens)
+        end = end_of_stop(text, earlier, sampling.stop)
+        if len(tokens) >= sampling.min_new_tokens and end is not None:
             text, stopped = text[:end], "stop"
             break
         if not text.endswith(UNFINISHED) and text.startswith(shown):
@@ -193,9 +194,3 @@ def stream_reply(
             logits = decoder.step(token)
     show(text[len(shown) :] if text.startswith(shown) else text)
     return Reply(text, stopped)
-
-
-def _end(text: str, before: int, stop: Sequence[str]) -> int:
-    """Find where the first stop string ends that the last token completed; 0: none."""
-    found = ((text.find(string, max(0, before - len(string) + 1)), string) for string in stop)
-    return min((place + len(string) for place, string in found if place >= 0), default=0)

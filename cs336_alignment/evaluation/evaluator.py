@@ -26,8 +26,8 @@ from cs336_alignment.evaluation.sampling import (
     Generation,
     Generator,
     Request,
-    Sampling,
     request_seed,
+    sampling_of,
 )
 from cs336_alignment.evaluation.truths import doubtful_truths
 from cs336_alignment.microbatch import Batching
@@ -232,16 +232,13 @@ class Evaluator:
                 raise _Stopped
             advance(n * count)
 
-        options = self.config
-        sampling = Sampling(
-            options.max_new_tokens, options.min_new_tokens, options.temperature, options.top_p,
-            tuple(options.stop),
-        )  # fmt: skip
         generations: list[Generation] = []
         failure: UserError | None = None
         with self.progress("generation", len(wanted)) as advance, suppress(_Stopped):
             try:
-                generations = self.generator.generate(requests, sampling, advance=note)
+                generations = self.generator.generate(
+                    requests, sampling_of(self.config), advance=note
+                )
             except UserError as error:  # of one process; the others would wait for its share
                 failure = error
         self._leave_if_asked()

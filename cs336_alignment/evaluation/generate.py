@@ -6,6 +6,7 @@ once. What all prompts begin with is computed once.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -15,7 +16,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from cs336_alignment.evaluation.sampling import Generation, Request, Sampling
+from cs336_alignment.errors import ExitStatus, UserError
+from cs336_alignment.evaluation.sampling import Generation, Request, Sampling, end_of_stop
+from cs336_alignment.model.loading import eos_ids
 from cs336_alignment.model.log_probs import compute_entropy
 from cs336_alignment.model.padded_decoder import PaddedDecoder
 from cs336_alignment.model.slots import SlotDecoder, flat_attention_of, slots_work
@@ -68,7 +71,7 @@ class LocalGenerator:
         self.tokenizer = tokenizer
         self.batch_size = batch_size
         self.autocast_dtype = autocast_dtype
-        self._eos_ids = sorted(eos_ids(model, tokenizer))
+        self._eos_ids = sorted(eos_ids(model.generation_config, tokenizer))
         self._slots_work: bool | None = None
 
     def generate(
@@ -90,6 +93,7 @@ class LocalGenerator:
 
         Raises:
             ValueError: a prompt is empty, or leaves no position for a response.
+            UserError: the model computes NaN or infinity (70).
         """
         limits = [self._limit(i, request, sampling) for i, request in enumerate(requests)]
         done: dict[int, Generation] = {}
@@ -98,8 +102,8 @@ class LocalGenerator:
         longest = max(
             len(request.prompt_ids) + n for request, n in zip(requests, limits, strict=True)
         )
-        with torch.no_grad(), self._ready(longest):
-            decoder, waiting = self._decoder(requests, longest), self._in_order(requests)
+        with torch.no_grad(), self._ready(longest) as in_slots:
+            decoder, waiting = self._decoder(requests, longest, in_slots), self._in_order(requests)
             rows: list[_Row] = []
             logits = torch.empty(0)
             while waiting or rows:
@@ -136,20 +140,21 @@ class LocalGenerator:
         return limit
 
     @contextmanager
-    def _ready(self, longest: int) -> Iterator[None]:
+    def _ready(self, longest: int) -> Iterator[bool]:
+        """Prepare the model; yields whether it takes slots for rows of this length."""
         training = self.model.training
         self.model.eval()
         try:
-            with flat_attention_of(self.model, longest):
-                if self._slots_work is None:
+            with flat_attention_of(self.model, longest) as flat:
+                if flat and self._slots_work is None:
                     self._slots_work = slots_work(self.model, self.autocast_dtype)
-                yield
+                yield flat and bool(self._slots_work)
         finally:
             self.model.train(training)
 
-    def _decoder(self, requests: Sequence[Request], longest: int) -> _Decoder:
+    def _decoder(self, requests: Sequence[Request], longest: int, in_slots: bool) -> _Decoder:
         slots = min(self.batch_size, len(requests))
-        if not self._slots_work:
+        if not in_slots:
             return PaddedDecoder(self.model, slots=slots, autocast_dtype=self.autocast_dtype)
         prompts = [request.prompt_ids for request in requests]
         # What the first and the last in order share, all share; each keeps a token of its own.
@@ -168,7 +173,9 @@ class LocalGenerator:
 
     def _choose(self, logits: Tensor, rows: Sequence[_Row], sampling: Sampling) -> Tensor:
         """Choose the next token of each row (n,) and note the entropy of what it was chosen of."""
-        for row, entropy in zip(rows, _entropies(logits), strict=True):
+        for number, (row, entropy) in enumerate(zip(rows, _entropies(logits), strict=True)):
+            if math.isnan(entropy) and not logits[number].max() < math.inf:
+                raise _no_numbers(row)
             row.entropies.append(entropy)
         early = [i for i, row in enumerate(rows) if len(row.tokens) < sampling.min_new_tokens]
         if early and self._eos_ids:
@@ -194,23 +201,16 @@ class LocalGenerator:
             if sampling.stop and len(row.tokens) >= sampling.min_new_tokens:
                 text = decode(self.tokenizer, row.tokens[-tail:])
                 if any(string in text for string in sampling.stop):
-                    row.end = self._end(row.tokens, sampling.stop)
+                    earlier = decode(self.tokenizer, row.tokens[:-1])
+                    row.end = end_of_stop(
+                        decode(self.tokenizer, row.tokens), earlier, sampling.stop
+                    )
                 if row.end is not None:
                     over[number] = "stop"
                     continue
             if len(row.tokens) == row.limit:
                 over[number] = "length"
         return over
-
-    def _end(self, tokens: Sequence[int], stop: Sequence[str]) -> int | None:
-        """Where the first stop string ends that the last token completed; None if none did."""
-        text, before = decode(self.tokenizer, tokens), len(decode(self.tokenizer, tokens[:-1]))
-        ends = [
-            place + len(string)
-            for string in stop
-            if (place := text.find(string, max(0, before - len(string) + 1))) >= 0
-        ]
-        return min(ends, default=None)
 
     def _finish(self, row: _Row, stopped: Literal["eos", "stop", "length"]) -> Generation:
         text = decode(self.tokenizer, row.tokens[: len(row.tokens) - (stopped == "eos")])
@@ -258,12 +258,15 @@ def decode(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int]) -> str:
     return str(tokenizer.decode(list(tokens), **options))
 
 
-def eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    """Give the tokens that end a response: the tokenizer's and those the model's folder names."""
-    ids = {tokenizer.eos_token_id}
-    configured = model.generation_config.eos_token_id if model.generation_config else None
-    ids.update(configured if isinstance(configured, list) else [configured])
-    return {i for i in ids if i is not None}
+def _no_numbers(row: _Row) -> UserError:
+    return UserError(
+        "R321",
+        "the model computes NaN or infinity, of which no token can be chosen",
+        ExitStatus.INTERNAL,
+        got=f"token {len(row.tokens) + 1} of response {row.index + 1} of this process",
+        hint="look for NaN in its weights, or for a precision that overflows: "
+        "trainer.precision=fp32",
+    )
 
 
 def _draws(request: Request, limit: int) -> Tensor:

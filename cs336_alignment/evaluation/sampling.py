@@ -7,6 +7,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
+from cs336_alignment.config import EvaluationConfig
+
+UNFINISHED = "\ufffd"  # what a tokenizer writes for the first bytes of a character
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -25,6 +29,28 @@ class Sampling:
     temperature: float = 0.0
     top_p: float = 1.0
     stop: tuple[str, ...] = ("</answer>",)
+
+
+def sampling_of(options: EvaluationConfig) -> Sampling:
+    """Read how responses are drawn."""
+    return Sampling(
+        options.max_new_tokens, options.min_new_tokens, options.temperature, options.top_p,
+        tuple(options.stop),
+    )  # fmt: skip
+
+
+def doubtful_sampling(options: EvaluationConfig) -> list[str]:
+    """Give a line for each option that does nothing beside the others."""
+    lines = []
+    if options.temperature == 0 and options.num_samples > 1:
+        lines.append("all samples of a prompt are equal: evaluation.temperature=0 is greedy")
+    if options.temperature == 0 and options.top_p < 1:
+        lines.append("evaluation.top_p has no effect: evaluation.temperature=0 is greedy")
+    if options.min_new_tokens > options.max_new_tokens:
+        lines.append(
+            "every response is cut: evaluation.min_new_tokens is above evaluation.max_new_tokens"
+        )
+    return lines
 
 
 @dataclass(frozen=True)
@@ -93,3 +119,21 @@ def request_seed(seed: int, prompt: int, sample: int) -> int:
     """
     digest = hashlib.sha256(f"generation {seed} {prompt} {sample}".encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1
+
+
+def end_of_stop(text: str, earlier: str, stop: Sequence[str]) -> int | None:
+    """Find where the first stop string ends that counts; None: there is none.
+
+    Args:
+        text: of a response.
+        earlier: its beginning; a stop string that is over in it does not count. It may end within a
+            character, whose bytes then stand in it as several signs and in `text` as one.
+        stop: the strings.
+    """
+    known = len(earlier.rstrip(UNFINISHED))
+    ends = [
+        place + len(string)
+        for string in stop
+        if (place := text.find(string, max(0, known - len(string) + 1))) >= 0
+    ]
+    return min(ends, default=None)

@@ -9,7 +9,7 @@ from typing import Any, Literal
 from transformers import PreTrainedTokenizerBase
 
 from cs336_alignment.evaluation.generate import decode
-from cs336_alignment.evaluation.sampling import Generation, Sampling
+from cs336_alignment.evaluation.sampling import Generation, Sampling, end_of_stop
 
 ENDED = ("stop", "stop_sequence", "eos_token")  # Text Generation Inference has names of its own
 CUT = ("length", "max_tokens")
@@ -109,7 +109,7 @@ def to_generation(
         NoAnswer: it is shorter than `min_new_tokens`, or longer than `max_new_tokens`.
     """
     text, num_tokens = answer.text, answer.num_tokens
-    end = end_of_stop(text, sampling, tokenizer)
+    end = end_after_minimum(text, sampling, tokenizer)
     stopped: Literal["eos", "stop", "length"]
     if end is not None:
         if end < len(text):
@@ -135,7 +135,9 @@ def to_generation(
     return Generation(text, (), None, num_tokens, stopped)
 
 
-def end_of_stop(text: str, sampling: Sampling, tokenizer: PreTrainedTokenizerBase) -> int | None:
+def end_after_minimum(
+    text: str, sampling: Sampling, tokenizer: PreTrainedTokenizerBase
+) -> int | None:
     """Find where the first stop string ends that counts; None: there is none.
 
     Args:
@@ -145,16 +147,11 @@ def end_of_stop(text: str, sampling: Sampling, tokenizer: PreTrainedTokenizerBas
     """
     if not any(string in text for string in sampling.stop):
         return None
-    early = 0
+    earlier = ""
     if sampling.min_new_tokens > 1:
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-        early = len(decode(tokenizer, ids[: sampling.min_new_tokens - 1]))
-    ends = [
-        place + len(string)
-        for string in sampling.stop
-        if (place := text.find(string, max(0, early - len(string) + 1))) >= 0
-    ]
-    return min(ends, default=None)
+        earlier = decode(tokenizer, ids[: sampling.min_new_tokens - 1])
+    return end_of_stop(text, earlier, sampling.stop)
 
 
 def count_tokens(text: str, tokenizer: PreTrainedTokenizerBase) -> int:

@@ -24,6 +24,7 @@ LONGEST_ASKED = 3600.0  # a server that asks for more patience than that gets no
 CONNECT_SECONDS = 10.0
 KEPT_SECONDS = 2.0  # of an idle connection; many servers close theirs after five
 TELL_SECONDS = 10.0  # between lines about retries: many requests fail at once
+MOST_BYTES = 2**24  # of an answer
 LOCAL_HOSTS = ("localhost", "127.0.0.1", "::1")
 START_LINES = "vllm serve MODEL, transformers serve MODEL, python -m sglang.launch_server …"
 GO_ON = "the same command goes on: what was answered is kept"
@@ -58,11 +59,15 @@ class ServerClient:
 
     Args:
         url: the address up to and with `/v1`.
-        key: the API key, None: none is sent. It is part of no message and no file.
-        timeout: seconds until a response must be there.
+        key: the API key, None: none is sent. It is part of no message and no file. White space
+            around it, such as the line end of a file, is none of it.
+        timeout: seconds until a response must be there, whole.
         retries: further tries.
         connections: at once.
         tell: takes a line about a retry; called from any thread.
+
+    Raises:
+        UserError: the address is none, or the key cannot be sent (78).
     """
 
     def __init__(
@@ -80,6 +85,7 @@ class ServerClient:
         self._timeout = timeout
         self._tell = tell
         self._told, self._lock = -math.inf, threading.Lock()
+        key = _sendable(key)
         self._http = httpx2.Client(
             headers={"Authorization": f"Bearer {key}"} if key else {},
             timeout=httpx2.Timeout(timeout, connect=min(timeout, CONNECT_SECONDS), pool=None),
@@ -101,25 +107,36 @@ class ServerClient:
         Raises:
             Refused: any status but 200.
             Unreachable: no answer.
-            UserError: the answer is no JSON (74).
+            UserError: the answer is no JSON, or endless (74).
         """
+        method, content = "GET" if body is None else "POST", bytearray()
+        deadline = time.monotonic() + self._timeout  # httpx's is between two pieces
         try:
-            method = "GET" if body is None else "POST"
-            response = self._http.request(method, f"{self.url}/{path}", json=body)
+            with self._http.stream(method, f"{self.url}/{path}", json=body) as response:
+                for part in response.iter_bytes():
+                    content += part
+                    if time.monotonic() > deadline:
+                        raise Unreachable(f"no whole answer within {self._timeout:g} s")
+                    if len(content) > MOST_BYTES:
+                        what = f"the answer is larger than {MOST_BYTES:,} bytes"
+                        raise rubbish(
+                            self.url, what, content[:MAX_GOT_CHARS].decode("utf-8", "replace")
+                        )
         except httpx2.TimeoutException as failure:
             raise Unreachable(f"no answer within {self._timeout:g} s") from failure
         except (httpx2.TransportError, httpx2.DecodingError) as failure:
             raise Unreachable(str(failure) or type(failure).__name__) from failure
+        answered = content.decode("utf-8", "replace")
         if response.status_code != 200:
-            said = _said(response.text)
+            said = _said(answered)
             text = " ".join(dict.fromkeys((response.reason_phrase, said))).strip()
             if response.status_code in BUSY:
                 raise _Busy(response.status_code, text, _wait_asked_for(response.headers))
             raise Refused(response.status_code, text)
         try:
-            return json.loads(response.content)
+            return json.loads(content)
         except (ValueError, RecursionError) as failure:
-            raise rubbish(self.url, "the answer is no JSON", response.text) from failure
+            raise rubbish(self.url, "the answer is no JSON", answered) from failure
 
     def insist(
         self,
@@ -191,9 +208,19 @@ class ServerClient:
             hint=f"start one ({START_LINES}), or name its address: evaluation.server_url=…",
         )
 
-    def close(self) -> None:
-        """End all connections."""
-        self._http.close()
+
+def _sendable(key: str | None) -> str:
+    """Take white space off a key, and refuse one that no header can hold, without showing it."""
+    key = (key or "").strip()
+    if not (key.isascii() and key.isprintable()):
+        raise UserError(
+            "C144",
+            "the API key of the server holds characters that cannot be sent",
+            ExitStatus.BAD_CONFIG,
+            expected="printable ASCII in OPENAI_API_KEY",
+            hint="set it anew, or unset OPENAI_API_KEY",
+        )
+    return key
 
 
 def _host_of(url: str) -> str:

@@ -35,7 +35,7 @@ def verifying(config: EvaluationConfig) -> Iterator[Callable[[str, str], bool]]:
         found = grade(made[0], response, ground_truth)
         if ERROR in found:
             raise UserError(
-                "R321",
+                "R322",
                 "the reward failed on a row of the training data, so data.filter=correct cannot "
                 "tell whether it is correct",
                 ExitStatus.INTERNAL,

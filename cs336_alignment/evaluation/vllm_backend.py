@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from cs336_alignment.errors import ExitStatus, UserError
 from cs336_alignment.evaluation.generate import decode
 from cs336_alignment.evaluation.sampling import Generation, Request, Sampling
-from cs336_alignment.evaluation.server_answers import end_of_stop
+from cs336_alignment.evaluation.server_answers import end_after_minimum
 from cs336_alignment.model.loading import ModelSource
 
 
@@ -44,7 +44,7 @@ class VllmGenerator:
             import vllm
         except ImportError as failure:
             raise UserError(
-                "C141",
+                "C143",
                 f"evaluation.backend=vllm needs vLLM, which cannot be imported: {failure}",
                 ExitStatus.BAD_CONFIG,
                 hint="pip install vllm (it brings the torch that it was built for, so best in an "
@@ -97,7 +97,7 @@ class VllmGenerator:
         ids = tuple(output.token_ids)
         ended = ids[-1:] and ids[-1] in self._eos and output.finish_reason == "stop"
         text = decode(self._tokenizer, ids[: len(ids) - bool(ended)])
-        end = end_of_stop(text, sampling, self._tokenizer)
+        end = end_after_minimum(text, sampling, self._tokenizer)
         if end is not None:
             return Generation(text[:end], ids, None, len(ids), "stop")
         if output.finish_reason not in ("stop", "length"):

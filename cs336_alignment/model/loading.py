@@ -17,6 +17,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    GenerationConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -190,6 +191,18 @@ def _cannot_load(what: str, source: ModelSource, failure: Exception) -> UserErro
         ExitStatus.NOT_FOUND,
         hint=hint,
     )
+
+
+def eos_ids(settings: GenerationConfig | None, tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """Give the tokens that end a response: the tokenizer's and those the model's folder names.
+
+    Args:
+        settings: of the model's generation, None if it has none.
+        tokenizer: of the model.
+    """
+    configured = None if settings is None else settings.eos_token_id
+    ids = configured if isinstance(configured, list) else [configured]
+    return {i for i in (*ids, tokenizer.eos_token_id) if i is not None}
 
 
 def embedding_rows(model: PreTrainedModel) -> int:

@@ -7,7 +7,7 @@ to the last one, so the rows always fill the first slots and every step reads on
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -310,18 +310,25 @@ def slots_work(model: PreTrainedModel, autocast_dtype: torch.dtype | None = None
 
 
 @contextlib.contextmanager
-def flat_attention_of(model: PreTrainedModel, longest: int) -> Any:
-    """Switch a model's attention to the one that takes slots, if it can, for the time of a block.
+def flat_attention_of(model: PreTrainedModel, longest: int) -> Iterator[bool]:
+    """Switch a model's attention to the one that takes slots, if it can, for the time of a block;
+    else away from it: shorter rows than these may be trained with it.
 
     Args:
         model: any.
         longest: tokens of the longest row that will come.
+
+    Yields:
+        Whether it takes slots now.
     """
     before = model.config._attn_implementation
-    if before != FLAT_ATTENTION and why_not_flat(model, longest) is None:
+    flat = why_not_flat(model, longest) is None
+    if flat and before != FLAT_ATTENTION:
         model.set_attn_implementation(FLAT_ATTENTION)
+    elif not flat and before == FLAT_ATTENTION:
+        model.set_attn_implementation("sdpa")
     try:
-        yield
+        yield flat
     finally:
         if model.config._attn_implementation != before:
             model.set_attn_implementation(before)

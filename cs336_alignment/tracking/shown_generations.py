@@ -66,7 +66,7 @@ def choose_generations(run: Path, budget: int = BUDGET_BYTES) -> dict[str, Any]:
     prompts = list(texts.places)
     prefix = _common_prefix([prompt for prompt, _ in prompts])
     fields = ("evaluation", "prompt", "index", "sample", "response", "cut", "format_reward",
-              "answer_reward", "reward", "token_entropy", "length", "stopped")  # fmt: skip
+              "answer_reward", "reward", "token_entropy", "length", "stopped", "error")  # fmt: skip
     rows = []
     for place, (step, _) in enumerate(chosen):
         for row in parts[step]["rows"]:
@@ -103,7 +103,8 @@ def _read(path: Path, allowance: int, texts: _Texts) -> dict[str, Any]:
             continue
         prompt, truth = str(row.get("prompt", "")), str(row.get("ground_truth", ""))
         response, cut = _cut(str(row.get("response", "")))
-        cost = ROW_BYTES + len(json.dumps(response))
+        error = str(row.get("reward_error") or "")[:MOST_CHARACTERS]
+        cost = ROW_BYTES + len(json.dumps(response)) + len(json.dumps(error))
         if (prompt, truth) not in texts.places:
             cost += len(json.dumps(prompt[:MOST_CHARACTERS])) + len(json.dumps(truth))
         if spent + cost > allowance and rows:
@@ -117,7 +118,7 @@ def _read(path: Path, allowance: int, texts: _Texts) -> dict[str, Any]:
         rows.append({
             "prompt": texts.place(prompt, truth), "response": response, "cut": cut,
             "index": row.get("index", number - 1), "sample": row.get("sample", 0), **numbers,
-            "stopped": str(row.get("stopped", "")),
+            "stopped": str(row.get("stopped", "")), "error": error,
         })  # fmt: skip
     return {"rows": rows, "of": number, "bytes": spent, "unreadable": unreadable}
 

@@ -149,7 +149,11 @@ def show_examples(
     for row in rows[:count]:
         question = row["prompt"].rpartition("\nUser: ")[2].removesuffix("\nAssistant: <think>")
         verdict = (
-            "correct" if row["answer_reward"] else "wrong" if row["format_reward"] else "no answer"
+            "correct"
+            if row["answer_reward"] > 0
+            else "wrong"
+            if row["format_reward"] > 0
+            else "no answer"
         )
         console.note(f"  prompt    {_shorten(question, characters)}")
         console.note(f"  response  {_shorten(row['response'], characters)}")

@@ -165,8 +165,9 @@ class WandbLogger:
 
         def call() -> None:
             table = self._wandb.Table(
-                columns=columns, data=[[row.get(c) for c in columns] for row in rows]
-            )
+                columns=columns, data=[[row.get(c) for c in columns] for row in rows],
+                allow_mixed_types=True,  # what a reward of a user's own gives beside its numbers
+            )  # fmt: skip
             self._run.log({"step": step, name: table})
 
         self._guarded("log a table", call)

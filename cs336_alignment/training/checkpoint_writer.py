@@ -18,9 +18,11 @@ from cs336_alignment.training.checkpoint import (
     TEMPORARY,
     Snapshot,
     TrainState,
+    folder_of,
     list_checkpoints,
     mark_best,
     save_checkpoint,
+    saved_steps,
     verify,
 )
 
@@ -166,6 +168,13 @@ class CheckpointWriter:
                 ExitStatus.IO,
                 hint="make room and run the same command again; the checkpoints are intact",
             ) from failure
+
+    @property
+    def saved_steps(self) -> set[int]:
+        """The steps that have a checkpoint which, for all that is known, is whole."""
+        damaged = {path.name for path in self._damaged}
+        steps = saved_steps(self._checkpoints)
+        return {step for step in steps if folder_of(self._checkpoints, step).name not in damaged}
 
     @property
     def has_ended(self) -> bool:

@@ -81,7 +81,7 @@ class Finish:
         def export() -> None:
             nonlocal state
             state, score = self._choose(state, judge)
-            self._export(state, score, manifest)
+            self._export(state, score, judge, manifest)
 
         self.processes.on_main(export)
         state = self.processes.agree(state)
@@ -110,11 +110,14 @@ class Finish:
             self.console.warn(f"no step has a {metric} to choose by: the last one is exported")
         return state, None
 
-    def _export(self, state: TrainState, score: Score | None, manifest: Mapping[str, Any]) -> None:
+    def _export(
+        self, state: TrainState, score: Score | None, judge: Judge, manifest: Mapping[str, Any]
+    ) -> None:
         metric, best, why = self.config.trainer.metric_for_best_model, None, None
         if metric is not None:
             best = {
                 "metric": metric,
+                "greater_is_better": judge.criterion is not None and judge.criterion.greater,
                 "step": None if score is None else score.step,
                 "value": None if score is None else score.value,
             }

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from cs336_alignment.config import Config
+from cs336_alignment.config import Config, EvaluationConfig
 from cs336_alignment.data.splits import PreparedData
 from cs336_alignment.data.tokenize import tokenizer_fingerprint
 from cs336_alignment.errors import ExitStatus, UserError
@@ -167,10 +167,14 @@ def _template_hash(train: PreparedData) -> str:
 
 def _evaluation_hash(config: Config, held_out: PreparedData | None, reward: str | None) -> str:
     """Hash what an evaluation's numbers depend on besides the model."""
-    evaluation = config.evaluation
+    evaluation, default = config.evaluation, EvaluationConfig()
+    later = ("num_samples", "min_new_tokens", "top_p")  # runs that had none keep their hash
+    more = {
+        n: getattr(evaluation, n) for n in later if getattr(evaluation, n) != getattr(default, n)
+    }
     text = [
         held_out and held_out.fingerprint, evaluation.num_prompts, evaluation.max_new_tokens,
         evaluation.temperature, evaluation.stop, evaluation.reward,
-        *([reward] if reward else []),
+        *([reward] if reward else []), *([more] if more else []),
     ]  # fmt: skip
     return hashlib.sha256(json.dumps(text).encode()).hexdigest()

@@ -26,6 +26,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from cs336_alignment.data.dataset import TokenizedDataset
+from cs336_alignment.model.loading import eos_ids
 from cs336_alignment.training import reload_child
 
 EXAMPLES = 4
@@ -96,7 +97,7 @@ def check_export(
     """
     if (reason := _no_room(model)) is not None:
         return ReloadResult("skipped", (reason,))
-    stop_ids = _stop_ids(model, tokenizer)
+    stop_ids = eos_ids(model.generation_config, tokenizer)
     request = _request(model, tokenizer, dataset, stop_ids, texts)
     request |= {"folder": str(folder.resolve()), "trust_remote_code": trust_remote_code}
     with _child(request) as (process, said, complained):
@@ -134,12 +135,6 @@ def _no_room(model: PreTrainedModel) -> str | None:
     if found is None or (free := int(found[1]) / 2**10) >= needed:
         return None
     return f"it takes {needed:,.0f} MiB of memory and {free:,.0f} MiB are free"
-
-
-def _stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    configured = model.generation_config.eos_token_id if model.generation_config else None
-    ids = configured if isinstance(configured, list) else [configured]
-    return {i for i in (*ids, tokenizer.eos_token_id) if i is not None}
 
 
 def _request(

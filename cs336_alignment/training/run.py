@@ -25,6 +25,7 @@ from cs336_alignment.evaluation.rewards import (
     describe_reward,
     make_reward,
 )
+from cs336_alignment.evaluation.sampling import doubtful_sampling
 from cs336_alignment.evaluation.verify import verifying
 from cs336_alignment.model.loading import (
     ModelSource,
@@ -46,7 +47,6 @@ from cs336_alignment.training.checkpoint import (
     TrainState,
     remove_leftovers,
     restore,
-    saved_steps,
 )
 from cs336_alignment.training.checkpoint_writer import CheckpointWriter
 from cs336_alignment.training.export import save_sidecars
@@ -322,7 +322,7 @@ class _Run:
             comparable_since=manifest["evaluation_since_step"],
             patient_since=manifest["patient_since_step"],
             evaluations=lambda: tracker.evaluations,
-            saved_steps=lambda: saved_steps(self.folder.checkpoints),
+            saved_steps=lambda: writer.saved_steps,
         )  # fmt: skip
         trainer = Trainer(
             policy, self.processes.wrap(policy), optimizer, data.dataset, plan=plan, cut=cut,
@@ -441,7 +441,8 @@ class _Run:
         eval_steps = self.config.trainer.eval_steps
         generation_steps = self.config.evaluation.generation_steps
         if generation_steps is not None:
-            for line in evaluator.check(policy.model, held_out.template):
+            lines = evaluator.check(policy.model, held_out.template)
+            for line in (*lines, *doubtful_sampling(self.config.evaluation)):
                 self.console.warn(line)
         # A stop came before or in the evaluation of the last step, or the run begins here.
         pending = self.processes.agree(not tracker.has_evaluated(first_step))

@@ -17,6 +17,7 @@ import yaml
 from cs336_alignment.config import ALL_KEYS, Config, flatten
 from cs336_alignment.errors import ExitStatus, Place, UserError
 from cs336_alignment.files import sha256_of, write_json, write_text
+from cs336_alignment.training.best import Criterion
 from cs336_alignment.training.checkpoint import STATE, find_latest, list_checkpoints, verify
 
 CONFIG = "config.yaml"
@@ -232,12 +233,16 @@ class RunFolder:
         )
 
     def _other_choice(self, config: Config) -> str | None:
-        """Say that the export was chosen by another metric than is asked for; None: it was not."""
+        """Say that the export was chosen by another criterion than is asked for; None: it was
+        not.
+        """
         best = self.earlier_manifest().get("best") or {}
-        metric = config.trainer.metric_for_best_model
-        if best.get("metric") == metric:
-            return None
-        return f"trainer.metric_for_best_model was {best.get('metric')} and is {metric}"
+        metric, criterion = config.trainer.metric_for_best_model, Criterion.of(config.trainer)
+        if best.get("metric") != metric:
+            return f"trainer.metric_for_best_model was {best.get('metric')} and is {metric}"
+        if criterion is not None and best.get("greater_is_better") == (not criterion.greater):
+            return f"trainer.greater_is_better is {str(criterion.greater).lower()} now"
+        return None
 
     def _damage(self, export: Path) -> str | None:
         """Say what is wrong with the exported weights; None: nothing."""

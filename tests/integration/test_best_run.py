@@ -54,7 +54,8 @@ def test_the_best_step_is_kept_exported_and_loaded_again(
     }
     manifest = read(run / "manifest.json")
     assert manifest["export_step"] == 3 and not manifest["stopped_early"]
-    assert manifest["best"] == {"metric": "eval/loss", "step": 3, "value": found[3]}
+    best = {"metric": "eval/loss", "greater_is_better": True, "step": 3, "value": found[3]}
+    assert manifest["best"] == best
     assert max(v for step, v in found.items() if step) == found[3] != found[12]
     card = (run / "model/README.md").read_text()
     assert f"| steps | 3 (the best eval/loss: {found[3]:.4f}) |" in card
@@ -73,6 +74,11 @@ def test_the_best_step_is_kept_exported_and_loaded_again(
     assert all(row["perf/evaluation_seconds"] > 0 for row in shares)
 
     assert "nothing to do" in sft(*mine).stdout
+    least = sft(*mine, "trainer.greater_is_better=false", "trainer.reload_check=false")
+    assert least.returncode == 0 and "greater_is_better is false now" in least.stderr
+    assert read(run / "manifest.json")["export_step"] == min(
+        (step for step in found if step), key=lambda step: found[step]
+    )
     other = sft(
         *mine, "trainer.greater_is_better=null", "trainer.metric_for_best_model=eval/token_entropy"
     )

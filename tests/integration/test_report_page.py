@@ -124,7 +124,8 @@ def test_a_run_can_be_looked_at(open_page: Open, tmp_path: Path) -> None:
 
 def test_responses_are_searched_and_filtered(open_page: Open, tmp_path: Path) -> None:
     rows = [
-        make_generation(0, "it is 1", reward=1.0), make_generation(1, "it is 7"),
+        make_generation(0, "it is 1", reward=1.0),
+        {**make_generation(1, "it is 7"), "reward_error": f"it raised {HOSTILE}"},
         make_generation(2, "who knows", format_reward=0.0, stopped="length"),
         make_generation(3, HOSTILE, reward=1.0, stopped="eos"),
     ]  # fmt: skip
@@ -140,6 +141,8 @@ def test_responses_are_searched_and_filtered(open_page: Open, tmp_path: Path) ->
     badges = texts(page, ".sample .badge")
     assert badges == ["correct", "wrong", "no format", "truncated", "correct"]
     assert texts(page, ".truth") == ["1", "2", "3", "4"]
+    failed = cards.nth(1).locator(".answer .line").inner_text()
+    assert "the reward failed, which counts as 0: it raised <" in failed
     # A response is text, whatever it says; what would turn the reading is a sign.
     shown = cards.nth(3).locator(".answer .text")
     assert shown.inner_text() == HOSTILE.replace("\u202e", "U+202E")

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -16,7 +17,9 @@ from cs336_alignment.config_check import check
 from cs336_alignment.errors import UserError
 from cs336_alignment.metric_names import EVALUATED, GENERATED, greater_is_better
 from cs336_alignment.training.best import Criterion, Judge, Score, Verdict
-from cs336_alignment.training.checkpoint import mark_best
+from cs336_alignment.training.checkpoint import TrainState, mark_best
+from cs336_alignment.training.checkpoint_writer import CheckpointWriter
+from cs336_alignment.training.manifest import _evaluation_hash
 from tests.checkpoints import save
 
 LOSS = Criterion("eval/loss", greater=False)
@@ -193,6 +196,29 @@ def test_a_metric_that_does_not_come_is_named_with_those_that_do() -> None:
     sometimes = Criterion("eval/response_length_correct", False)
     assert sometimes.metric in GENERATED
     judge({}, criterion=sometimes).refuse_missing(of)  # nothing was correct
+
+
+def test_a_damaged_checkpoint_is_none(tmp_path: Path) -> None:
+    """The best step after it is saved anew, though a folder of that name is there."""
+    save(tmp_path, 1, keep=9)
+    save(tmp_path, 2, keep=9)
+    writer = CheckpointWriter(
+        tmp_path, extra={}, save_sidecars=lambda _: None, keep=9, asynchronous=False,
+        damaged=[tmp_path / "step-000002"],
+    )  # fmt: skip
+    assert writer.saved_steps == {1}
+    module = torch.nn.Linear(2, 2)
+    writer.begin(TrainState(step=2), module, torch.optim.AdamW(module.parameters()))
+    writer.finish()
+    assert writer.saved_steps == {1, 2}
+
+
+@pytest.mark.parametrize("change", ["top_p=0.5", "num_samples=2", "min_new_tokens=3"])
+def test_other_sampling_is_another_question(change: str) -> None:
+    name, value = change.split("=")
+    before, after = Config(), Config()
+    setattr(after.evaluation, name, float(value))
+    assert _evaluation_hash(before, None, None) != _evaluation_hash(after, None, None)
 
 
 def test_the_best_checkpoint_outlives_the_rotation(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
 from typing import Any
 
@@ -9,8 +10,17 @@ import pytest
 import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoTokenizer
 
+from cs336_alignment.config import EvaluationConfig
+from cs336_alignment.errors import UserError
 from cs336_alignment.evaluation.generate import LocalGenerator, draw
-from cs336_alignment.evaluation.sampling import Request, Sampling, request_seed
+from cs336_alignment.evaluation.sampling import (
+    Request,
+    Sampling,
+    doubtful_sampling,
+    end_of_stop,
+    request_seed,
+)
+from cs336_alignment.model.attention import FLAT_ATTENTION
 from cs336_alignment.model.loading import resolve_model
 from cs336_alignment.sft import compute_entropy
 
@@ -100,7 +110,7 @@ def test_a_response_does_not_depend_on_its_batch(
     generations = generator.generate(
         requests, sampling, advance=seen.append, on_done=kept.__setitem__
     )
-    assert generator._slots_work == (model.config.model_type in SLOTS)
+    assert bool(generator._slots_work) == (model.config.model_type in SLOTS)
     assert sum(seen) == len(requests) and [kept[i] for i in range(len(kept))] == generations
     for request, generation in zip(requests, generations, strict=True):
         tokens, entropy = alone(model, request, sampling, tokenizer.eos_token_id)
@@ -112,6 +122,38 @@ def test_a_response_does_not_depend_on_its_batch(
         ended = tokens[-1] == tokenizer.eos_token_id
         assert generation.stopped == ("eos" if ended else "length")
         assert generation.text == tokenizer.decode(tokens[: len(tokens) - ended])
+
+
+@pytest.mark.parametrize("trained_flat", [False, True])
+def test_a_sliding_window_counts_for_rows_that_are_longer(
+    trained_flat: bool, tokenizer: Any
+) -> None:
+    torch.manual_seed(3)
+    config = CONFIG_MAPPING["mistral"](
+        vocab_size=len(tokenizer), sliding_window=14, num_key_value_heads=2, intermediate_size=48,
+        eos_token_id=tokenizer.eos_token_id, **WIDE,
+    )  # fmt: skip
+    model = AutoModelForCausalLM.from_config(config).eval().double()
+    short, *_, long = sorted(requests_of(tokenizer, 5), key=lambda one: len(one.prompt_ids))
+    sampling = Sampling(max_new_tokens=8, temperature=2.0, min_new_tokens=8, stop=())
+    limit = 14 - len(short.prompt_ids)
+    assert limit > 0 and len(long.prompt_ids) + 8 > 14
+    want = alone(model, long, sampling, tokenizer.eos_token_id)
+    before = FLAT_ATTENTION if trained_flat else model.config._attn_implementation
+    model.set_attn_implementation(before)
+    generator = LocalGenerator(model, tokenizer, batch_size=2)
+    generator.generate([short], Sampling(max_new_tokens=limit, stop=()))
+    assert generator._slots_work and model.config._attn_implementation == before
+    (generation,) = generator.generate([long], sampling)
+    assert list(generation.token_ids) == want[0]
+    assert generation.token_entropy == pytest.approx(want[1], rel=1e-9)
+    assert model.config._attn_implementation == before
+
+
+def test_a_stop_string_ends_where_the_bytes_of_its_last_character_are_complete() -> None:
+    assert end_of_stop("x答案", "x答\ufffd\ufffd", ("答案",)) == 3
+    assert end_of_stop("x答案 答", "x答案 \ufffd", ("答案",)) is None
+    assert end_of_stop("a.b", "a.", (".", "b", "a.b")) == 3
 
 
 def test_the_model_is_left_as_it_was(model: Any, tokenizer: Any) -> None:
@@ -175,6 +217,16 @@ def test_the_ends_of_the_unit_interval_draw_what_has_probability() -> None:
         assert draw(logits, ends, 1.0, top_p).tolist() == [1, 3]
 
 
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_model_of_nan_is_an_error(temperature: float, tokenizer: Any, model: Any) -> None:
+    broken = copy.deepcopy(model)
+    broken.get_output_embeddings().weight.data[3] = float("nan")
+    generator = LocalGenerator(broken, tokenizer, batch_size=2)
+    with pytest.raises(UserError, match="NaN") as caught:
+        generator.generate(requests_of(tokenizer), Sampling(4, temperature=temperature))
+    assert caught.value.code == "R321" and "token 1" in str(caught.value)
+
+
 def test_bad_prompts_are_named(tokenizer: Any, model: Any) -> None:
     generator = LocalGenerator(model, tokenizer, batch_size=2)
     with pytest.raises(ValueError, match=r"prompt 1 .* is empty"):
@@ -182,3 +234,9 @@ def test_bad_prompts_are_named(tokenizer: Any, model: Any) -> None:
     most = model.config.max_position_embeddings
     with pytest.raises(ValueError, match=r"prompt 0 .* no position"):
         generator.generate([Request([5] * most, 0)], Sampling())
+
+
+def test_options_that_do_nothing_are_told() -> None:
+    told = doubtful_sampling(EvaluationConfig(num_samples=2, top_p=0.9, min_new_tokens=600))
+    assert all(key in line for key, line in zip(("equal", "top_p", "cut"), told, strict=True))
+    assert not doubtful_sampling(EvaluationConfig(temperature=1, top_p=0.9))

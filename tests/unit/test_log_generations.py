@@ -14,6 +14,8 @@ from cs336_alignment.evaluation.rewards import r1_zero_reward
 from cs336_alignment.model.loading import resolve_model
 from cs336_alignment.model.policy import Policy
 from cs336_alignment.sft import compute_entropy, log_generations
+from cs336_alignment.tracking.console import Console
+from cs336_alignment.tracking.tracker import show_examples
 
 PROMPTS = ["1 + 1 = ?", "What is 12 plus 30?", "7 - 2 = ?", "347 + 85 = ?", "9"]
 TRUTHS = ["2", "42", "5", "432", "9"]
@@ -135,6 +137,14 @@ def test_a_reward_that_fails_costs_its_own_row_alone(model: Any, tokenizer: Any)
     assert result["summary"]["reward_errors"] == 1
     with pytest.raises(UserError, match="all 1 responses"):
         log_generations(model, tokenizer, ["7 - 2 = ?"], ["5"], reward, max_new_tokens=2)
+
+
+def test_a_reward_below_zero_is_shown_as_wrong(capsys: pytest.CaptureFixture[str]) -> None:
+    row = {"prompt": "q", "response": "r", "ground_truth": "t", "answer_reward": -1.0}
+    show_examples(Console(enabled=True), [{**row, "format_reward": 1.0}], 1)
+    show_examples(Console(enabled=True), [{**row, "format_reward": -1.0}], 1)
+    said = capsys.readouterr().out
+    assert "(wrong)" in said and "(no answer)" in said and "correct" not in said
 
 
 def test_numbers_must_agree(model: Any, tokenizer: Any) -> None:

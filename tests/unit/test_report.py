@@ -153,20 +153,28 @@ def test_of_many_evaluations_some_are_shown_with_the_ends(
     monkeypatch.setattr(shown_generations, "MOST_EVALUATIONS", 5)
     monkeypatch.setattr(shown_generations, "MOST_CHARACTERS", 8)
     run = make_run(
-        tmp_path / "r", generations={s: [make_generation(1, "0123456789")] for s in range(50)}
+        tmp_path / "r",
+        generations={
+            s: [{**make_generation(1, "0123456789"), "reward_error": "it died"}] for s in range(50)
+        },
     )
     shown = choose_generations(run)
     assert [one["step"] for one in shown["evaluations"]] == [0, 12, 24, 37, 49]
     assert shown["left_out"] == 45
     row = dict(zip(shown["fields"], shown["rows"][0], strict=True))
-    assert (row["response"], row["cut"]) == ("01234567", 2)
+    assert (row["response"], row["cut"], row["error"]) == ("01234567", 2, "it died")
 
 
 def hostile_run(folder: Path, text: str) -> Path:
     name = re.sub(r"[/\x00]", "", text.encode("utf-8", "replace").decode()) or "empty"
     run = make_run(
         folder / name[:60],
-        generations={0: [make_generation(0, text, prompt=text), make_generation(1, text)]},
+        generations={
+            0: [
+                make_generation(0, text, prompt=text),
+                {**make_generation(1, text), "reward_error": text},
+            ]
+        },
     )
     (run / "status.json").write_text(
         json.dumps({"state": text, "error": text, "resume_command": text})

@@ -612,6 +612,17 @@ def test_time_limit_stops_a_slow_comparison(monkeypatch: pytest.MonkeyPatch) -> 
     assert time.process_time() - started < 2
 
 
+def test_the_parser_is_imported_outside_of_the_time_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    limits: list[float] = []
+    monkeypatch.setattr(
+        answers, "load_parser", lambda: limits.append(signal.getitimer(signal.ITIMER_PROF)[0])
+    )
+    assert answers_equal("(x+1)(x-1)", "x^2-1")
+    answers.is_read.cache_clear()
+    assert answers.is_read("x^2-1")
+    assert limits == [0.0, 0.0]
+
+
 def test_an_alarm_set_by_others_still_rings() -> None:
     rang: list[int] = []
     old_handler = signal.signal(signal.SIGALRM, lambda signum, frame: rang.append(signum))

@@ -273,6 +273,26 @@ def test_a_slow_server_and_one_that_refuses(tokenizer: Any) -> None:
         assert caught.value.got == "400 Bad Request too long" and len(server.bodies) == asked + 1
 
 
+def test_a_server_that_never_comes_to_an_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    with FakeServer(drip=0.05).running() as server:
+        with pytest.raises(UserError, match="no whole answer within"):
+            client_of(server, timeout=0.3, retries=0).insist("completions", {"model": "?"})
+        server.drip = 0.0
+        monkeypatch.setattr(server_client, "MOST_BYTES", 10)
+        with pytest.raises(UserError, match="larger than 10 bytes"):
+            client_of(server).ask("models")
+
+
+@pytest.mark.parametrize("key", ["sk-se cret\nx", "sk-s\u00e9cret"])
+def test_a_key_that_no_header_takes_is_refused_and_not_shown(key: str) -> None:
+    with FakeServer(key="sk-secret").running() as server:
+        with pytest.raises(UserError, match="OPENAI_API_KEY") as caught:
+            client_of(server, key=key)
+        assert caught.value.code == "C144" and "sk-" not in str(caught.value)
+        body = {"model": "tiny", "prompt": "x", "seed": 0, "max_tokens": 2}
+        assert client_of(server, key="sk-secret\n").ask("completions", body)["choices"]
+
+
 def test_a_stop_does_not_wait_for_the_server(tokenizer: Any) -> None:
     kept: dict[int, Generation] = {}
 

@@ -20,10 +20,10 @@ import torch
 from transformers import AutoTokenizer
 
 from cs336_alignment.errors import ExitStatus, UserError
-from cs336_alignment.evaluation.generate import LocalGenerator, eos_ids
+from cs336_alignment.evaluation.generate import LocalGenerator
 from cs336_alignment.evaluation.sampling import Request, Sampling
 from cs336_alignment.evaluation.vllm_backend import VllmGenerator
-from cs336_alignment.model.loading import load_model, resolve_model
+from cs336_alignment.model.loading import eos_ids, load_model, resolve_model
 
 SOURCE = resolve_model("builtin:arithmetic", None, False)
 
@@ -103,7 +103,12 @@ def engines(monkeypatch: pytest.MonkeyPatch, model: Any, tokenizer: Any) -> list
 
 def generator_of(tokenizer: Any, model: Any, dtype: Any = torch.bfloat16) -> VllmGenerator:
     return VllmGenerator(
-        SOURCE, tokenizer, eos=eos_ids(model, tokenizer), dtype=dtype, batch_size=3, longest=64
+        SOURCE,
+        tokenizer,
+        eos=eos_ids(model.generation_config, tokenizer),
+        dtype=dtype,
+        batch_size=3,
+        longest=64,
     )
 
 

@@ -40,7 +40,8 @@ if sys.argv[1].startswith("http"):
     urllib.request.urlopen(sys.argv[1])  # ends the server
     logger.log(4, {"train/loss": 0.1})
 else:
-    logger.log_table("eval/generations", 3, [{"prompt": "a", "reward": 1.0}])
+    rows = [{"prompt": "a", "reward": 1.0, "why": 7}, {"prompt": "b", "why": {"x": [1, "y"]}}]
+    logger.log_table("eval/generations", 3, [*rows, {"prompt": "c", "why": "none"}])
     logger.log_histogram("eval/response_lengths", 3, [1, 2, 2, 9, float("nan")])
     logger.log_histogram("eval/response_entropies", 3, [float("nan")])
 logger.finish(0)

@@ -166,6 +166,11 @@ function answer(row, i) {
   if (row.token_entropy !== null) line.append(make("span", "", `entropy ${format("number", row.token_entropy)}`));
   const rewards = ["reward", "format_reward", "answer_reward"].map(name => short(row[name]));
   line.append(make("span", "", `reward ${rewards[0]} (format ${rewards[1]}, answer ${rewards[2]})`));
+  if (row.error) {
+    const failed = make("span", "", "the reward failed, which counts as 0: ");
+    write(failed, row.error);
+    line.append(failed);
+  }
   const text = make("div", "text");
   if (row.response) write(text, row.response, query);
   else text.append(make("span", "sign", "an empty response"));
