@@ -81,7 +81,8 @@ def sweep(config: Config, arguments: Sequence[str]) -> ExitStatus:
             search = _Search(config, fixed, folder.path, study, console, status, begin)
             outcome = search.to_the_end()
             if outcome == ExitStatus.DONE:
-                show_sweep(folder.path, study, config.sweep.metric, maximize, fixed, console)
+                typed = [*fixed, *(word for word in arguments if word.startswith("output_root="))]
+                show_sweep(folder.path, study, config.sweep.metric, maximize, typed, console)
                 _refuse_nothing(study)
             if outcome in (ExitStatus.DONE, *STOPS):
                 status.ended(outcome)
@@ -251,7 +252,7 @@ def _refuse_nothing(study: Study) -> None:
     trials = study.trials
     if not any(trial.state == "complete" for trial in trials):
         raise UserError(
-            "R321",
+            "R322",
             f"none of {len(trials)} trials came to its end",
             ExitStatus.INTERNAL,
             got=(trials[0].error or "").splitlines()[0] if trials else None,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -217,6 +218,8 @@ def test_folders_of_any_name_reach_the_trials(fake: Fake, tmp_path: Path) -> Non
     words = [word for word in fake.began[0] if word.startswith("output_root=")]
     given = [o.value() for o in OverridesParser.create().parse_overrides(words)]
     assert given == ["a (1), b=[c/s"]
+    command = json.loads(Path("a (1), b=[c/s/sweep.json").read_text())["command"]
+    assert "output_root='a (1), b=[c'" in shlex.split(command)
 
 
 def test_a_failed_trial_is_told_and_the_sweep_goes_on(
