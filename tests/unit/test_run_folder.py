@@ -18,6 +18,7 @@ import pytest
 import torch
 from torch import nn
 
+from cs336_alignment.compose import TRAINING, _default_run_name
 from cs336_alignment.config import ALL_KEYS, Config, DataConfig, ModelConfig, flatten
 from cs336_alignment.errors import ExitStatus, Place, UserError
 from cs336_alignment.experiments import study
@@ -450,3 +451,9 @@ def test_a_folder_is_not_given_to_another_kind_of_command(tmp_path: Path, holds:
 def test_the_kinds_are_told_apart_by_what_their_commands_leave() -> None:
     assert KINDS["a sweep"] == study.FILE
     assert KINDS["an expert iteration"] == folder_of(Path(), 1).name
+
+
+def test_commands_on_the_same_model_and_data_have_folders_of_their_own() -> None:
+    config = Config(model=ModelConfig("org/m"), data=DataConfig("rows.jsonl"))
+    names = {verb: _default_run_name(config, verb) for verb in TRAINING}
+    assert names["train"] == "m-rows" and len(set(names.values())) == len(TRAINING)
