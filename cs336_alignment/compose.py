@@ -237,7 +237,7 @@ def _refuse_added_keys(composed: Any, prefix: str = "") -> None:
 def _default_run_name(config: Config, verb: str) -> str:
     model, data = config.model.name_or_path, config.data
     if verb in TRAINING:
-        parts = [_last(model), _last(data.train_path)]
+        parts = [_last(model), _last(data.train_path), *([] if verb == "train" else [verb])]
     else:
         # Every run's export is called `model`, so the folders above it belong to the name.
         folders = [part for part in model.split("/") if part.strip(".~") and part != "checkpoints"]

@@ -121,7 +121,7 @@ def translate(failure: Exception) -> UserError:
             ExitStatus.BAD_CONFIG,
             place=place,
             got=reason.strip(),
-            hint=f"{key}=…",
+            hint=f"{key}=null" if "'none'" in reason.lower() else f"{key}=…",
         )
     if "Ambiguous value" in text:
         return UserError(

@@ -304,7 +304,7 @@ def _reward_clashes(evaluation: EvaluationConfig) -> Iterator[UserError]:
                 "evaluation.reward",
                 f"only a function of your own has that limit, and {evaluation.reward} is built in",
             )
-    elif not evaluation.allow_custom_reward:
+    elif ":" in evaluation.reward and not evaluation.allow_custom_reward:
         yield UserError(
             "C141",
             f"evaluation.reward={evaluation.reward} is code, and running it has not been allowed",

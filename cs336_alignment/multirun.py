@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -64,7 +65,7 @@ def refuse_equal_names(runs: Sequence[SweptRun]) -> None:
 
 def run_all(runs: Sequence[SweptRun], job: Callable[[Config], ExitStatus]) -> list[Outcome]:
     """Run one after another. One that fails is told, and the next begins; a request to stop ends
-    them all.
+    them all, and so does `trainer.max_hours`, which counts from the first one's beginning.
 
     Args:
         runs: their configs are checked.
@@ -74,8 +75,17 @@ def run_all(runs: Sequence[SweptRun], job: Callable[[Config], ExitStatus]) -> li
         What became of those that began, in order.
     """
     outcomes: list[Outcome] = []
+    begin = time.monotonic()
     for number, run in enumerate(runs, start=1):
         print(f"\n[{number}/{len(runs)}] {run.config.run_name}", flush=True)
+        hours = run.config.trainer.max_hours
+        if hours is not None:
+            left = hours - (time.monotonic() - begin) / 3600
+            if left <= 0:
+                print("the time is over: the same command goes on with it", flush=True)
+                outcomes.append(Outcome(run, ExitStatus.STOPPED))
+                break
+            run.config.trainer.max_hours = left
         try:
             outcomes.append(Outcome(run, job(run.config)))
         except UserError as error:

@@ -10,6 +10,7 @@ from cs336_alignment.errors import ExitStatus, UserError
 from cs336_alignment.tracking.plots import save_plots
 from cs336_alignment.tracking.report import REPORT, write_report
 from cs336_alignment.tracking.run_record import is_run, read_run
+from cs336_alignment.training.run_folder import METRICS
 
 ROOT_KEY = "output_root="
 MOST_RUNS = 8  # as many as there are colours that can be told apart
@@ -95,6 +96,7 @@ def find_run(name: str, root: Path) -> Path:
     given = Path(name).expanduser()
     for folder in (given, root / name):
         if is_run(folder):
+            _refuse_several(folder)
             return folder
     there = sorted(path.name for path in root.glob("*") if is_run(path))
     raise UserError(
@@ -104,3 +106,15 @@ def find_run(name: str, root: Path) -> Path:
         expected=f"a folder with metrics.jsonl, or a name under {root}",
         hint=f"there are: {', '.join(there[:20])}" if there else "output_root=DIR says where",
     )
+
+
+def _refuse_several(folder: Path) -> None:
+    """Refuse the folder of a sweep or an expert iteration, whose runs lie in it."""
+    inner = sorted(path.name for path in folder.glob("*") if is_run(path))
+    if inner and not (folder / METRICS).exists():
+        raise UserError(
+            "R333",
+            f"{folder} is no run: it holds some",
+            ExitStatus.NOT_FOUND,
+            hint=f"cs336-sft report {folder / inner[0]}; there are: {', '.join(inner[:20])}",
+        )

@@ -214,7 +214,7 @@ def _sendable(key: str | None) -> str:
     key = (key or "").strip()
     if not (key.isascii() and key.isprintable()):
         raise UserError(
-            "C144",
+            "C148",
             "the API key of the server holds characters that cannot be sent",
             ExitStatus.BAD_CONFIG,
             expected="printable ASCII in OPENAI_API_KEY",

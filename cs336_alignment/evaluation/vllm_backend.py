@@ -44,7 +44,7 @@ class VllmGenerator:
             import vllm
         except ImportError as failure:
             raise UserError(
-                "C143",
+                "C147",
                 f"evaluation.backend=vllm needs vLLM, which cannot be imported: {failure}",
                 ExitStatus.BAD_CONFIG,
                 hint="pip install vllm (it brings the torch that it was built for, so best in an "

@@ -19,7 +19,7 @@ from cs336_alignment.config import (
     SourceConfig,
 )
 from cs336_alignment.config_check import clash
-from cs336_alignment.data.splits import prepare_run
+from cs336_alignment.data.splits import ledger_json, prepare_run
 from cs336_alignment.errors import ExitStatus, UserError, UserErrors
 from cs336_alignment.evaluation.verify import verifying
 from cs336_alignment.experiments.expert_summary import choose_iteration, show_summary
@@ -35,13 +35,14 @@ from cs336_alignment.training.parallel import (
     refuse_launcher_options,
     start_processes,
 )
-from cs336_alignment.training.report import resume_command
-from cs336_alignment.training.run import train
+from cs336_alignment.training.report import ledger_line, resume_command
+from cs336_alignment.training.run import NO_TIME, train
 from cs336_alignment.training.run_folder import (
     CONFIG,
     EXPORT,
     FREE,
     FREE_SECTIONS,
+    LEDGER,
     LENGTH,
     MANIFEST,
     NOTICED,
@@ -52,7 +53,6 @@ from cs336_alignment.training.status import StatusFile
 from cs336_alignment.training.stop import StopNow, StopRequest
 
 VERB = "expert-iteration"
-NO_TIME = "R304"  # the error of a run whose time limit is over before its first step
 # Of the evaluation, what decides which responses are sampled and kept.
 SAMPLED_BY = frozenset(
     f"evaluation.{name}" for name in ("max_new_tokens", "min_new_tokens", "stop", "reward")
@@ -78,13 +78,13 @@ def expert_iteration(config: Config, arguments: Sequence[str]) -> ExitStatus:
     is_main = is_main_process_before_start()
     folder, console = RunFolder(config), Console(enabled=is_main)
     if is_main:
-        folder.claim()
+        folder.claim("an expert iteration")
     status = StatusFile(folder.path / STATUS, resume_command(arguments, VERB), enabled=is_main)
     stop = StopRequest(config.trainer.max_hours, on_leave=status.ended, tell=is_main)
     try:
         with stop, status.covering():
             refuse_changes(folder.path, config)
-            if _is_complete(folder.path, config, status.read()):
+            if _is_complete(folder, config, status.read()):
                 console.note(
                     f"{folder.path} is complete: nothing to do. Its model is in "
                     f"{folder.path / EXPORT}; a larger expert_iteration.iterations would continue."
@@ -122,10 +122,17 @@ class _Whole:
             resolve_model(model.name_or_path, model.revision, model.trust_remote_code)
         )
         with verifying(config.evaluation) as verify:
-            data = prepare_run(
+            prepared = prepare_run(
                 config.data, tokenizer, seed=config.seed, progress=self.console.progress,
                 note=self.console.note, verify=verify,
-            ).train  # fmt: skip
+            )  # fmt: skip
+        data = prepared.train
+        for ledger in data.ledgers:
+            self.console.note(f"{'questions':<10} {ledger_line(ledger)}")
+        for line in prepared.warnings:
+            self.console.warn(line)
+        if data.mixture is not None:
+            self.console.warn("questions are drawn evenly: the weights of data.sources do not hold")
         sampler = Sampler(
             config, data, tokenizer, precision=precision, processes=self.processes,
             console=self.console, asked=lambda: self.stop.status,
@@ -141,11 +148,11 @@ class _Whole:
             "data_sha256": data.fingerprint,
             "num_processes": self.processes.count,
         }
-        self.processes.on_main(lambda: self._begin(manifest))
+        self.processes.on_main(lambda: self._begin(manifest, ledger_json(prepared)))
         for number in range(1, config.expert_iteration.iterations + 1):
             self.console.note(f"\niteration {number} of {config.expert_iteration.iterations}")
             part = folder_of(self.folder.path, number)
-            sampled = sampler(number, model, part)
+            sampled = sampler(number, model, part, is_trained=_has_trained(part))
             run = config_of_iteration(config, number, model)
             run.trainer.max_hours = self._hours_left(begin)
             try:
@@ -154,9 +161,9 @@ class _Whole:
                 if error.code != NO_TIME or not sampled:
                     raise
                 outcome = ExitStatus.STOPPED  # the time went into samples, and these are kept
-            self.processes.on_main(lambda done=number: self.status.running(done))  # type: ignore[misc]
             if outcome != ExitStatus.DONE:
                 return outcome
+            self.processes.on_main(lambda done=number: self.status.running(done))  # type: ignore[misc]
             model = run_model(part)
         self.processes.on_main(lambda: self._end(manifest))
         return ExitStatus.DONE
@@ -170,7 +177,7 @@ class _Whole:
             raise StopNow(ExitStatus.STOPPED)
         return max(left, 1e-6)
 
-    def _begin(self, manifest: dict[str, Any]) -> None:
+    def _begin(self, manifest: dict[str, Any], ledger: dict[str, Any]) -> None:
         folder = self.folder
         if _trained(folder.path):
             old = folder.earlier_manifest()
@@ -184,6 +191,7 @@ class _Whole:
                     hint=f"to start another: run_name={self.config.run_name}-2",
                 )
         folder.write_json(MANIFEST, manifest)
+        folder.write_json(LEDGER, ledger)
         folder.write_config(self.config)
         self.status.running()
 
@@ -295,6 +303,8 @@ def refuse_changes(folder: Path, config: Config) -> None:
 
 def _may_change(key: str, config: Config) -> bool:
     """Whether a key leaves rows and weights as they are, but for the order of sums."""
+    if key in ("run_name", "output_root"):
+        return False  # an iteration's config names its rows and its model by their paths
     if key in ("expert_iteration.iterations", "expert_iteration.metric_for_best_model"):
         return True
     if key.startswith("expert_iteration.") or key in SAMPLED_BY:
@@ -339,20 +349,22 @@ def _refuse_combinations(config: Config) -> None:
         raise UserErrors(errors)
 
 
-def _is_complete(folder: Path, config: Config, left: dict[str, Any]) -> bool:
-    return (
-        left.get("state") == "completed"
-        and left.get("step") == config.expert_iteration.iterations
-        and (folder / EXPORT).is_dir()
-    )
+def _is_complete(folder: RunFolder, config: Config, left: dict[str, Any]) -> bool:
+    options = config.expert_iteration
+    if left.get("state") != "completed" or left.get("step") != options.iterations:
+        return False
+    chosen_by = (folder.earlier_manifest().get("best") or {}).get("metric")
+    export = folder.path / EXPORT
+    return chosen_by == options.metric_for_best_model and folder.damage(export) is None
 
 
 def _trained(folder: Path) -> int:
     """Count the iterations in which steps were taken."""
-    parts = folder.glob("iteration-*")
-    return sum(
-        (part / EXPORT).is_dir() or any((part / "checkpoints").glob("step-*")) for part in parts
-    )
+    return sum(_has_trained(part) for part in folder.glob("iteration-*"))
+
+
+def _has_trained(part: Path) -> bool:
+    return (part / EXPORT).is_dir() or any((part / "checkpoints").glob("step-*"))
 
 
 def _no_truths(config: Config) -> UserError:

@@ -72,7 +72,9 @@ class Sampler:
         self.reward = make_reward(config.evaluation)
         self.gradable = np.flatnonzero([truth is not None for truth in data.ground_truths])
 
-    def __call__(self, iteration: int, model: ModelConfig, folder: Path) -> bool:
+    def __call__(
+        self, iteration: int, model: ModelConfig, folder: Path, *, is_trained: bool
+    ) -> bool:
         """Leave an iteration's rows in its folder, unless they are there.
 
         Responses are kept as they come, so a stop costs at most a few batches.
@@ -81,16 +83,19 @@ class Sampler:
             iteration: from 1.
             model: that is asked.
             folder: of the iteration.
+            is_trained: whether steps were taken on the rows.
 
         Returns:
             Whether there was anything left to do.
 
         Raises:
-            UserError: no response is correct, or a prompt does not survive being written (65); the
-                disk refuses (73, 74).
+            UserError: rows that were trained on would be others now (78); no response is correct,
+                or a prompt does not survive being written (65); the disk refuses (73, 74).
             StopNow: some process was asked to stop.
         """
         request = self._request(iteration, model)
+        if is_trained:
+            refuse_other_rows(iteration, folder, request)
         if self.processes.agree(_is_done(folder, request)):
             self.console.note(f"responses of iteration {iteration} are there: {folder / ROWS}")
             self.processes.on_main(lambda: forget(folder / FOLDER))  # a kill may have left them
@@ -243,6 +248,23 @@ def read_sampling(folder: Path) -> dict[str, Any]:
         return dict(json.loads((folder / RESULT).read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):
         return {}
+
+
+def refuse_other_rows(iteration: int, folder: Path, request: Mapping[str, Any]) -> None:
+    """Keep the rows that an iteration was trained on from being replaced by others.
+
+    Raises:
+        UserError: what decides them has changed (78).
+    """
+    before = read_sampling(folder).get("request", request)
+    if changed := [name for name, value in request.items() if before.get(name) != value]:
+        raise UserError(
+            "C302",
+            f"iteration {iteration} was trained on other samples than this command would draw",
+            ExitStatus.BAD_CONFIG,
+            got="; ".join(f"{name}: {before.get(name)} → {request[name]}" for name in changed),
+            hint="undo the change (of a reward's file, say), or start another: run_name=…",
+        )
 
 
 def _is_done(folder: Path, request: Mapping[str, Any]) -> bool:

@@ -80,7 +80,9 @@ def read_space(space: Mapping[str, Any]) -> list[Range | Choice]:
         except UserError as error:
             errors.append(error)
     if not found and not errors:
-        errors.append(_wrong("sweep.space is empty", "keys and the values that each may take", ""))
+        errors.append(
+            _wrong("sweep.space is empty", "keys and the values that each may take", None)
+        )
     if errors:
         raise UserErrors(errors)
     return found
@@ -150,7 +152,7 @@ def _is_number(value: Any) -> bool:
 
 def _wrong(message: str, expected: str | None, got: str | None) -> UserError:
     return UserError(
-        "C141",
+        "C145",
         message,
         ExitStatus.BAD_CONFIG,
         expected=expected,

@@ -62,7 +62,7 @@ class Study:
             import optuna
         except ImportError as failure:
             raise UserError(
-                "C142",
+                "C146",
                 "cs336-sft sweep needs Optuna",
                 ExitStatus.BAD_CONFIG,
                 hint="pip install 'optuna>=4.5,<5'",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -13,7 +14,7 @@ from cs336_alignment.config import Config
 from cs336_alignment.errors import ExitStatus, UserError, UserErrors
 from cs336_alignment.experiments.kept_config import refuse_changes
 from cs336_alignment.experiments.results import read_result
-from cs336_alignment.experiments.search_space import Choice, Range, read_space
+from cs336_alignment.experiments.search_space import Choice, Range, read_space, to_text
 from cs336_alignment.experiments.study import FILE, Study
 from cs336_alignment.experiments.sweep_summary import show_sweep
 from cs336_alignment.experiments.trial_process import TrialEnd, run_trial
@@ -21,6 +22,7 @@ from cs336_alignment.metric_names import GENERATED, greater_is_better, nearest_m
 from cs336_alignment.tracking.console import Console
 from cs336_alignment.training.parallel import launched_processes
 from cs336_alignment.training.report import resume_command
+from cs336_alignment.training.run import NO_TIME
 from cs336_alignment.training.run_folder import CONFIG, STATUS, RunFolder
 from cs336_alignment.training.status import StatusFile
 from cs336_alignment.training.stop import StopNow
@@ -34,7 +36,8 @@ COMMON = (
 STOPS = (ExitStatus.STOPPED, ExitStatus.INTERRUPTED)
 FREE = frozenset({
     "run_name", "output_root", "sweep.num_trials", "data.num_workers", "data.cache_dir",
-    "trainer.async_save", "trainer.save_total_limit", "trainer.watchdog_minutes",
+    "trainer.async_save", "trainer.max_hours", "trainer.save_total_limit",
+    "trainer.watchdog_minutes",
 })  # fmt: skip
 FREE_SECTIONS = ("logger.", "inspect.", "expert_iteration.")
 
@@ -53,6 +56,7 @@ def sweep(config: Config, arguments: Sequence[str]) -> ExitStatus:
         UserError: the space or the metric is wrong, the first trial's config is (78), or no trial
             came to its end (70).
     """
+    begin = time.monotonic()
     space = read_space(config.sweep.space)
     maximize = _direction(config)
     fixed = fixed_arguments(arguments, config)
@@ -65,7 +69,7 @@ def sweep(config: Config, arguments: Sequence[str]) -> ExitStatus:
             hint="start it without a launcher: each trial is a process of its own",
         )
     folder, console = RunFolder(config), Console()
-    folder.claim()
+    folder.claim("a sweep")
     status = StatusFile(folder.path / STATUS, resume_command(arguments, VERB), enabled=True)
     try:
         with status.covering():
@@ -74,10 +78,11 @@ def sweep(config: Config, arguments: Sequence[str]) -> ExitStatus:
             folder.write_config(config)
             study = Study(folder.path, space, maximize=maximize, seed=config.seed)
             status.running()
-            search = _Search(config, fixed, folder.path, study, console, status)
+            search = _Search(config, fixed, folder.path, study, console, status, begin)
             outcome = search.to_the_end()
             if outcome == ExitStatus.DONE:
-                show_sweep(folder.path, study, config.sweep.metric, maximize, fixed, console)
+                typed = [*fixed, *(word for word in arguments if word.startswith("output_root="))]
+                show_sweep(folder.path, study, config.sweep.metric, maximize, typed, console)
                 _refuse_nothing(study)
             if outcome in (ExitStatus.DONE, *STOPS):
                 status.ended(outcome)
@@ -95,23 +100,31 @@ class _Search:
     study: Study
     console: Console
     status: StatusFile
+    begin: float
 
     def to_the_end(self) -> ExitStatus:
         """Take the trials one after another; one that an earlier command left goes on."""
         count = self.config.sweep.num_trials
+        first = None
         for number in range(count):
             known = self.study.trials
             if number < len(known) and known[number].state != "running":
                 continue
+            first = number if first is None else first
             values = self.study.begin(number)
             name = f"trial-{number:03d}"
             shown = "  ".join(f"{key.rsplit('.', 1)[-1]} {value}" for key, value in values.items())
             self.console.note(f"[{number + 1}/{count}] {name}  {shown}")
-            if self.study.should_prune(number):  # killed before it could be told
+            if self.config.sweep.prune and self.study.should_prune(number):  # but was killed
                 self._told(number, TrialEnd(ExitStatus.STOPPED, True, None))
                 continue
             words = [f"{key}={value}" for key, value in values.items()]
-            place = [f"output_root={self.folder}", f"run_name={name}", SINGLE]
+            place = [f"output_root={to_text(str(self.folder))}", f"run_name={name}", SINGLE]
+            if (left := self._hours_left()) is not None:
+                if left <= 0:
+                    self.console.note("  the time is over: the same command goes on with it")
+                    return ExitStatus.STOPPED
+                place.append(f"trainer.max_hours={left}")
             end = run_trial(
                 [*self.fixed, *words, *place], self.folder / name, self.folder / f"{name}.log",
                 self.config.sweep.metric, partial(self._is_hopeless, number),
@@ -119,8 +132,13 @@ class _Search:
             if end.status in STOPS and not end.pruned:  # trainer.max_hours, or a signal of its own
                 self.console.note(f"  {name} stopped: the same command goes on with it")
                 return ExitStatus(end.status)
-            if number == 0 and end.status in COMMON:
-                self.study.forget()
+            no_time = (end.error or "").startswith(f"error[{NO_TIME}]")
+            if no_time and number != first:
+                self.console.note(f"  no time for {name}: the same command goes on with it")
+                return ExitStatus.STOPPED
+            if no_time or (number == 0 and end.status in COMMON):
+                if number == 0:
+                    self.study.forget()
                 error = end.error or f"see {self.folder / f'{name}.log'}"
                 print(error, file=sys.stderr, flush=True)
                 self.status.ended(ExitStatus(end.status), error)
@@ -128,6 +146,11 @@ class _Search:
             self._told(number, end)
             self.status.running(number + 1)
         return ExitStatus.DONE
+
+    def _hours_left(self) -> float | None:
+        """Give what is left of `trainer.max_hours`, which is the whole sweep's."""
+        hours = self.config.trainer.max_hours
+        return None if hours is None else hours - (time.monotonic() - self.begin) / 3600
 
     def _is_hopeless(self, number: int, step: int, value: float) -> bool:
         self.study.report(number, step, value)
@@ -229,7 +252,7 @@ def _refuse_nothing(study: Study) -> None:
     trials = study.trials
     if not any(trial.state == "complete" for trial in trials):
         raise UserError(
-            "R321",
+            "R322",
             f"none of {len(trials)} trials came to its end",
             ExitStatus.INTERNAL,
             got=(trials[0].error or "").splitlines()[0] if trials else None,

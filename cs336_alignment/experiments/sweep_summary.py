@@ -30,7 +30,7 @@ def show_sweep(
         study: its trials.
         metric: that was searched by.
         maximize: whether a greater one is better.
-        fixed: what was typed for every trial.
+        fixed: what was typed for every trial, and where the sweep is.
         console: shows it.
     """
     trials = study.trials

@@ -52,6 +52,8 @@ PANELS = (
            "eval/response_length_incorrect": "incorrect"}),
     Panel("endings", "How responses end", "share of responses", "share", "responses",
           {"eval/stop_rate": "by themselves", "eval/truncation_rate": "cut at the limit"}),
+    Panel("reward_errors", "Failed rewards", "responses that could not be graded", "count",
+          "responses", {"eval/reward_errors": "failed"}),
     Panel("throughput", "Throughput", "tokens per second", "count", "speed",
           {"perf/tokens_per_second": "tokens per second"}),
     Panel("step_seconds", "Time of a step", "seconds", "seconds", "speed",

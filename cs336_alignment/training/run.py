@@ -89,6 +89,8 @@ from cs336_alignment.training.stop import StopNow, StopRequest
 from cs336_alignment.training.trainer import Trainer, is_due
 from cs336_alignment.training.watchdog import Watchdog
 
+NO_TIME = "R304"  # the error of a run whose time limit is over before its first step
+
 
 def train(
     config: Config,
@@ -201,7 +203,7 @@ def _load_inputs(config: Config, console: Console) -> _Inputs:
 
 def _no_time(max_hours: float | None) -> UserError:
     return UserError(
-        "R304",
+        NO_TIME,
         "the time was over before a step was taken: the same command would come no further",
         ExitStatus.BAD_CONFIG,
         got=f"trainer.max_hours={max_hours:g}",

@@ -28,6 +28,13 @@ METRICS = "metrics.jsonl"
 EXPORT = "model"
 LOCK = "run.lock"
 
+# What a folder holds, by what nothing else leaves there.
+KINDS = {
+    "a run": METRICS,
+    "an expert iteration": "iteration-01",
+    "a sweep": "study.db",
+}
+
 # What may change between a stop and a restart. These keys do not touch the weights:
 FREE = frozenset(
     {
@@ -106,12 +113,24 @@ class RunFolder:
         self.checkpoints = self.path / "checkpoints"
         self._lock: IO[str] | None = None
 
-    def claim(self) -> None:
+    def claim(self, kind: str = "a run") -> None:
         """Create the folder and lock it for the life of this process.
 
+        Args:
+            kind: of `KINDS`, what it is to hold.
+
         Raises:
-            UserError: it cannot be created or written, is a link, or another process holds it (73).
+            UserError: it cannot be created or written, is a link, holds something of another kind,
+                or another process holds it (73).
         """
+        for other, name in KINDS.items():
+            if other != kind and (self.path / name).exists():
+                raise UserError(
+                    "R106",
+                    f"{self.path} holds {other}, and this would be {kind}: it would be overwritten",
+                    ExitStatus.CANNOT_CREATE,
+                    hint="choose another run_name=…",
+                )
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             if self.path.is_symlink():
@@ -206,7 +225,7 @@ class RunFolder:
         patient = old.get("trainer.early_stopping_patience")
         goes_on = lengthened or (ended_early and _is_more(patient, config))
         if completed and not goes_on:
-            reason = self._damage(export) or self._other_choice(config)
+            reason = self.damage(export) or self._other_choice(config)
             if reason is None:
                 return Decision(complete=True)
             notices.append(f"the model is written once more: {reason}")
@@ -244,7 +263,7 @@ class RunFolder:
             return f"trainer.greater_is_better is {str(criterion.greater).lower()} now"
         return None
 
-    def _damage(self, export: Path) -> str | None:
+    def damage(self, export: Path) -> str | None:
         """Say what is wrong with the exported weights; None: nothing."""
         if not export.is_dir():
             return f"there is no {export}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -142,8 +143,11 @@ def test_what_it_leaves_and_what_it_refuses(
 ) -> None:
     run = lambda *more: in_child(lambda: cli.run(command(start, tmp_path, *more)))  # noqa: E731
     assert run("expert_iteration.iterations=1", "trainer.max_hours=1e-6") == 75
-    assert run("expert_iteration.iterations=1") == 0
     folder = tmp_path / "e"
+    status = json.loads((folder / "status.json").read_text())
+    assert (status["state"], status["step"]) == ("preempted", 0)
+    assert run("expert_iteration.iterations=1") == 0
+    assert json.loads((folder / "data_ledger.json").read_text())["train"]["examples"] == 8
     rows = [json.loads(line) for line in (folder / "iteration-01/rows.jsonl").open()]
     drawn = [json.loads(line) for line in (folder / "iteration-01/samples.jsonl").open()]
     assert len(drawn) == 24 and all(
@@ -168,10 +172,17 @@ def test_what_it_leaves_and_what_it_refuses(
     ).is_file()
     assert run("expert_iteration.iterations=1") == 0
     assert "complete: nothing to do" in capfd.readouterr().out
+    by = "expert_iteration.metric_for_best_model=eval/loss"
+    assert run("expert_iteration.iterations=1", by) == 0
+    best = json.loads((folder / "manifest.json").read_text())["best"]
+    assert (best["metric"], best["iteration"]) == ("eval/loss", 1)
     for change in ("expert_iteration.temperature=0.5", "optimizer.learning_rate=0.1", "seed=1",
                    "evaluation.max_new_tokens=20"):  # fmt: skip
         assert run(change) == 78
         assert change.split("=")[0] in capfd.readouterr().err
+    shutil.copytree(folder, tmp_path / "moved/e")
+    assert run(f"output_root={tmp_path / 'moved'}") == 78
+    assert "output_root" in capfd.readouterr().err
     assert json.loads((folder / "status.json").read_text())["state"] == "completed"
     assert run("logger.project=other") == 0  # and a second iteration
     assert (folder / "iteration-02/model").is_dir()

@@ -110,7 +110,7 @@ def metrics_hold(run: Path, step: int) -> Callable[[], bool]:
     return lambda: path.is_file() and f'"step": {step}, '.encode() in path.read_bytes()
 
 
-@pytest.mark.parametrize("asynchronous", ["false", "true"])
+@pytest.mark.parametrize("asynchronous", [pytest.param("false", marks=pytest.mark.slow), "true"])
 @pytest.mark.fault("T2 SIGKILL at a step, the same command again")
 def test_a_kill_at_a_step_changes_nothing(
     asynchronous: str, command: list[str], start: Start, sft: Sft, zygote: Zygote, tmp_path: Path,
@@ -190,7 +190,10 @@ def test_a_request_to_stop_saves_and_goes_on(
             assert not differences(run, whole)
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(
+    ("number", "code"),
+    [(signal.SIGTERM, 75), pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow)],
+)
 @pytest.mark.fault("T30 a second signal leaves at once")
 def test_a_second_signal_leaves_at_once_and_nothing_is_lost(
     number: signal.Signals, code: int, command: list[str], start: Start, sft: Sft, zygote: Zygote,
@@ -409,6 +412,7 @@ def test_twenty_random_kills_of_two_processes(
         tally.tried += lives - 1
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="prctl is Linux's")
 @pytest.mark.fault("T1 SIGKILL while several processes tokenize")
 def test_processes_that_tokenize_end_with_the_one_that_is_killed(

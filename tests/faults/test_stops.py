@@ -143,7 +143,10 @@ def test_the_next_step_is_made_before_the_device_is_waited_for(
 
 
 @pytest.mark.parametrize("asynchronous", [False, True])
-@pytest.mark.parametrize("status", [ExitStatus.STOPPED, ExitStatus.INTERRUPTED])
+@pytest.mark.parametrize(
+    "status",
+    [ExitStatus.STOPPED, pytest.param(ExitStatus.INTERRUPTED, marks=pytest.mark.slow)],
+)
 @pytest.mark.fault("T4 a request to stop, at each microbatch")
 def test_a_request_at_any_microbatch_costs_nothing(
     status: ExitStatus, asynchronous: bool, tmp_path: Path, processes: Processes, tally: Tally

@@ -28,6 +28,7 @@ def holding(folder: Path, words: list[bytes]) -> list[str]:
     ]  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.fault("T31 a secret in the environment or in the config")
 def test_secrets_are_in_no_file_and_on_no_screen(
     sft: Sft, rows: Path, tmp_path: Path, tally: Tally
@@ -137,6 +138,7 @@ def test_output_folders(sft: Sft, rows: Path, tmp_path: Path, tally: Tally) -> N
     assert not (tmp_path / "escaped").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.fault("T26 few examples, or numbers that do not divide")
 def test_numbers_that_do_not_divide(sft: Sft, tmp_path: Path, tally: Tally) -> None:
     for count, batch, steps in ((1, 4, 1), (3, 4, 1), (5, 4, 2), (9, 4, 3), (4, 4, 1)):

@@ -34,7 +34,7 @@ def checkpoints(run: Path) -> list[int]:
     return sorted(int(path.name[5:]) for path in run.glob("checkpoints/step-*"))
 
 
-@pytest.mark.parametrize("asynchronous", ["false", "true"])
+@pytest.mark.parametrize("asynchronous", [pytest.param("false", marks=pytest.mark.slow), "true"])
 def test_the_best_step_is_kept_exported_and_loaded_again(
     asynchronous: str, command: list[str], sft: Sft, tmp_path: Path
 ) -> None:

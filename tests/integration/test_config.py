@@ -86,6 +86,7 @@ def test_contract_defaults() -> None:
         (("~trainer.max_steps",), 78, ("trainer.max_steps",)),
         (("+=",), 78, ("section.key=value",)),
         (("trainer.max_steps=abc",), 78, ("trainer.max_steps", "wrong type", "abc")),
+        (("trainer.max_steps=None",), 78, ("hint: trainer.max_steps=null",)),
         (("trainer.global_batch_size=1.5",), 78, ("trainer.global_batch_size", "wrong type")),
         (("trainer.global_batch_size=0",), 78, ("trainer.global_batch_size", "at least 1", "0 (int)")),
         (("optimizer.learning_rate=nan",), 78, ("optimizer.learning_rate", "finite")),

@@ -171,6 +171,7 @@ def test_while_training(sft: Sft, tmp_path: Path, data: str) -> None:
     assert done.stderr.count("the reward failed on 2 of 6") == 2
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_several_processes_each_have_their_own(sft: Sft, tmp_path: Path, data: str) -> None:
     write_function(tmp_path, "sum(iter(int, 1))")

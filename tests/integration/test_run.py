@@ -76,7 +76,10 @@ def test_a_time_limit_before_the_first_step_is_an_error(
     assert sft("train", *overrides, "trainer.max_steps=2").returncode == 0
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(
+    ("number", "code"),
+    [(signal.SIGTERM, 75), pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow)],
+)
 @pytest.mark.fault("T4 SIGTERM or SIGINT, once or twice, the same command again")
 def test_a_signal_before_the_first_step_leaves_a_run_that_goes_on(
     number: signal.Signals, code: int, sft: Sft, rows: Path, tmp_path: Path

@@ -10,9 +10,15 @@ import pytest
 
 from cs336_alignment.config import ColumnsConfig, Config, DataConfig, ModelConfig
 from cs336_alignment.data.splits import prepare_run
+from cs336_alignment.errors import UserError
 from cs336_alignment.experiments.expert_iteration import config_of_iteration, copy_whole
 from cs336_alignment.experiments.expert_summary import choose_iteration
-from cs336_alignment.experiments.samples import choose_questions, summarize_samples
+from cs336_alignment.experiments.samples import (
+    RESULT,
+    choose_questions,
+    refuse_other_rows,
+    summarize_samples,
+)
 from cs336_alignment.model.loading import load_tokenizer, resolve_model
 
 
@@ -95,3 +101,13 @@ def test_a_model_is_copied_whole_or_not_at_all(
     assert (target / "b").read_text() == "old"
     copy_whole(source, target)
     assert [path.name for path in target.iterdir()] == ["a"]
+
+
+def test_rows_that_were_trained_on_are_not_replaced_by_others(tmp_path: Path) -> None:
+    request = {"iteration": 1, "reward": ["r.py:reward", "a" * 64], "seed": 3}
+    refuse_other_rows(1, tmp_path, request)  # lost: the same ones are drawn again
+    (tmp_path / RESULT).write_text(json.dumps({"request": request}))
+    refuse_other_rows(1, tmp_path, request)
+    with pytest.raises(UserError, match="other samples") as caught:
+        refuse_other_rows(1, tmp_path, request | {"reward": ["r.py:reward", "b" * 64]})
+    assert caught.value.code == "C302" and "reward" in str(caught.value)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from cs336_alignment import multirun
 from cs336_alignment.config import Config
 from cs336_alignment.errors import ExitStatus, UserError
 from cs336_alignment.experiments.results import read_result, to_markdown_table
@@ -57,6 +59,25 @@ def test_a_request_to_stop_ends_them_all(tmp_path: Path) -> None:
     outcomes = run_all(swept(tmp_path, a="1", b="2"), lambda _: ExitStatus.STOPPED)
     assert len(outcomes) == 1 and status_of(outcomes) == ExitStatus.STOPPED
     assert status_of([]) == ExitStatus.DONE
+
+
+def test_the_time_limit_is_that_of_them_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now, given = 0.0, []
+    monkeypatch.setattr(multirun, "time", SimpleNamespace(monotonic=lambda: now))
+
+    def job(config: Config) -> ExitStatus:
+        nonlocal now
+        now += 1800
+        given.append(config.trainer.max_hours)
+        return ExitStatus.DONE
+
+    runs = swept(tmp_path, a="1", b="2", c="3")
+    for run in runs:
+        run.config.trainer.max_hours = 0.75
+    outcomes = run_all(runs, job)
+    assert given == [0.75, 0.25] and status_of(outcomes) == ExitStatus.STOPPED
 
 
 def test_what_they_came_to_is_compared_at_the_exported_step(

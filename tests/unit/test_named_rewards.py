@@ -162,6 +162,7 @@ def test_what_a_configuration_may_not_say(options: dict[str, Any], code: str, sa
     with pytest.raises(UserError) as caught:
         check(config)
     assert f"error[{code}]" in str(caught.value) and says in str(caught.value)
+    assert str(caught.value).count("error[") == 1
     config.evaluation = EvaluationConfig(
         reward="m.n:f.g", allow_custom_reward=True, reward_seconds=3
     )

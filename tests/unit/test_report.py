@@ -314,3 +314,13 @@ def test_the_library_came_with_its_licence() -> None:
     folder = ROOT / "cs336_alignment/tracking/page"
     assert "MIT License" in (folder / "uPlot.LICENSE").read_text()
     assert "Leon Sorokin" in (folder / "uPlot.LICENSE").read_text()
+
+
+def test_a_folder_of_several_runs_is_no_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_run(tmp_path / "sweep/trial-000")
+    (tmp_path / "sweep/config.yaml").touch()
+    assert cli.run(["report", str(tmp_path / "sweep")]) == 66
+    assert f"cs336-sft report {tmp_path / 'sweep/trial-000'}" in capsys.readouterr().err
+    assert not (tmp_path / "sweep/report.html").exists()

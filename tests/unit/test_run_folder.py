@@ -18,11 +18,14 @@ import pytest
 import torch
 from torch import nn
 
+from cs336_alignment.compose import TRAINING, _default_run_name
 from cs336_alignment.config import ALL_KEYS, Config, DataConfig, ModelConfig, flatten
 from cs336_alignment.errors import ExitStatus, Place, UserError
+from cs336_alignment.experiments import study
+from cs336_alignment.experiments.expert_iteration import folder_of
 from cs336_alignment.training import run_folder as module
 from cs336_alignment.training.checkpoint import Snapshot, TrainState, save_checkpoint
-from cs336_alignment.training.run_folder import RunFolder, compare
+from cs336_alignment.training.run_folder import KINDS, RunFolder, compare
 from tests.conftest import ROOT
 
 
@@ -429,3 +432,28 @@ os._exit(1)
         RunFolder(make_config(tmp_path)).claim()
     finally:
         os.kill(int(done.stdout), signal.SIGKILL)
+
+
+@pytest.mark.parametrize("holds", KINDS)
+def test_a_folder_is_not_given_to_another_kind_of_command(tmp_path: Path, holds: str) -> None:
+    path = tmp_path / "run"
+    path.mkdir()
+    (path / KINDS[holds]).touch()
+    for kind in KINDS:
+        if kind != holds:
+            with pytest.raises(UserError, match=f"holds {holds}") as caught:
+                RunFolder(make_config(tmp_path)).claim(kind)
+            assert caught.value.status == ExitStatus.CANNOT_CREATE
+    assert [child.name for child in path.iterdir()] == [KINDS[holds]]
+    RunFolder(make_config(tmp_path)).claim(holds)
+
+
+def test_the_kinds_are_told_apart_by_what_their_commands_leave() -> None:
+    assert KINDS["a sweep"] == study.FILE
+    assert KINDS["an expert iteration"] == folder_of(Path(), 1).name
+
+
+def test_commands_on_the_same_model_and_data_have_folders_of_their_own() -> None:
+    config = Config(model=ModelConfig("org/m"), data=DataConfig("rows.jsonl"))
+    names = {verb: _default_run_name(config, verb) for verb in TRAINING}
+    assert names["train"] == "m-rows" and len(set(names.values())) == len(TRAINING)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from cs336_alignment import cli
 from cs336_alignment.errors import ExitStatus, UserError
@@ -100,6 +103,7 @@ class Fake:
     def __init__(self) -> None:
         self.began: list[list[str]] = []
         self.ends: dict[int, TrialEnd | type[BaseException]] = {}
+        self.dies_in = -1
 
     def __call__(
         self, arguments: Sequence[str], folder: Path, log: Path, metric: str,
@@ -120,6 +124,9 @@ class Fake:
             lines.append(json.dumps({"step": step, metric: loss + 1 / step}) + "\n")
             if is_hopeless(step, loss + 1 / step):
                 return TrialEnd(75, True, None)
+            if number == self.dies_in:
+                self.dies_in = -1
+                raise Killed
         (folder / "metrics.jsonl").write_text("".join(lines))
         (folder / "status.json").write_text('{"state": "completed", "step": 15}')
         return TrialEnd(0, False, None)
@@ -132,7 +139,7 @@ def fake(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Fake:
     monkeypatch.setattr(module, "run_trial", stands_in)
     # A process holds a run's lock until it ends, and here one stands for several.
     monkeypatch.setattr(
-        module.RunFolder, "claim", lambda self: self.path.mkdir(parents=True, exist_ok=True)
+        module.RunFolder, "claim", lambda self, _: self.path.mkdir(parents=True, exist_ok=True)
     )
     return stands_in
 
@@ -168,6 +175,51 @@ def test_a_sweep_goes_on_after_a_kill_and_ends_as_without(
     assert run("sweep.num_trials=9", name="cut") == 0 and len(fake.began) == begun + 2
     assert run("optimizer.eps=1e-6", name="cut") == 78
     assert "optimizer.eps: 1e-08 → 1e-06" in capsys.readouterr().err
+
+
+def test_without_pruning_a_killed_trial_is_not_given_up_either(fake: Fake, tmp_path: Path) -> None:
+    assert run("sweep.prune=false") == 0
+    whole = json.loads((tmp_path / "outputs/s/sweep.json").read_text())["trials"]
+    fake.dies_in = max(whole[4:], key=lambda trial: float(trial["value"]))["number"]
+    with pytest.raises(Killed):
+        run("sweep.prune=false", name="cut")
+    assert run("sweep.prune=false", name="cut") == 0
+    assert json.loads((tmp_path / "outputs/cut/sweep.json").read_text())["trials"] == whole
+
+
+def test_the_time_limit_is_that_of_the_whole_sweep(
+    fake: Fake, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 0.0
+    monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: now))
+
+    def trial(*rest: Any) -> TrialEnd:
+        nonlocal now
+        now += 1800
+        return fake(*rest)
+
+    monkeypatch.setattr(module, "run_trial", trial)
+    assert run("trainer.max_hours=1.2", "sweep.prune=false") == 75
+    given = [[w for w in words if w.startswith("trainer.max_hours")][-1] for words in fake.began]
+    assert [round(float(word.split("=")[1]), 9) for word in given] == [1.2, 0.7, 0.2]
+    assert "the same command goes on" in capsys.readouterr().out
+    # The time that is left may be too short for a step: no failure of the trial.
+    now, fake.ends[4] = 0.0, TrialEnd(78, False, "error[R304]: the time was over")
+    assert run("trainer.max_hours=2", "sweep.prune=false") == 75
+    fake.ends[4] = TrialEnd(78, False, "error[R304]: the time was over")
+    assert run("trainer.max_hours=1e-9", "sweep.prune=false") == 78  # and comes no further so
+    assert run("sweep.prune=false") == 0
+    written = json.loads((tmp_path / "outputs/s/sweep.json").read_text())
+    assert {trial["state"] for trial in written["trials"]} == {"complete"}
+
+
+def test_folders_of_any_name_reach_the_trials(fake: Fake, tmp_path: Path) -> None:
+    assert run("sweep.num_trials=1", "output_root='a (1), b=[c'") == 0
+    words = [word for word in fake.began[0] if word.startswith("output_root=")]
+    given = [o.value() for o in OverridesParser.create().parse_overrides(words)]
+    assert given == ["a (1), b=[c/s"]
+    command = json.loads(Path("a (1), b=[c/s/sweep.json").read_text())["command"]
+    assert "output_root='a (1), b=[c'" in shlex.split(command)
 
 
 def test_a_failed_trial_is_told_and_the_sweep_goes_on(
