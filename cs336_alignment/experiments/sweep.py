@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 import sys
 import time
 from collections.abc import Sequence
@@ -23,7 +25,7 @@ from cs336_alignment.tracking.console import Console
 from cs336_alignment.training.parallel import launched_processes
 from cs336_alignment.training.report import resume_command
 from cs336_alignment.training.run import NO_TIME
-from cs336_alignment.training.run_folder import CONFIG, STATUS, RunFolder
+from cs336_alignment.training.run_folder import CONFIG, MANIFEST, STATUS, RunFolder
 from cs336_alignment.training.status import StatusFile
 from cs336_alignment.training.stop import StopNow
 
@@ -153,6 +155,9 @@ class _Search:
         return None if hours is None else hours - (time.monotonic() - self.begin) / 3600
 
     def _is_hopeless(self, number: int, step: int, value: float) -> bool:
+        # At the last step it would depend on whether the request comes before the trial is over.
+        if step >= _last_step(self.folder / f"trial-{number:03d}"):
+            return False
         self.study.report(number, step, value)
         return self.config.sweep.prune and self.study.should_prune(number)
 
@@ -177,6 +182,14 @@ class _Search:
             return
         self.study.complete(number, metrics[metric])
         self.console.note(f"  {metric} {metrics[metric]:.4f}")
+
+
+def _last_step(trial: Path) -> float:
+    """Give the step where a trial ends; infinity while it has not written that down."""
+    try:
+        return int(json.loads((trial / MANIFEST).read_text(encoding="utf-8"))["total_steps"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return math.inf
 
 
 def fixed_arguments(arguments: Sequence[str], config: Config) -> list[str]:

@@ -26,7 +26,7 @@ class TrialEnd:
 
     Attributes:
         status: its exit status; a signal's number is 128 + it.
-        pruned: it was asked to end because its metric was no good.
+        pruned: its metric was no good, so it was asked to end; it may have come to its end before.
         error: what it printed as its error.
     """
 
@@ -75,7 +75,7 @@ def run_trial(
                 child.terminate()
             child.wait()
     status = child.returncode if child.returncode >= 0 else 128 - child.returncode
-    return TrialEnd(status, pruned and status != ExitStatus.DONE, _error_of(log))
+    return TrialEnd(status, pruned, _error_of(log))
 
 
 def _size(path: Path) -> int:

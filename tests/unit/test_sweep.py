@@ -13,6 +13,7 @@ import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from cs336_alignment import cli
+from cs336_alignment.config import Config
 from cs336_alignment.errors import ExitStatus, UserError
 from cs336_alignment.experiments import sweep as module
 from cs336_alignment.experiments.search_space import Choice, Range, read_space, to_text
@@ -130,6 +131,25 @@ class Fake:
         (folder / "metrics.jsonl").write_text("".join(lines))
         (folder / "status.json").write_text('{"state": "completed", "step": 15}')
         return TrialEnd(0, False, None)
+
+
+def test_the_last_step_of_a_trial_ends_it_by_itself(tmp_path: Path) -> None:
+    reported = []
+
+    class Noting:
+        def report(self, number: int, step: int, value: float) -> None:
+            reported.append(step)
+
+        def should_prune(self, number: int) -> bool:
+            return True
+
+    config = Config()
+    search = module._Search(config, [], tmp_path, Noting(), None, None, 0.0)  # type: ignore[arg-type]
+    assert search._is_hopeless(0, 10, 1.0)  # nothing is known of its end
+    (tmp_path / "trial-000").mkdir()
+    (tmp_path / "trial-000/manifest.json").write_text('{"total_steps": 10}')
+    assert search._is_hopeless(0, 5, 1.0) and not search._is_hopeless(0, 10, 1.0)
+    assert reported == [10, 5]
 
 
 @pytest.fixture
