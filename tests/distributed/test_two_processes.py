@@ -42,6 +42,7 @@ def test_every_cut_on_two_processes_gives_the_dense_gradient(
         assert losses == pytest.approx(alone, rel=1e-12 if "64" in dtype else 1e-6)
 
 
+@pytest.mark.slow
 def test_leaving_the_process_group_never_waits_for_ever(sft: Sft) -> None:
     worker = ROOT / "tests" / "distributed" / "worker_teardown.py"
     done = sft(str(worker), launcher=launch("torchrun"), env={"PYTHONPATH": str(ROOT)})

@@ -74,7 +74,7 @@ def left(folder: Path) -> dict[str, Any]:
         pytest.param(None, {3, 4, 6}, 1, marks=pytest.mark.slow),
     ],
 )
-@pytest.mark.parametrize("behind", [False, True])
+@pytest.mark.parametrize("behind", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     "fault",
     [

@@ -219,7 +219,10 @@ def test_no_bytes_bring_a_reader_down(seconds: float, tmp_path: Path, tally: Tal
     search(lambda raw: read_both(tmp_path, raw), PIECES, seconds, tally)
 
 
-@pytest.mark.parametrize("seconds", [5, pytest.param(300, marks=pytest.mark.long)])
+@pytest.mark.parametrize(
+    "seconds",
+    [pytest.param(5, marks=pytest.mark.slow), pytest.param(300, marks=pytest.mark.long)],
+)
 @pytest.mark.timeout(400)
 @pytest.mark.fault("overrides that hypothesis makes up")
 def test_no_override_brings_the_command_line_down(

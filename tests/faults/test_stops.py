@@ -142,7 +142,7 @@ def test_the_next_step_is_made_before_the_device_is_waited_for(
     assert events == [event for ids in made for event in (ids, "wait")] + ["wait"]
 
 
-@pytest.mark.parametrize("asynchronous", [False, True])
+@pytest.mark.parametrize("asynchronous", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     "status",
     [ExitStatus.STOPPED, pytest.param(ExitStatus.INTERRUPTED, marks=pytest.mark.slow)],

@@ -91,7 +91,7 @@ def check_error(outcome: Outcome, fault: str) -> None:
 
 
 @pytest.mark.parametrize("damaged", [False, True])
-@pytest.mark.parametrize("keep", [1, 2])
+@pytest.mark.parametrize("keep", [1, pytest.param(2, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("work_of", [save_at_once, save_behind])
 @pytest.mark.parametrize("fault", fault_of("a save"))
 def test_a_save_leaves_the_old_checkpoint_or_the_new_one(

@@ -162,7 +162,10 @@ def test_a_run_that_is_stopped_ends_early_at_the_same_step(
 
 
 @pytest.mark.fault("T2 a kill or a request to stop while the export is loaded")
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGKILL, -9), (signal.SIGTERM, 75)])
+@pytest.mark.parametrize(
+    ("number", "code"),
+    [pytest.param(signal.SIGKILL, -9, marks=pytest.mark.slow), (signal.SIGTERM, 75)],
+)
 def test_an_end_during_the_reload_check_costs_the_check_alone(
     number: signal.Signals, code: int, command: list[str], sft: Sft, tmp_path: Path, zygote: Any
 ) -> None:
@@ -227,6 +230,7 @@ def test_a_metric_that_never_comes_ends_the_run_at_its_first_evaluation(
     assert "eval/loss, eval/loss_first_token" in done.stderr and "step 1/4" not in done.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_two_processes_agree_on_the_best_step(command: list[str], sft: Sft, tmp_path: Path) -> None:
     mine = [*command, "trainer.max_steps=40", "trainer.early_stopping_patience=3",

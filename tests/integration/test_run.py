@@ -100,6 +100,7 @@ def test_a_signal_before_the_first_step_leaves_a_run_that_goes_on(
     assert sft("train", *overrides).returncode == 0
 
 
+@pytest.mark.slow
 def test_results_of_other_questions_are_not_compared(sft: Sft, rows: Path, tmp_path: Path) -> None:
     overrides = [*TINY, f"data.train_path={rows}", f"data.eval_path={rows}", "run_name=r"]
     first = sft("train", *overrides, "trainer.max_steps=2")

@@ -24,6 +24,7 @@ print(faults[-1])
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc has the setting")
 def test_memory_asked_for_again_costs_no_page_faults() -> None:
     kept, returned = (

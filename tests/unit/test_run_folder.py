@@ -410,6 +410,7 @@ def test_a_lock_that_was_taken_away_is_noticed(tmp_path: Path) -> None:
         folder.check_lock()
 
 
+@pytest.mark.slow
 @pytest.mark.fault("T5 a child that outlives its parent")
 def test_a_child_that_outlives_its_parent_holds_no_lock(tmp_path: Path) -> None:
     code = f"""
