@@ -43,6 +43,7 @@ def weights(module: torch.nn.Module) -> torch.Tensor:
     return torch.cat([p.detach().flatten() for p in module.parameters()])
 
 
+@pytest.mark.slow
 def test_steps_are_those_of_adamw_but_for_rounding_and_state_is_a_quarter() -> None:
     (plain, wide), (module, narrow) = build(32), build(8)
     start = weights(plain)

@@ -125,11 +125,16 @@ NORM = "model.norm.weight"
     ("damage", "reasons"),
     [
         (change_weights(lambda t: t[NORM].zero_()), ("other weights", NORM, "log-probs differ")),
-        (
+        pytest.param(
             change_weights(lambda t: t[NORM].view(-1)[3].fill_(torch.nan)),
             ("not all numbers are finite in " + NORM,),
+            marks=pytest.mark.slow,
         ),
-        (change_weights(lambda t: t.update({NORM: t[NORM].bfloat16()})), ("other weights", NORM)),
+        pytest.param(
+            change_weights(lambda t: t.update({NORM: t[NORM].bfloat16()})),
+            ("other weights", NORM),
+            marks=pytest.mark.slow,
+        ),
         (change_json("config.json", rms_norm_eps=0.3), ("log-probs differ: token",)),
         (
             change_json("generation_config.json", eos_token_id=7),
@@ -137,9 +142,10 @@ NORM = "model.norm.weight"
         ),
         (lambda f: (f / "chat_template.jinja").write_text("{{ messages }}"), ("(chat template)",)),
         (lambda f: (f / "config.json").unlink(), ("plain transformers cannot use it",)),
-        (
+        pytest.param(
             lambda f: (f / "model.safetensors").write_bytes(b"x" * 99),
             ("plain transformers cannot use it",),
+            marks=pytest.mark.slow,
         ),
     ],
     ids=["zeroed", "not a number", "rounded", "config", "stop", "template", "no config", "rubbish"],

@@ -197,6 +197,7 @@ def test_a_sweep_goes_on_after_a_kill_and_ends_as_without(
     assert "optimizer.eps: 1e-08 → 1e-06" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_without_pruning_a_killed_trial_is_not_given_up_either(fake: Fake, tmp_path: Path) -> None:
     assert run("sweep.prune=false") == 0
     whole = json.loads((tmp_path / "outputs/s/sweep.json").read_text())["trials"]
@@ -207,6 +208,7 @@ def test_without_pruning_a_killed_trial_is_not_given_up_either(fake: Fake, tmp_p
     assert json.loads((tmp_path / "outputs/cut/sweep.json").read_text())["trials"] == whole
 
 
+@pytest.mark.slow
 def test_the_time_limit_is_that_of_the_whole_sweep(
     fake: Fake, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
