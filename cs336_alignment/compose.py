@@ -25,7 +25,8 @@ from omegaconf.errors import OmegaConfBaseException
 
 from cs336_alignment.compose_errors import config_folder, no_such_key, presets, translate
 from cs336_alignment.config import ALL_KEYS, DEFAULT_WARMUP_RATIO, Config
-from cs336_alignment.config_check import check, clash, warmup_clash
+from cs336_alignment.config_check import check
+from cs336_alignment.config_clashes import clash, warmup_clash
 from cs336_alignment.config_names import VALUE_FLAGS
 from cs336_alignment.errors import ExitStatus, UserError, UserErrors
 from cs336_alignment.multirun import (

@@ -9,6 +9,13 @@ from typing import Any
 
 MISSING = "???"  # OmegaConf's mark for a value that must be given
 
+# What two modules check with.
+FORMATS = (
+    "auto", "messages", "sharegpt", "prompt_response", "question_answer", "alpaca", "math",
+    "multiple_choice", "tokens", "text",
+)  # fmt: skip
+REWARDS = ("r1_zero", "gsm8k", "exact_match", "multiple_choice")
+
 DEFAULT_MICROBATCH_TOKENS = 4096
 DEFAULT_WARMUP_RATIO = 0.03
 DEFAULT_SERVER_URL = "http://127.0.0.1:8000/v1"

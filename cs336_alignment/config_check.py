@@ -1,4 +1,4 @@
-"""Values that keys may take, and options that do not combine."""
+"""Values that keys may take."""
 
 from __future__ import annotations
 
@@ -6,20 +6,12 @@ import math
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
-from cs336_alignment.config import (
-    ALL_KEYS,
-    DEFAULT_REWARD_SECONDS,
-    DEFAULT_WARMUP_RATIO,
-    Config,
-    DataConfig,
-    EvaluationConfig,
-    flatten,
-)
+from cs336_alignment.config import ALL_KEYS, FORMATS, REWARDS, Config, flatten
+from cs336_alignment.config_clashes import clashes
 from cs336_alignment.errors import ExitStatus, UserError, UserErrors, describe
-from cs336_alignment.metric_names import GENERATED, greater_is_better, nearest_metric
 
 LOSS_NORMALIZATIONS = ("token", "sequence", "microbatch", "constant")
 BATCHINGS = ("auto", "flat", "flat_shared_prefix", "padded")
@@ -28,10 +20,6 @@ PRECISIONS = ("auto", "fp32", "bf16")
 OVERLONG = ("drop", "truncate", "split", "error")
 TRAIN_ON = ("response", "assistant", "last_turn", "all")
 MIXTURE_STOPS = ("first_exhausted", "all_exhausted")
-FORMATS = (
-    "auto", "messages", "sharegpt", "prompt_response", "question_answer", "alpaca", "math",
-    "multiple_choice", "tokens", "text",
-)  # fmt: skip
 SECRET_WORDS = {"token", "key", "secret", "password", "passwd", "credential", "credentials"}
 SECRET_LENGTH = 8  # shorter ones are found in ordinary words
 SECRET_SHAPE = re.compile(  # Hugging Face, GitHub, OpenAI and others, AWS; a password in a URL
@@ -43,7 +31,6 @@ SCHEDULES = ("cosine", "linear", "constant", "warmup_stable_decay")
 LOGGERS = ("wandb", "none")
 BACKENDS = ("transformers", "server", "vllm")
 SERVER_APIS = ("completions", "chat")
-REWARDS = ("r1_zero", "gsm8k", "exact_match", "multiple_choice")
 CUSTOM_REWARD = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*(\.[^\W\d]\w*)*")
 RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,150}")
 
@@ -242,172 +229,6 @@ def check(config: Config) -> None:
         for rule in _RULES
         if values[rule.key] is not None and not rule.holds(values[rule.key])
     ]
-    errors += _clashes(config)
+    errors += clashes(config)
     if errors:
         raise UserErrors(errors)
-
-
-def _clashes(config: Config) -> Iterator[UserError]:
-    trainer, optimizer, model = config.trainer, config.optimizer, config.model
-    if trainer.microbatch_tokens is not None and trainer.gradient_accumulation_steps is not None:
-        yield clash(
-            "trainer.microbatch_tokens",
-            "trainer.gradient_accumulation_steps",
-            "both say how a step is cut into microbatches; set one of them to null",
-        )
-    if optimizer.warmup_steps is not None and optimizer.warmup_ratio != DEFAULT_WARMUP_RATIO:
-        yield warmup_clash()
-    if trainer.normalize_constant != 1.0 and trainer.loss_normalization != "constant":
-        yield clash(
-            "trainer.normalize_constant",
-            "trainer.loss_normalization",
-            "the constant is read only by trainer.loss_normalization=constant",
-        )
-    yield from _source_clashes(config.data)
-    yield from _best_clashes(config)
-    yield from _backend_clashes(config)
-    yield from _reward_clashes(config.evaluation)
-    if (best := config.expert_iteration.metric_for_best_model) and greater_is_better(best) is None:
-        near = nearest_metric(best)
-        yield UserError(
-            "C133",
-            f"{best} does not say by its name whether greater is better",
-            ExitStatus.BAD_CONFIG,
-            hint=f"did you mean {near}?" if near else "eval/answer_reward, say",
-        )
-    if model.trust_remote_code and not re.fullmatch(r"[0-9a-f]{40}", model.revision or ""):
-        yield clash(
-            "model.trust_remote_code",
-            "model.revision",
-            "code from the hub runs only at a pinned commit: model.revision=<40 hex digits>",
-        )
-
-
-def _backend_clashes(config: Config) -> Iterator[UserError]:
-    options, default = config.evaluation, EvaluationConfig()
-    if options.backend == "transformers":
-        why = "evaluation.backend=server reads it"
-    elif options.backend == "vllm":
-        why = "vLLM generates in this process; evaluation.backend=server asks a server"
-    else:
-        why = ""
-    for name in (field.name for field in fields(options) if field.name.startswith("server_")):
-        if why and getattr(options, name) != getattr(default, name):
-            yield clash(f"evaluation.{name}", "evaluation.backend", why)
-
-
-def _reward_clashes(evaluation: EvaluationConfig) -> Iterator[UserError]:
-    if evaluation.reward in REWARDS:
-        if evaluation.reward_seconds != DEFAULT_REWARD_SECONDS:
-            yield clash(
-                "evaluation.reward_seconds",
-                "evaluation.reward",
-                f"only a function of your own has that limit, and {evaluation.reward} is built in",
-            )
-    elif ":" in evaluation.reward and not evaluation.allow_custom_reward:
-        yield UserError(
-            "C141",
-            f"evaluation.reward={evaluation.reward} is code, and running it has not been allowed",
-            ExitStatus.BAD_CONFIG,
-            hint="evaluation.allow_custom_reward=true, if you trust it",
-        )
-
-
-def _best_clashes(config: Config) -> Iterator[UserError]:
-    trainer, data, metric = config.trainer, config.data, config.trainer.metric_for_best_model
-    if metric is None:
-        if trainer.early_stopping_patience is not None:
-            yield UserError(
-                "C134",
-                "trainer.early_stopping_patience needs a metric to be patient with",
-                ExitStatus.BAD_CONFIG,
-                hint="trainer.metric_for_best_model=eval/loss",
-            )
-        return
-    if not metric.startswith("eval/"):
-        near = nearest_metric(metric)
-        yield UserError(
-            "C131",
-            f"trainer.metric_for_best_model={metric} is no metric that an evaluation writes",
-            ExitStatus.BAD_CONFIG,
-            expected="a name that begins with eval/",
-            hint=f"did you mean {near}?" if near else "trainer.metric_for_best_model=eval/loss",
-        )
-        return
-    if trainer.greater_is_better is None and greater_is_better(metric) is None:
-        near = nearest_metric(metric)
-        yield UserError(
-            "C133",
-            f"{metric} does not say by its name whether greater is better",
-            ExitStatus.BAD_CONFIG,
-            hint="trainer.greater_is_better=true or false"
-            + (f"; or did you mean {near}?" if near else ""),
-        )
-    cadences = (
-        ("evaluation.generation_steps",)
-        if metric in GENERATED
-        else ("trainer.eval_steps", "evaluation.generation_steps")
-    )
-    values = (trainer.eval_steps, config.evaluation.generation_steps)
-    if data.eval_path is None and not data.eval_fraction:
-        lacking = "there is no evaluation data (data.eval_path, data.eval_fraction)"
-    elif not any(values[2 - len(cadences) :]):
-        lacking = f"{' and '.join(cadences)} ask for no evaluation between start and end"
-    else:
-        return
-    yield UserError(
-        "C135",
-        f"trainer.metric_for_best_model={metric} finds nothing to choose from: {lacking}",
-        ExitStatus.BAD_CONFIG,
-        hint=f"{cadences[0]}=100, say; or trainer.metric_for_best_model=null",
-    )
-
-
-def _source_clashes(data: DataConfig) -> Iterator[UserError]:
-    weights = [source.weight for source in data.sources]
-    if any(w is None for w in weights) and any(w is not None for w in weights):
-        yield _bad_source("either every source has a weight or none has", str(weights))
-    if any(w is not None and not (math.isfinite(w) and w > 0) for w in weights):
-        yield _bad_source("weights are finite numbers above 0", str(weights))
-    for source in data.sources:
-        if source.format not in FORMATS:
-            yield _bad_source(f"a format of {', '.join(FORMATS)}", source.format)
-    if data.eval_fraction and data.eval_path is not None:
-        yield clash(
-            "data.eval_fraction",
-            "data.eval_path",
-            "there is evaluation data already; data.eval_path=null splits some off",
-        )
-    if data.filter == "correct" and data.overlong == "split":
-        yield clash("data.filter", "data.overlong", "a piece of a response cannot be verified")
-    if data.eval_fraction and any(w is not None for w in weights):
-        yield clash(
-            "data.eval_fraction", "data.sources", "with weighted sources give data.eval_path"
-        )
-
-
-def _bad_source(expected: str, got: str) -> UserError:
-    return UserError(
-        "C112",
-        "data.sources has a value that it cannot take",
-        ExitStatus.BAD_CONFIG,
-        expected=expected,
-        got=got,
-        hint="'data.sources=[{path: a.jsonl, weight: 2}, {path: b.jsonl, weight: 1}]'",
-    )
-
-
-def clash(first: str, second: str, why: str) -> UserError:
-    """Build the error for two options that do not combine, naming both."""
-    return UserError(
-        "C104", f"{first} and {second} do not combine", ExitStatus.BAD_CONFIG, hint=why
-    )
-
-
-def warmup_clash() -> UserError:
-    """Build the error for two warmups, which two modules can notice."""
-    return clash(
-        "optimizer.warmup_steps",
-        "optimizer.warmup_ratio",
-        "both say how long the warmup is; give one (optimizer.warmup_steps=null to use the ratio)",
-    )

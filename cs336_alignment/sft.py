@@ -2,7 +2,8 @@
 
 ```
 errors, files, config, microbatch   what all speak: user errors, the keys of a run, one microbatch
-config_check, config_names          what keys may be; the key that was meant
+config_check, config_clashes        what keys may be; what does not combine
+config_names                        the key that was meant
 compose, cli, data_commands         Hydra to a typed config; `cs336-sft VERB`; prepare and inspect
 data/        sources (json_rows, table_rows) → layout → formats, templates
              → chat (messages, spans) → tokenize → encode → prepare (store, ledger, lint)
@@ -11,7 +12,8 @@ data/        sources (json_rows, table_rows) → layout → formats, templates
 model/       loading · attention (flat rows, shared prefix) · lm_head (chunked) · policy · log_probs
              slots, padded_decoder: decoding with a cache
 training/    loss · step (one step's gradient) · trainer (the loop) · run (a run, whole)
-             optimizer · schedule · parallel · checkpoint · run_folder · status · stop
+             optimizer · schedule · parallel · checkpoint · status · stop
+             run_folder, earlier_config (may a command go on?) · held_out (when it is evaluated)
              preflight · report · manifest · export · doctor (invariances)
              best (which step) · finish (the end of a run) · reload_check (the export, loaded anew)
 evaluation/  loss · generate (sampling) · log_generations · evaluator · run (`cs336-sft evaluate`:

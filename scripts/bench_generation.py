@@ -150,6 +150,7 @@ def show_speed(chosen: Chosen, rounds: int) -> None:
     for name in track([name for _ in range(rounds) for name in arms], "generating"):
         seconds = seconds_of(lambda: answers.update({name: arms[name]()}), bench.model.device)  # noqa: B023
         rates[name].append(sum(map(len, answers[name])) / seconds)
+        print(f"{name}: {rates[name][-1]:.1f} tokens/s", file=sys.stderr, flush=True)
     tokens = sum(map(len, answers["this project, 64 at once"]))
     print(f"{len(bench.ids)} prompts, {tokens:,} tokens generated, {rounds} rounds; medians")
     print("| arm | tokens/s | × one by one | × padded batches of the same size |")

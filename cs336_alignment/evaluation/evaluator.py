@@ -147,7 +147,8 @@ class Evaluator:
             check_fits(model, 0, 0, longest + self.config.max_new_tokens)
         choices = {i: self.choices[i] for i in self.gradable if self.choices and self.choices[i]}
         truths = {i: str(self.ground_truths[i]) for i in self.gradable}
-        lines = doubtful_truths(truths, choices, self.config.reward)
+        with self.progress("looking at ground truths", len(truths)) as advance:
+            lines = doubtful_truths(truths, choices, self.config.reward, advance)
         if self.config.reward == "r1_zero" and not self._has_tags():
             name = "the prompts do"
             if template is not None and not template.tagged:

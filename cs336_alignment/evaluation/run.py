@@ -30,6 +30,7 @@ from cs336_alignment.evaluation.rewards import RewardFunction, code_of, describe
 from cs336_alignment.evaluation.summary import Summary, summarize_evaluation, to_json
 from cs336_alignment.evaluation.summary_page import brief_table_of, to_markdown
 from cs336_alignment.files import write_json, write_text
+from cs336_alignment.microbatch import Batching
 from cs336_alignment.model.loading import (
     check_fits,
     load_model,
@@ -163,21 +164,7 @@ def open_evaluator(
     dtype = choose_precision(precision, processes.device)
     policy = Policy(model, dtype).to(processes.device)
     choice = choose_batching(policy, config.trainer.batching, longest)
-    evaluator = Evaluator(
-        policy,
-        arm.tokenizer,
-        dataset,
-        arm.ground_truths,
-        config=config.evaluation,
-        processes=processes,
-        microbatch_tokens=config.trainer.microbatch_tokens or DEFAULT_MICROBATCH_TOKENS,
-        batching=choice.batching,
-        seed=config.seed,
-        progress=console.progress,
-        reward=reward,
-        choices=arm.choices,
-        warn=console.warn,
-    )
+    evaluator = _evaluator(arm, config, processes, console, reward, policy, choice.batching)
     for line in evaluator.check(model, arm.data.template):
         console.warn(line)
     identity = identity_of(arm, model, config) if processes.is_main else ""
@@ -197,29 +184,43 @@ def _asking(
     reward: RewardFunction,
 ) -> Evaluator:
     """Give what evaluates the responses of another backend; see `open_evaluator`."""
-    options, truths = config.evaluation, arm.ground_truths
-    gradable = gradable_of(truths, options.num_prompts)
+    gradable = gradable_of(arm.ground_truths, config.evaluation.num_prompts)
     refuse_nothing_to_ask(gradable, config)
     backend = open_backend(arm, gradable, config, precision, processes, console)
-    evaluator = Evaluator(
-        None,
+    keeping = _keeping(backend, folder, processes, console)
+    # The layout is that of a loss, which is not evaluated.
+    evaluator = _evaluator(arm, config, processes, console, reward, None, "padded", keeping)
+    for line in evaluator.check(None, arm.data.template):
+        console.warn(line)
+    return evaluator
+
+
+def _evaluator(
+    arm: Arm,
+    config: Config,
+    processes: Processes,
+    console: Console,
+    reward: RewardFunction,
+    policy: Policy | None,
+    batching: Batching,
+    generator: KeptGenerator | None = None,
+) -> Evaluator:
+    return Evaluator(
+        policy,
         arm.tokenizer,
         arm.dataset,
-        truths,
-        config=options,
+        arm.ground_truths,
+        config=config.evaluation,
         processes=processes,
         microbatch_tokens=config.trainer.microbatch_tokens or DEFAULT_MICROBATCH_TOKENS,
-        batching="padded",  # of a loss that is not evaluated
+        batching=batching,
         seed=config.seed,
         progress=console.progress,
         reward=reward,
         choices=arm.choices,
         warn=console.warn,
-        generator=_keeping(backend, folder, processes, console),
+        generator=generator,
     )
-    for line in evaluator.check(None, arm.data.template):
-        console.warn(line)
-    return evaluator
 
 
 def _keeping(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from cs336_alignment.evaluation.answers import MAX_CHARS, is_read
 from cs336_alignment.evaluation.chosen_letter import whole_letter
@@ -13,7 +13,10 @@ _MOST_SHOWN = 40  # characters of a ground truth
 
 
 def doubtful_truths(
-    truths: Mapping[int, str], choices: Mapping[int, Sequence[str]], reward: str
+    truths: Mapping[int, str],
+    choices: Mapping[int, Sequence[str]],
+    reward: str,
+    advance: Callable[[int], None] = lambda _: None,
 ) -> list[str]:
     """Name the ground truths by which a right answer may count as wrong.
 
@@ -21,6 +24,7 @@ def doubtful_truths(
         truths: number of the example → its ground truth.
         choices: number of the example → the choices that its question gives, if any.
         reward: the name of the reward.
+        advance: called with the number of ground truths looked at since the last call.
 
     Returns:
         A line for each kind of doubt, with how many there are and the first of them.
@@ -35,6 +39,7 @@ def doubtful_truths(
             reason = None
         if reason is not None:
             found.setdefault(reason, []).append(number)
+        advance(1)
     return [
         f"{len(numbers):,} of {len(truths):,} ground truths are {reason} (the first is that of "
         f"example {numbers[0] + 1}: {_shown(truths[numbers[0]])})"

@@ -18,16 +18,22 @@ from cs336_alignment.config import (
     ModelConfig,
     SourceConfig,
 )
-from cs336_alignment.config_check import clash
+from cs336_alignment.config_clashes import clash
 from cs336_alignment.data.splits import ledger_json, prepare_run
 from cs336_alignment.errors import ExitStatus, UserError, UserErrors
 from cs336_alignment.evaluation.verify import verifying
 from cs336_alignment.experiments.expert_summary import choose_iteration, show_summary
-from cs336_alignment.experiments.kept_config import refuse_changes as check_config
 from cs336_alignment.experiments.samples import ROWS, Sampler
 from cs336_alignment.files import flush_tree, sha256_of
 from cs336_alignment.model.loading import load_tokenizer, resolve_model
 from cs336_alignment.tracking.console import Console
+from cs336_alignment.training.earlier_config import (
+    FREE,
+    FREE_SECTIONS,
+    LENGTH,
+    NOTICED,
+    refuse_changes,
+)
 from cs336_alignment.training.manifest import git_commit, versions
 from cs336_alignment.training.parallel import (
     Processes,
@@ -40,12 +46,8 @@ from cs336_alignment.training.run import NO_TIME, train
 from cs336_alignment.training.run_folder import (
     CONFIG,
     EXPORT,
-    FREE,
-    FREE_SECTIONS,
     LEDGER,
-    LENGTH,
     MANIFEST,
-    NOTICED,
     STATUS,
     RunFolder,
 )
@@ -83,7 +85,7 @@ def expert_iteration(config: Config, arguments: Sequence[str]) -> ExitStatus:
     stop = StopRequest(config.trainer.max_hours, on_leave=status.ended, tell=is_main)
     try:
         with stop, status.covering():
-            refuse_changes(folder.path, config)
+            refuse_other_iterations(folder.path, config)
             if _is_complete(folder, config, status.read()):
                 console.note(
                     f"{folder.path} is complete: nothing to do. Its model is in "
@@ -270,7 +272,7 @@ def copy_whole(source: Path, target: Path) -> None:
     temporary.rename(target)
 
 
-def refuse_changes(folder: Path, config: Config) -> None:
+def refuse_other_iterations(folder: Path, config: Config) -> None:
     """Refuse a command that would change what the iterations in a folder were made with.
 
     Raises:
@@ -298,7 +300,7 @@ def refuse_changes(folder: Path, config: Config) -> None:
             expected=f"expert_iteration.iterations of at least {done}",
             got=f"{iterations}",
         )
-    check_config(path, config, lambda key: _may_change(key, config), "iterations")
+    refuse_changes(path, config, lambda key: _may_change(key, config), "iterations")
 
 
 def _may_change(key: str, config: Config) -> bool:

@@ -14,7 +14,6 @@ from pathlib import Path
 from cs336_alignment.compose import run_with_config
 from cs336_alignment.config import Config
 from cs336_alignment.errors import ExitStatus, UserError, UserErrors
-from cs336_alignment.experiments.kept_config import refuse_changes
 from cs336_alignment.experiments.results import read_result
 from cs336_alignment.experiments.search_space import Choice, Range, read_space, to_text
 from cs336_alignment.experiments.study import FILE, Study
@@ -22,6 +21,7 @@ from cs336_alignment.experiments.sweep_summary import show_sweep
 from cs336_alignment.experiments.trial_process import TrialEnd, run_trial
 from cs336_alignment.metric_names import GENERATED, greater_is_better, nearest_metric
 from cs336_alignment.tracking.console import Console
+from cs336_alignment.training.earlier_config import refuse_changes
 from cs336_alignment.training.parallel import launched_processes
 from cs336_alignment.training.report import resume_command
 from cs336_alignment.training.run import NO_TIME

@@ -2,38 +2,22 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from torch.optim import Optimizer
-from transformers import PreTrainedTokenizerBase
 
-from cs336_alignment.config import DEFAULT_MICROBATCH_TOKENS, Config, EvaluationConfig
-from cs336_alignment.config_check import clash
+from cs336_alignment.config import DEFAULT_MICROBATCH_TOKENS, Config
 from cs336_alignment.cores import keep_freed_memory
 from cs336_alignment.data.batching import StepPlan
-from cs336_alignment.data.splits import RunData, ledger_json, prepare_run
+from cs336_alignment.data.splits import ledger_json
 from cs336_alignment.errors import ExitStatus, UserError
 from cs336_alignment.evaluation.evaluator import Evaluator
-from cs336_alignment.evaluation.rewards import (
-    REWARDS,
-    RewardFunction,
-    code_of,
-    describe_reward,
-    make_reward,
-)
+from cs336_alignment.evaluation.rewards import code_of
 from cs336_alignment.evaluation.sampling import doubtful_sampling
-from cs336_alignment.evaluation.verify import verifying
-from cs336_alignment.model.loading import (
-    ModelSource,
-    check_fits,
-    load_model,
-    load_tokenizer,
-    resolve_model,
-)
+from cs336_alignment.model.loading import check_fits, load_model
 from cs336_alignment.model.policy import Policy
 from cs336_alignment.model.recompute import enable_checkpointing
 from cs336_alignment.tracking.console import Console
@@ -42,15 +26,13 @@ from cs336_alignment.tracking.report import write_own_report
 from cs336_alignment.tracking.tracker import RunTracker
 from cs336_alignment.tracking.wandb_logger import Logger, NullLogger, WandbLogger
 from cs336_alignment.training.batching_choice import choose_batching
-from cs336_alignment.training.best import Criterion, Judge, Score, Verdict
-from cs336_alignment.training.checkpoint import (
-    TrainState,
-    remove_leftovers,
-    restore,
-)
+from cs336_alignment.training.best import Criterion, Judge, Verdict
+from cs336_alignment.training.checkpoint import TrainState, remove_leftovers, restore
 from cs336_alignment.training.checkpoint_writer import CheckpointWriter
 from cs336_alignment.training.export import save_sidecars
 from cs336_alignment.training.finish import Finish
+from cs336_alignment.training.held_out import HeldOutEvaluation
+from cs336_alignment.training.inputs import Inputs, load_inputs, refuse_other_backends
 from cs336_alignment.training.manifest import build_manifest
 from cs336_alignment.training.optimizer import allocate_state, build_optimizer
 from cs336_alignment.training.parallel import (
@@ -69,11 +51,7 @@ from cs336_alignment.training.preflight import (
     warm_up_compiled,
 )
 from cs336_alignment.training.reload_check import bit_sums
-from cs336_alignment.training.report import (
-    describe_run,
-    resume_command,
-    say_goodbye,
-)
+from cs336_alignment.training.report import describe_run, resume_command, say_goodbye
 from cs336_alignment.training.run_folder import (
     EXPORT,
     LEDGER,
@@ -86,7 +64,7 @@ from cs336_alignment.training.run_folder import (
 from cs336_alignment.training.status import StatusFile
 from cs336_alignment.training.step import Cut
 from cs336_alignment.training.stop import StopNow, StopRequest
-from cs336_alignment.training.trainer import Trainer, is_due
+from cs336_alignment.training.trainer import Trainer
 from cs336_alignment.training.watchdog import Watchdog
 
 NO_TIME = "R304"  # the error of a run whose time limit is over before its first step
@@ -116,7 +94,7 @@ def train(
         UserError: as everywhere; `status.json` then holds it too.
     """
     precision = refuse_launcher_options(config.trainer.precision)
-    _refuse_other_backends(config.evaluation)
+    refuse_other_backends(config.evaluation)
     is_main = is_main_process_before_start()
     folder, console = RunFolder(config), Console(enabled=is_main)
     if is_main:
@@ -134,7 +112,7 @@ def train(
             if is_main and not decision.complete:
                 status.running()
             # Before the processes wait for each other: one tokenizes, and that can take long.
-            inputs = None if decision.complete else _load_inputs(config, console)
+            inputs = None if decision.complete else load_inputs(config, console)
             own = None if processes else Processes(start_processes(config.parallel))
             joined = processes or own
             assert joined is not None
@@ -142,7 +120,7 @@ def train(
                 decision = joined.agree(decision)
                 if decision.complete:
                     return _nothing_to_do(folder, console)
-                inputs = inputs or _load_inputs(config, console)
+                inputs = inputs or load_inputs(config, console)
                 run = _Run(config, folder, console, joined, decision, status, stop, inputs)
                 outcome = run.to_the_end(precision)
             finally:
@@ -158,47 +136,6 @@ def train(
         if status.has_ended:  # the page says how, so it comes after the status
             write_own_report(folder.path, console.warn)
     return outcome
-
-
-@dataclass(frozen=True)
-class _Inputs:
-    source: ModelSource
-    tokenizer: PreTrainedTokenizerBase
-    data: RunData
-    reward: RewardFunction
-
-
-def _refuse_other_backends(options: EvaluationConfig) -> None:
-    """Refuse to generate with other weights than those in training.
-
-    Raises:
-        UserError: it was asked for (78).
-    """
-    if options.backend != "transformers" and options.generation_steps is not None:
-        raise clash(
-            "evaluation.backend",
-            "evaluation.generation_steps",
-            f"what evaluation.backend={options.backend} generates with are not the weights in "
-            "training; set one to transformers or the other to null",
-        )
-
-
-def _load_inputs(config: Config, console: Console) -> _Inputs:
-    model, evaluation = config.model, config.evaluation
-    reward = REWARDS["r1_zero"]
-    if evaluation.generation_steps is not None:  # else nothing is graded, no code of users' runs
-        reward = make_reward(evaluation)
-        console.note(describe_reward(evaluation, reward))
-    source = resolve_model(model.name_or_path, model.revision, model.trust_remote_code)
-    tokenizer = load_tokenizer(source)
-    with verifying(evaluation) as verify:
-        data = prepare_run(
-            config.data, tokenizer, seed=config.seed, progress=console.progress, note=console.note,
-            verify=verify,
-        )  # fmt: skip
-    for line in data.warnings:
-        console.warn(line)
-    return _Inputs(source, tokenizer, data, reward)
 
 
 def _no_time(max_hours: float | None) -> UserError:
@@ -230,9 +167,8 @@ class _Run:
     decision: Decision
     status: StatusFile
     stop: StopRequest
-    inputs: _Inputs
+    inputs: Inputs
     base: dict[str, int] = field(default_factory=dict)  # the weights before training
-    told_lost: Score | None = None
 
     def to_the_end(self, precision: str) -> ExitStatus:
         """Load the model, fail early where something is wrong, then train."""
@@ -270,34 +206,13 @@ class _Run:
             self.console.note(line)
         return self._fit(policy, plan, cut, total_steps)
 
-    def _fit(
-        self,
-        policy: Policy,
-        plan: StepPlan,
-        cut: Cut,
-        total_steps: int,
-    ) -> ExitStatus:
+    def _fit(self, policy: Policy, plan: StepPlan, cut: Cut, total_steps: int) -> ExitStatus:
         config, tokenizer = self.config, self.inputs.tokenizer
-        data, held_out = self.inputs.data.train, self.inputs.data.held_out
+        data = self.inputs.data.train
         optimizer = build_optimizer(policy.model, config.optimizer)
         state = self._resume(policy, optimizer, total_steps)
         self._rehearse_memory(policy, optimizer, plan, cut, range(state.step, total_steps))
-        old = self.folder.earlier_part(self.decision.checkpoint)
-        manifest = build_manifest(
-            config, old=old, model=policy.model,
-            tokenizer=tokenizer, train=data, held_out=held_out, num_processes=self.processes.count,
-            precision=str(policy.autocast_dtype or policy.model.dtype).removeprefix("torch."),
-            step=state.step, reward_sha256=code_of(self.inputs.reward),
-        )  # fmt: skip
-        since = state.step if self.decision.more_steps else old.get("patient_since_step", 0)
-        manifest["patient_since_step"] = since
-        manifest["total_steps"] = total_steps
-        if manifest["evaluation_since_step"] == state.step + 1:
-            self.console.warn(
-                "the evaluation data or options changed: results before this step do not compare"
-            )
-        for line in manifest["changes"].get(str(state.step), []):
-            self.console.warn(f"{line}: the last digits of what follows may differ")
+        manifest = self._manifest(policy, state, total_steps)
         self.processes.wait()  # nobody reads the folder any more: the main process may write
         tracker = self._open_tracker(manifest, state)
 
@@ -359,6 +274,27 @@ class _Run:
             generations=tracker.generations, command=self.status.command,
         )  # fmt: skip
         return outcome
+
+    def _manifest(self, policy: Policy, state: TrainState, total_steps: int) -> dict[str, Any]:
+        """Note what this part of the run is made of, and say what is not as in the part before."""
+        config, data = self.config, self.inputs.data
+        old = self.folder.earlier_part(self.decision.checkpoint)
+        manifest = build_manifest(
+            config, old=old, model=policy.model, tokenizer=self.inputs.tokenizer, train=data.train,
+            held_out=data.held_out, num_processes=self.processes.count,
+            precision=str(policy.autocast_dtype or policy.model.dtype).removeprefix("torch."),
+            step=state.step, reward_sha256=code_of(self.inputs.reward),
+        )  # fmt: skip
+        since = state.step if self.decision.more_steps else old.get("patient_since_step", 0)
+        manifest["patient_since_step"] = since
+        manifest["total_steps"] = total_steps
+        if manifest["evaluation_since_step"] == state.step + 1:
+            self.console.warn(
+                "the evaluation data or options changed: results before this step do not compare"
+            )
+        for line in manifest["changes"].get(str(state.step), []):
+            self.console.warn(f"{line}: the last digits of what follows may differ")
+        return manifest
 
     def _resume(self, policy: Policy, optimizer: Optimizer, total_steps: int) -> TrainState:
         state, checkpoint = TrainState(), self.decision.checkpoint
@@ -422,12 +358,10 @@ class _Run:
         poll: Callable[[], ExitStatus | None],
     ) -> Callable[[int], Verdict]:
         """Make the function that the loop calls at every step and that knows when it is due."""
+        generation_steps = self.config.evaluation.generation_steps
         held_out, tokenizer = self.inputs.data.held_out, self.inputs.tokenizer
         if held_out is None:
-            if (
-                self.config.trainer.eval_steps
-                or self.config.evaluation.generation_steps is not None
-            ):
+            if self.config.trainer.eval_steps or generation_steps is not None:
                 self.console.warn(
                     "there is no evaluation data (data.eval_path, data.eval_fraction)"
                 )
@@ -440,65 +374,17 @@ class _Run:
             reward=self.inputs.reward, choices=held_out.choices,
             groups=held_out.groups, asked=poll, warn=self.console.warn,
         )  # fmt: skip
-        eval_steps = self.config.trainer.eval_steps
-        generation_steps = self.config.evaluation.generation_steps
         if generation_steps is not None:
             lines = evaluator.check(policy.model, held_out.template)
             for line in (*lines, *doubtful_sampling(self.config.evaluation)):
                 self.console.warn(line)
-        # A stop came before or in the evaluation of the last step, or the run begins here.
-        pending = self.processes.agree(not tracker.has_evaluated(first_step))
+        return HeldOutEvaluation(
+            evaluator, self.config.trainer, generation_steps, first_step=first_step,
+            total_steps=total_steps, tracker=tracker, judge=judge, processes=self.processes,
+            console=self.console,
+        )  # fmt: skip
 
-        def due(every: int | None, step: int) -> bool:
-            return every is not None and (step in (0, total_steps) or is_due(every, step))
-
-        def judged(step: int, metrics: Mapping[str, float] | None = None) -> Verdict:
-            if judge.criterion is None:
-                return Verdict()
-            # The metrics are the main process's.
-            verdict: Verdict = self.processes.agree(judge.verdict(step, metrics))
-            return verdict
-
-        def evaluate(step: int) -> Verdict:
-            generate = due(generation_steps, step)
-            if step == first_step and not (pending and (generate or due(eval_steps, step))):
-                # The best step of the parts before is kept from the first save on.
-                return self._tell(judged(step), step, total_steps)
-            if not generate and not due(eval_steps, step):
-                return Verdict()
-            begin = time.perf_counter()
-            result = evaluator.run(generate=generate)
-            if generation_steps is not None and not generate and judged(step, result.metrics).stop:
-                generate, result = True, evaluator.run(generate=True)  # this step is the last
-            if generate or generation_steps is None:
-                judge.refuse_missing(result.metrics)
-            tracker.evaluation(step, result.metrics, result.rows, time.perf_counter() - begin)
-            return self._tell(judged(step), step, total_steps)
-
-        return evaluate
-
-    def _tell(self, verdict: Verdict, step: int, total_steps: int) -> Verdict:
-        """Say what a verdict means for people."""
-        metric, lost = self.config.trainer.metric_for_best_model, verdict.lost
-        if lost is not None and lost != self.told_lost:
-            self.told_lost = lost
-            self.console.warn(
-                f"step {lost.step} has the best {metric} ({lost.value:.4f}), and its checkpoint is "
-                "gone: the best of those that are there is kept instead"
-            )
-        if verdict.stop and step < total_steps:
-            patience = self.config.trainer.early_stopping_patience
-            self.console.note(
-                f"stopped early at step {step} of {total_steps}: {patience} evaluation(s) without "
-                f"a better {metric}"
-            )
-        return verdict
-
-    def _open_tracker(
-        self,
-        manifest: dict[str, Any],
-        state: TrainState,
-    ) -> RunTracker:
+    def _open_tracker(self, manifest: dict[str, Any], state: TrainState) -> RunTracker:
         config, folder = self.config, self.folder
         if not self.processes.is_main:
             return RunTracker(self.console, None, NullLogger(), folder.path)

@@ -14,11 +14,12 @@ from typing import IO, Any
 
 import yaml
 
-from cs336_alignment.config import ALL_KEYS, Config, flatten
+from cs336_alignment.config import Config
 from cs336_alignment.errors import ExitStatus, Place, UserError
 from cs336_alignment.files import sha256_of, write_json, write_text
 from cs336_alignment.training.best import Criterion
 from cs336_alignment.training.checkpoint import STATE, find_latest, list_checkpoints, verify
+from cs336_alignment.training.earlier_config import compare, read_config, unreadable
 
 CONFIG = "config.yaml"
 STATUS = "status.json"
@@ -34,51 +35,6 @@ KINDS = {
     "an expert iteration": "iteration-01",
     "a sweep": "study.db",
 }
-
-# What may change between a stop and a restart. These keys do not touch the weights:
-FREE = frozenset(
-    {
-        "run_name",
-        "output_root",
-        "trainer.logging_steps",
-        "trainer.eval_steps",
-        "trainer.save_steps",
-        "trainer.save_total_limit",
-        "trainer.resume",
-        "trainer.max_hours",
-        "trainer.async_save",
-        "trainer.metric_for_best_model",
-        "trainer.greater_is_better",
-        "trainer.reload_check",
-        "trainer.watchdog_minutes",
-        "data.eval_path",
-        "data.max_eval_examples",
-        "data.num_workers",
-        "data.cache_dir",
-        "parallel.num_processes",
-        "parallel.timeout_minutes",
-    }
-)
-FREE_SECTIONS = ("evaluation.", "logger.", "inspect.", "data.lint.", "expert_iteration.", "sweep.")
-# These are told: the same examples in the same steps, with sums in another order, or a longer run.
-NOTICED = frozenset(
-    {
-        "trainer.max_steps",
-        "trainer.num_train_epochs",
-        "trainer.microbatch_tokens",
-        "trainer.gradient_accumulation_steps",
-        "trainer.batching",
-        "trainer.gradient_checkpointing",
-        "trainer.compile",
-        "trainer.early_stopping_patience",
-        "trainer.loss_spike",
-        "trainer.loss_spike_nats",
-    }
-)
-LENGTH = frozenset({"trainer.max_steps", "trainer.num_train_epochs"})
-CUT = frozenset(
-    {"trainer.microbatch_tokens", "trainer.gradient_accumulation_steps", "trainer.batching"}
-)
 
 
 @dataclass(frozen=True)
@@ -297,13 +253,7 @@ class RunFolder:
         path = self.path / CONFIG
         if not path.is_file() and not list_checkpoints(self.checkpoints):
             return None
-        try:
-            old = yaml.safe_load(path.read_text(encoding="utf-8"))
-            if not isinstance(old, dict):
-                raise ValueError("it holds no config")
-        except (OSError, yaml.YAMLError, ValueError) as failure:
-            raise _unreadable(path, failure) from failure
-        return dict(_flatten_dict(old))
+        return read_config(path)
 
     def write_config(self, config: Config) -> None:
         """Write `config.yaml`, every key with its value."""
@@ -352,7 +302,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         return dict(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError) as failure:
-        raise _unreadable(path, failure) from failure
+        raise unreadable(path, failure) from failure
 
 
 def _no_checkpoint(checkpoint: Path) -> UserError:
@@ -362,66 +312,3 @@ def _no_checkpoint(checkpoint: Path) -> UserError:
         ExitStatus.NOT_FOUND,
         hint="trainer.resume=outputs/NAME/checkpoints/step-000100",
     )
-
-
-def _unreadable(path: Path, failure: Exception) -> UserError:
-    return UserError(
-        "R204",
-        f"cannot read {path}: {failure}",
-        ExitStatus.IO,
-        hint="restore it from a copy, or start anew with another run_name=…",
-    )
-
-
-def compare(old: dict[str, Any], new: Config, place: Place) -> tuple[list[str], bool]:
-    """Compare a run's config with the command's, key by key.
-
-    Args:
-        old: the run's `config.yaml`, flattened.
-        new: the command's config.
-        place: of the old config, for the error.
-
-    Returns:
-        Notices for the keys that may change but are worth telling, and whether the run's length
-        changed.
-
-    Raises:
-        UserError: a key that changes training differs (78), with old and new value of each.
-    """
-    # A key that a later release added was at its default.
-    before_all = {**dict(flatten(Config())), **old}
-    changed = {
-        key: (before_all[key], value)
-        for key, value in flatten(new)
-        if key not in FREE and not key.startswith(FREE_SECTIONS) and before_all[key] != value
-    }
-    # With a mean of means the cut is part of the loss.
-    noticed = NOTICED - CUT if new.trainer.loss_normalization == "microbatch" else NOTICED
-    refused = {key: values for key, values in changed.items() if key not in noticed}
-    if refused:
-        lines = "; ".join(f"{key}: {before} → {after}" for key, (before, after) in refused.items())
-        raise UserError(
-            "C301",
-            "the folder holds a run whose config differs where it changes training",
-            ExitStatus.BAD_CONFIG,
-            place=place,
-            got=lines,
-            hint=f"to start another run: run_name={new.run_name}-2",
-        )
-    notices = [
-        f"{key} changed from {before} to {after}" for key, (before, after) in changed.items()
-    ]
-    lengthened = bool(changed.keys() & LENGTH)
-    if lengthened:
-        notices.append("the learning rate follows the schedule of the new length from here on")
-    return notices, lengthened
-
-
-def _flatten_dict(value: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    items: list[tuple[str, Any]] = []
-    for key, inner in (value or {}).items():
-        if isinstance(inner, dict) and f"{prefix}{key}" not in ALL_KEYS:
-            items += _flatten_dict(inner, f"{prefix}{key}.")
-        else:
-            items.append((f"{prefix}{key}", inner))
-    return items

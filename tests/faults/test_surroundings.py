@@ -28,7 +28,6 @@ def holding(folder: Path, words: list[bytes]) -> list[str]:
     ]  # fmt: skip
 
 
-@pytest.mark.slow
 @pytest.mark.fault("T31 a secret in the environment or in the config")
 def test_secrets_are_in_no_file_and_on_no_screen(
     sft: Sft, rows: Path, tmp_path: Path, tally: Tally

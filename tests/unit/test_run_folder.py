@@ -25,7 +25,8 @@ from cs336_alignment.experiments import study
 from cs336_alignment.experiments.expert_iteration import folder_of
 from cs336_alignment.training import run_folder as module
 from cs336_alignment.training.checkpoint import Snapshot, TrainState, save_checkpoint
-from cs336_alignment.training.run_folder import KINDS, RunFolder, compare
+from cs336_alignment.training.earlier_config import compare
+from cs336_alignment.training.run_folder import KINDS, RunFolder
 from tests.conftest import ROOT
 
 
