@@ -265,7 +265,7 @@ def _refuse_nothing(study: Study) -> None:
     trials = study.trials
     if not any(trial.state == "complete" for trial in trials):
         raise UserError(
-            "R322",
+            "R323",
             f"none of {len(trials)} trials came to its end",
             ExitStatus.INTERNAL,
             got=(trials[0].error or "").splitlines()[0] if trials else None,
