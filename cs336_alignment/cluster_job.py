@@ -1,13 +1,14 @@
-"""A run as a job of its own, where Hydra's submitit launcher started it: its processes, its stops."""
+"""A run as a job of its own, started by Hydra's submitit launcher: its processes, its stops."""
 
 from __future__ import annotations
 
 import os
 import signal
 from collections.abc import Callable
+from importlib.util import find_spec
 
 from cs336_alignment.config import Config
-from cs336_alignment.errors import ExitStatus
+from cs336_alignment.errors import ExitStatus, UserError
 from cs336_alignment.training.stop import StopNow, StopRequest
 
 Job = Callable[[Config], ExitStatus]
@@ -26,7 +27,17 @@ def as_cluster_job(job: Job) -> Job:
 
     Returns:
         What does the same inside a job.
+
+    Raises:
+        UserError: submitit is not installed (78).
     """
+    if find_spec("submitit") is None:
+        raise UserError(
+            "C128",
+            "hydra/launcher starts jobs through submitit, which is not installed",
+            ExitStatus.BAD_CONFIG,
+            hint="pip install hydra-submitit-launcher",
+        )
 
     def run(config: Config) -> ExitStatus:
         import submitit

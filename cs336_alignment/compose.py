@@ -80,7 +80,7 @@ def run_with_config(
     def task(composed: DictConfig) -> None:
         if (chosen := HydraConfig.get().runtime.choices["hydra/launcher"]) != "basic":
             raise UserError(
-                "C119",
+                "C127",
                 f"a preset chooses hydra/launcher: {chosen}, and it has to be typed",
                 ExitStatus.BAD_CONFIG,
                 hint=f"add hydra/launcher={chosen} to the command",
@@ -94,14 +94,17 @@ def run_with_config(
             failed.append(failure)
 
     launcher = _typed_launcher(arguments)
-    # All configs are checked here before the first job is handed over.
-    _compose(verb, [*arguments, *(["hydra/launcher=basic"] if launcher else [])], task)
+    words = list(arguments)
+    if launcher:  # all configs are checked here before the first job is handed over
+        words = [word for word in words if not word.lstrip("+~").startswith("hydra.launcher.")]
+        words.append("hydra/launcher=basic")
+    _compose(verb, words, task)
     if failed:
         raise _joined(failed)
     if single:
         if launcher:
             raise UserError(
-                "C119",
+                "C127",
                 f"hydra/launcher={launcher} starts the runs of a multirun, and this is one run",
                 ExitStatus.BAD_CONFIG,
                 hint="add -m and the values to try; for one run: scripts/slurm/train.sbatch",
@@ -118,7 +121,7 @@ def run_with_config(
     if launcher and runs:
         if as_cluster_job is None:
             raise UserError(
-                "C119",
+                "C127",
                 f"hydra/launcher={launcher} does not start `{verb}`",
                 ExitStatus.BAD_CONFIG,
                 hint="leave it away: the runs follow one another here",

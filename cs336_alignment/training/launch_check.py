@@ -1,4 +1,4 @@
-"""A launch that cannot be meant: a process without a GPU, nobody at the address, nodes that differ."""
+"""A launch that cannot be meant: processes without a GPU, alone, or that do not belong together."""
 
 from __future__ import annotations
 
@@ -155,21 +155,24 @@ def check_launch(
         "tokenizer": tokenizer_fingerprint(inputs.tokenizer)[:12],
     }
     keys = {key: repr(v) for key, v in flatten(config) if key not in MAY_DIFFER}
-    main = processes.agree((socket.gethostname(), keys, made_of, uuid.uuid4().hex))
-    marker = folder / MARKER
-    processes.on_main(lambda: write_text(marker, main[3]))
-    own = (_other(main[1], keys), _other(main[2], made_of), _appears(marker, main[3]))
-    found = processes.gather((socket.gethostname(), *own))
+    host, marker = socket.gethostname(), folder.absolute() / MARKER
+    main = processes.agree((host, keys, made_of, marker, uuid.uuid4().hex))
+    first, of_keys, of_made, shared, token = main
+    processes.on_main(lambda: write_text(marker, token))
+    seen = _appears(marker, token)
+    found = processes.gather((host, _other(of_keys, keys), _other(of_made, made_of), seen))
     if processes.is_main:
         marker.unlink(missing_ok=True)
-    _refuse_others(main[0], main[1], [(host, other) for host, other, _, _ in found], "C212")
-    _refuse_others(main[0], main[2], [(host, other) for host, _, other, _ in found], "C213")
-    if blind := [f"process {i} on {f[0]}" for i, f in enumerate(found) if not f[3]]:
+    _refuse_others(first, of_keys, [(host, other) for host, other, _, _ in found], "C212")
+    _refuse_others(first, of_made, [(host, other) for host, _, other, _ in found], "C213")
+    if blind := [
+        f"process {i} on {host}" for i, (host, _, _, seen) in enumerate(found) if not seen
+    ]:
         raise UserError(
             "R107",
-            f"not all processes see the run's folder {folder}",
+            f"not all processes see the run's folder {shared.parent}",
             ExitStatus.CANNOT_CREATE,
-            expected=f"what process 0 on {main[0]} writes there is there on every node",
+            expected=f"what process 0 on {first} writes there is there on every node",
             got=f"nothing for {_some(blind)}",
             hint="output_root=… on a file system that all nodes share, by the same path",
         )

@@ -101,10 +101,10 @@ def main(path: str) -> None:
         launch.config.trainer, global_batch_size=3, loss_normalization="microbatch"
     )
     told["uneven"] = check(launch)
-    told["left"] = [path.name for path in Path("run").iterdir()]
     Path(f"{path}{index}").write_text(json.dumps(told))
     if index:
         os._exit(1)  # dies while the other waits for it
+    told["left"] = [path.name for path in Path("run").iterdir()]
     try:
         with naming_lost_processes():
             processes.sum(torch.zeros(1))

@@ -40,7 +40,7 @@ if [[ $1 == show ]]; then echo 127.0.0.1; echo another; else echo "$@" >>TMP/ask
 PYTHON = """#!/usr/bin/env bash
 if [[ $* == *--cfg* ]]; then echo "output_root: 'my runs'"; exit "${COMPOSES:-0}"; fi
 echo "$@" >>TMP/started
-name=${*##*train run_name=} && name=${name%% *}
+words="$*"; name=${words##*run_name=}; name=${name%% *}
 mkdir -p "my runs/$name"
 printf '{\\n  "state": "x",\\n  "step": %s,\\n  "exit_code": %s,\\n  "error": null\\n}\\n' "$STEP" "$ENDS" >"my runs/$name/status.json"
 [[ $ENDS == 0 ]]
