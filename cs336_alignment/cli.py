@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from cs336_alignment.cluster_job import as_cluster_job
 from cs336_alignment.config import Config
 from cs336_alignment.config_names import FLAGS, VALUE_FLAGS, nearest_key
 from cs336_alignment.errors import ExitStatus, UserError
@@ -46,7 +47,7 @@ def _train(arguments: Sequence[str]) -> ExitStatus:
 
         show_multirun(outcomes)
 
-    return run_with_config("train", arguments, job, after_all)
+    return run_with_config("train", arguments, job, after_all, as_cluster_job)
 
 
 def _evaluate(arguments: Sequence[str]) -> ExitStatus:

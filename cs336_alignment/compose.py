@@ -32,6 +32,7 @@ from cs336_alignment.errors import ExitStatus, UserError, UserErrors
 from cs336_alignment.multirun import (
     Outcome,
     SweptRun,
+    outcome_of,
     refuse_equal_names,
     run_all,
     status_of,
@@ -51,19 +52,22 @@ def run_with_config(
     arguments: Sequence[str],
     job: Job,
     after_all: Callable[[Sequence[Outcome]], None] = lambda _: None,
+    as_cluster_job: Callable[[Job], Job] | None = None,
 ) -> ExitStatus:
     """Compose the config that the arguments describe and run the job on it.
 
     `--cfg job`, `--help`, `--info`, `--config-dir` and `--multirun` are Hydra's and work as
     documented there. A multirun, asked for by a flag or by a preset's `hydra.mode`, checks the
     configs of all combinations and then calls the job for each, in this process; each gets a
-    `run_name` with its own overrides appended.
+    `run_name` with its own overrides appended. With `hydra/launcher=…` each becomes a job that this
+    launcher starts, and this process waits for them.
 
     Args:
         verb: the command, for help texts and for the keys it needs.
         arguments: all that follows the verb.
         job: what to run.
         after_all: called at the end of a multirun.
+        as_cluster_job: makes of the job what a launcher can start elsewhere; None: nothing can.
 
     Raises:
         UserError: the config is wrong (78), of several runs of all of them.
@@ -74,19 +78,64 @@ def run_with_config(
     failed: list[Exception] = []
 
     def task(composed: DictConfig) -> None:
-        run = HydraConfig.get()
+        if (chosen := HydraConfig.get().runtime.choices["hydra/launcher"]) != "basic":
+            raise UserError(
+                "C127",
+                f"a preset chooses hydra/launcher: {chosen}, and it has to be typed",
+                ExitStatus.BAD_CONFIG,
+                hint=f"add hydra/launcher={chosen} to the command",
+            )
         try:
-            config = to_config(composed, verb, run.overrides.task)
-            if run.mode != RunMode.MULTIRUN:
-                single.append(config)
-                return
-            swept = _swept(run.sweeper.params or {}, arguments, run.overrides.task)
-            base, config.run_name = config.run_name or "", f"{config.run_name}{_suffix(swept)}"
-            check(config)
-            runs.append(SweptRun(config, base, swept))
+            if HydraConfig.get().mode != RunMode.MULTIRUN:
+                single.append(to_config(composed, verb, HydraConfig.get().overrides.task))
+            else:
+                runs.append(_swept_run(composed, verb, arguments))
         except Exception as failure:  # raised again below: Hydra would print a line of its own
             failed.append(failure)
 
+    launcher = _typed_launcher(arguments)
+    words = list(arguments)
+    if launcher:  # all configs are checked here before the first job is handed over
+        words = [word for word in words if not word.lstrip("+~").startswith("hydra.launcher.")]
+        words.append("hydra/launcher=basic")
+    _compose(verb, words, task)
+    if failed:
+        raise _joined(failed)
+    if single:
+        if launcher:
+            raise UserError(
+                "C127",
+                f"hydra/launcher={launcher} starts the runs of a multirun, and this is one run",
+                ExitStatus.BAD_CONFIG,
+                hint="add -m and the values to try; for one run: scripts/slurm/train.sbatch",
+            )
+        return job(single[0])
+    if runs and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError(
+            "C113",
+            "a multirun works in one process, and the launcher started several",
+            ExitStatus.BAD_CONFIG,
+            hint="launch the runs one after another, each with its own run_name=…",
+        )
+    refuse_equal_names(runs)
+    if launcher and runs:
+        if as_cluster_job is None:
+            raise UserError(
+                "C127",
+                f"hydra/launcher={launcher} does not start `{verb}`",
+                ExitStatus.BAD_CONFIG,
+                hint="leave it away: the runs follow one another here",
+            )
+        outcomes = _hand_over(verb, arguments, as_cluster_job(job), runs)
+    else:
+        outcomes = run_all(runs, job)
+    if outcomes:
+        after_all(outcomes)
+    return status_of(outcomes)
+
+
+def _compose(verb: str, arguments: Sequence[str], task: Callable[[DictConfig], Any]) -> None:
+    """Let Hydra compose what the arguments describe and call the task with each config."""
     with _hydra_process(verb, arguments):
         entry = hydra.main(
             version_base="1.3", config_path=str(config_folder()), config_name="train"
@@ -105,22 +154,42 @@ def run_with_config(
                 expected="section.key=value",
                 got=" ".join(arguments),
             ) from failure
-    if failed:
-        raise _joined(failed)
-    if single:
-        return job(single[0])
-    if runs and int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise UserError(
-            "C113",
-            "a multirun works in one process, and the launcher started several",
-            ExitStatus.BAD_CONFIG,
-            hint="launch the runs one after another, each with its own run_name=…",
-        )
-    refuse_equal_names(runs)
-    outcomes = run_all(runs, job)
-    if outcomes:
-        after_all(outcomes)
-    return status_of(outcomes)
+
+
+def _swept_run(composed: DictConfig, verb: str, arguments: Sequence[str]) -> SweptRun:
+    """Make one run of a multirun, checked, with a name that says what differs."""
+    run = HydraConfig.get()
+    config = to_config(composed, verb, run.overrides.task)
+    swept = _swept(run.sweeper.params or {}, arguments, run.overrides.task)
+    base, config.run_name = config.run_name or "", f"{config.run_name}{_suffix(swept)}"
+    check(config)
+    return SweptRun(config, base, swept)
+
+
+def _typed_launcher(arguments: Sequence[str]) -> str | None:
+    """Give the launcher that the command line chooses; None: this process, or nothing is run."""
+    if {"--cfg", "-c", "--info", "-i", "--help", "-h", "--hydra-help"} & set(arguments):
+        return None
+    typed = [word.split("=", 1)[1] for word in arguments if word.startswith("hydra/launcher=")]
+    return typed[-1] if typed and typed[-1] != "basic" else None
+
+
+def _hand_over(
+    verb: str, arguments: Sequence[str], job: Job, runs: Sequence[SweptRun]
+) -> list[Outcome]:
+    """Give every run to the launcher, wait, and read from the runs' folders what became of them."""
+
+    def task(composed: DictConfig) -> int:  # called elsewhere
+        return int(status_of(run_all([_swept_run(composed, verb, arguments)], job)))
+
+    print(f"{len(runs)} runs are handed to {_typed_launcher(arguments)}", flush=True)
+    try:
+        _compose(verb, arguments, task)
+    except UserError:
+        raise
+    except Exception as failure:  # of a job that the cluster ended: the others' results count
+        print(f"warning: a job failed: {failure}", file=sys.stderr, flush=True)
+    return [outcome_of(run) for run in runs]
 
 
 def _joined(failures: Sequence[Exception]) -> Exception:

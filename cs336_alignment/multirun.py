@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from cs336_alignment.config import Config
 from cs336_alignment.errors import ExitStatus, UserError
@@ -99,6 +101,19 @@ def run_all(runs: Sequence[SweptRun], job: Callable[[Config], ExitStatus]) -> li
         if outcomes[-1].status in STOPS:
             break
     return outcomes
+
+
+def outcome_of(run: SweptRun) -> Outcome:
+    """Read from a run's folder how it ended, where another process ran it."""
+    assert run.config.run_name is not None
+    path = Path(run.config.output_root).expanduser() / run.config.run_name / "status.json"
+    try:
+        left = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return Outcome(run, ExitStatus.INTERNAL, f"the job left no {path}")
+    if left["exit_code"] is None:
+        return Outcome(run, ExitStatus.INTERNAL, "it still runs, or its job was ended")
+    return Outcome(run, ExitStatus(left["exit_code"]), left["error"])
 
 
 def status_of(outcomes: Sequence[Outcome]) -> ExitStatus:

@@ -161,7 +161,11 @@ def resume_command(arguments: Sequence[str], verb: str = "train") -> str:
     local = os.environ.get("LOCAL_WORLD_SIZE", str(count))
     python = shlex.quote(sys.executable)
     if count > 1:
-        launcher = f"{python} -m torch.distributed.run --standalone --nproc_per_node {local}"
+        where, nodes = "--standalone", count // int(local)
+        if nodes > 1:  # to be typed on each
+            first = os.environ.get("MASTER_ADDR")
+            where = f"--nnodes {nodes} --rdzv_backend c10d --rdzv_endpoint {first}:29500"
+        launcher = f"{python} -m torch.distributed.run {where} --nproc_per_node {local}"
         return f"{launcher} -m cs336_alignment.cli {verb} {words}"
     on_path = shutil.which("cs336-sft")
     here = on_path is not None and Path(on_path).parent == Path(sys.executable).parent

@@ -33,6 +33,12 @@ from cs336_alignment.training.export import save_sidecars
 from cs336_alignment.training.finish import Finish
 from cs336_alignment.training.held_out import HeldOutEvaluation
 from cs336_alignment.training.inputs import Inputs, load_inputs, refuse_other_backends
+from cs336_alignment.training.launch_check import (
+    check_launch,
+    join,
+    naming_lost_processes,
+    refuse_lone_and_surplus_processes,
+)
 from cs336_alignment.training.manifest import build_manifest
 from cs336_alignment.training.optimizer import allocate_state, build_optimizer
 from cs336_alignment.training.parallel import (
@@ -40,7 +46,6 @@ from cs336_alignment.training.parallel import (
     is_main_process_before_start,
     refuse_launcher_options,
     set_threads,
-    start_processes,
 )
 from cs336_alignment.training.preflight import (
     choose_cut,
@@ -93,6 +98,7 @@ def train(
     Raises:
         UserError: as everywhere; `status.json` then holds it too.
     """
+    refuse_lone_and_surplus_processes()
     precision = refuse_launcher_options(config.trainer.precision)
     refuse_other_backends(config.evaluation)
     is_main = is_main_process_before_start()
@@ -102,7 +108,7 @@ def train(
     status = StatusFile(folder.path / STATUS, resume_command(arguments, verb), enabled=is_main)
     stop = StopRequest(config.trainer.max_hours, on_leave=status.ended, tell=is_main)
     try:
-        with stop, status.covering():
+        with stop, status.covering(), naming_lost_processes():
             left = status.read()
             decision = folder.decide(
                 config,
@@ -113,7 +119,7 @@ def train(
                 status.running()
             # Before the processes wait for each other: one tokenizes, and that can take long.
             inputs = None if decision.complete else load_inputs(config, console)
-            own = None if processes else Processes(start_processes(config.parallel))
+            own = None if processes else join(config.parallel)
             joined = processes or own
             assert joined is not None
             try:
@@ -121,6 +127,7 @@ def train(
                 if decision.complete:
                     return _nothing_to_do(folder, console)
                 inputs = inputs or load_inputs(config, console)
+                check_launch(joined, config, folder.path, inputs, precision, console.warn)
                 run = _Run(config, folder, console, joined, decision, status, stop, inputs)
                 outcome = run.to_the_end(precision)
             finally:

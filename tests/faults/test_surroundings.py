@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -157,32 +156,3 @@ def test_numbers_that_do_not_divide(sft: Sft, tmp_path: Path, tally: Tally) -> N
                 for line in (tmp_path / f"outputs/n{count}/metrics.jsonl").read_text().splitlines()
             ]
             assert len([row for row in rows if "train/loss" in row]) == steps
-
-
-@pytest.mark.slow
-@pytest.mark.fault("T4 a cluster's time limit")
-def test_the_batch_script_requeues_what_was_preempted(
-    rows: Path, tmp_path: Path, tally: Tally
-) -> None:
-    tools = tmp_path / "bin"
-    tools.mkdir()
-    (tools / "srun").write_text('#!/bin/sh\nexec "$@"\n')
-    (tools / "scontrol").write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/asked\n')
-    for tool in tools.iterdir():
-        tool.chmod(0o755)
-    environment = {
-        **clean_environment(), "PATH": f"{tools}:{os.environ['PATH']}", "PYTHON": sys.executable,
-        "SLURM_JOB_ID": "77",
-    }  # fmt: skip
-    command = [str(ROOT / "scripts/slurm.sh"), "mine", *TINY, f"data.train_path={rows}",
-               "trainer.max_steps=6", "output_root=runs"]  # fmt: skip
-    asked = tmp_path / "asked"
-    for options, requeued in (("trainer.max_hours=0.000001", True), ("trainer.max_hours=1", False)):
-        with tally.point(options):
-            asked.unlink(missing_ok=True)
-            done = subprocess.run(
-                [*command, options], cwd=tmp_path, env=environment, text=True, capture_output=True
-            )
-            assert asked.exists() == requeued, done.stderr[-2000:]
-            assert (done.returncode == 0) == (not requeued)
-            assert not requeued or asked.read_text() == "requeue 77\n"
