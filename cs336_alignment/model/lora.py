@@ -139,7 +139,7 @@ def add_adapter(
         base.refuse_another(folder, config.base_model_name_or_path)
     config.lora_dropout = options.dropout
     whole = {*(config.modules_to_save or options.modules_to_save), *trained_whole}
-    _inject(model, config, base, whole, seed)
+    _inject(model, config, base, whole, seed, folder)
     if folder is not None:
         _load(folder, model, load_file(folder / ADAPTER_WEIGHTS))
 
@@ -157,7 +157,7 @@ def load_adapter(folder: Path, model: PreTrainedModel, base: Base) -> None:
     rows = weights.get(f"{PREFIX}{name}.weight")
     if rows is not None and len(rows) != embedding.weight.shape[0]:  # it was trained on new tokens
         model.resize_token_embeddings(len(rows), mean_resizing=False)
-    _inject(model, config, base, set(config.modules_to_save or ()), seed=0)
+    _inject(model, config, base, set(config.modules_to_save or ()), 0, folder)
     _load(folder, model, weights)
 
 
@@ -238,8 +238,9 @@ def _refuse_other_options(folder: Path, config: Any, options: LoraConfig) -> Non
 
 
 def _inject(
-    model: PreTrainedModel, config: Any, base: Base, whole: Collection[str], seed: int
-) -> None:
+    model: PreTrainedModel, config: Any, base: Base, whole: Collection[str], seed: int,
+    folder: Path | None = None,
+) -> None:  # fmt: skip
     from peft import inject_adapter_in_model
     from peft.tuners.lora import LoraLayer
 
@@ -255,6 +256,8 @@ def _inject(
         try:
             inject_adapter_in_model(config, model)
         except ValueError as failure:
+            if folder is not None:
+                raise _unfit(folder, str(failure).strip().splitlines()[0]) from failure
             raise UserError(
                 "M124",
                 "lora.target_modules finds nothing that can have an adapter",
