@@ -249,7 +249,7 @@ def _inject(
         if module in (model.get_input_embeddings(), model.get_output_embeddings())
     }  # fmt: skip
     config.modules_to_save = None  # peft would copy them
-    config.init_lora_weights = True
+    config.init_lora_weights, config.inference_mode = True, False
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="fan_in_fan_out")  # peft sets it right by itself
         torch.manual_seed(seed)
@@ -366,11 +366,16 @@ def describe_adapter(model: nn.Module) -> str:
     config: Any = vars(model)["peft_config"]["default"]
     names = [n for n, layer in model.named_modules() if isinstance(layer, LoraLayer)]
     kind = "DoRA" if config.use_dora else "LoRA"
-    scale = "sqrt(r)" if config.use_rslora else "r"
+    divisor = f"sqrt({config.r})" if config.use_rslora else config.r
     leaves = ", ".join(sorted({name.rpartition(".")[2] for name in names}))
-    text = f"{kind} of rank {config.r}, alpha {config.lora_alpha:g} / {scale}, on {len(names)} "
+    text = f"{kind} of rank {config.r}, scaled by {config.lora_alpha:g} / {divisor}, on "
     whole = f"; trained whole: {', '.join(config.modules_to_save)}" if config.modules_to_save else ""
-    return f"{text}layers ({leaves}){whole}"
+    return f"{text}{len(names)} layers ({leaves}){whole}"
+
+
+def base_sha256(model: nn.Module) -> str | None:
+    """Give the hash of the base model's weights; None without adapters."""
+    return vars(model)["adapter_base"].sha256 if is_adapted(model) else None
 
 
 def adapter_dropout(model: nn.Module) -> float:
