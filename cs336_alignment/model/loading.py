@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 import transformers
+from tokenizers import AddedToken
 from torch import Tensor
 from transformers import (
     AutoConfig,
@@ -24,7 +25,6 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.tokenization_utils_base import AddedToken
 
 from cs336_alignment.errors import ExitStatus, UserError
 from cs336_alignment.model.lora import (
@@ -107,9 +107,7 @@ def resolve_model(name_or_path: str, revision: str | None, trust_remote_code: bo
     return ModelSource(name_or_path, revision, trust_remote_code)
 
 
-def load_tokenizer(
-    source: ModelSource, new_tokens: Sequence[str] = ()
-) -> PreTrainedTokenizerBase:
+def load_tokenizer(source: ModelSource, new_tokens: Sequence[str] = ()) -> PreTrainedTokenizerBase:
     """Load the tokenizer; it need have neither pad nor EOS token.
 
     Padding is never recognized by its id here, so a missing pad token is filled in with EOS where

@@ -154,9 +154,8 @@ def load_adapter(folder: Path, model: PreTrainedModel, base: Base) -> None:
     base.refuse_another(folder, None)  # it named the model itself
     embedding = model.get_input_embeddings()
     name = next(name for name, module in model.named_modules() if module is embedding)
-    rows = weights.get(f"{PREFIX}{name}.weight")
-    if rows is not None and len(rows) != embedding.weight.shape[0]:  # it was trained on new tokens
-        model.resize_token_embeddings(len(rows), mean_resizing=False)
+    if (rows := weights.get(f"{PREFIX}{name}.weight")) is not None:
+        _resize(model, len(rows))  # it was trained on new tokens
     _inject(model, config, base, set(config.modules_to_save or ()), 0, folder)
     _load(folder, model, weights)
 
@@ -269,7 +268,7 @@ def _inject(
     if refused := sorted(ends & adapted.keys()):
         raise UserError(
             "M125",
-            f"lora.target_modules finds {', '.join(refused)}, and an embedding gets no adapter here",
+            f"lora.target_modules finds {', '.join(refused)}: an embedding gets no adapter here",
             ExitStatus.BAD_CONFIG,
             hint=f"train it whole: lora.modules_to_save=[{refused[0].rsplit('.', 1)[-1]}]",
         )
@@ -314,17 +313,23 @@ def copy_adapter(source: PreTrainedModel, target: PreTrainedModel) -> None:
     Raises:
         UserError: the base model's files have changed meanwhile (78).
     """
-    config, base = copy.deepcopy(source.peft_config["default"]), source.adapter_base
+    own: Any = vars(source)
+    config, base = copy.deepcopy(own["peft_config"]["default"]), own["adapter_base"]
     if base.quantize is None and weights_sha256(target) != base.sha256:
         raise _unfit(Path(base.name), "its weights are not those that the run began with")
-    rows = source.get_input_embeddings().weight.shape[0]
-    if rows != target.get_input_embeddings().weight.shape[0]:
-        target.resize_token_embeddings(rows, mean_resizing=False)
+    rows: Any = source.get_input_embeddings().weight
+    _resize(target, len(rows))
     _inject(target, config, base, set(config.modules_to_save or ()), seed=0)
     trained = adapter_tensors(source)
     with torch.no_grad():
         for name, tensor in adapter_tensors(target).items():
             tensor.copy_(trained[name])
+
+
+def _resize(model: PreTrainedModel, rows: int) -> None:
+    own: Any = model.get_input_embeddings().weight
+    if len(own) != rows:
+        model.resize_token_embeddings(rows, mean_resizing=False)
 
 
 def _load(folder: Path, model: PreTrainedModel, weights: Mapping[str, Tensor]) -> None:
@@ -369,8 +374,8 @@ def describe_adapter(model: nn.Module) -> str:
     divisor = f"sqrt({config.r})" if config.use_rslora else config.r
     leaves = ", ".join(sorted({name.rpartition(".")[2] for name in names}))
     text = f"{kind} of rank {config.r}, scaled by {config.lora_alpha:g} / {divisor}, on "
-    whole = f"; trained whole: {', '.join(config.modules_to_save)}" if config.modules_to_save else ""
-    return f"{text}{len(names)} layers ({leaves}){whole}"
+    whole = ", ".join(config.modules_to_save or ())
+    return f"{text}{len(names)} layers ({leaves})" + (f"; trained whole: {whole}" if whole else "")
 
 
 def base_sha256(model: nn.Module) -> str | None:

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from cs336_alignment.config import LoraConfig, ModelConfig
 from cs336_alignment.errors import ExitStatus, UserError
+from cs336_alignment.model.loading import embedding_rows
 from cs336_alignment.model.lora import Base, add_adapter
 
 
@@ -111,7 +112,7 @@ def add_rows(
         return False
     ids = torch.tensor(tokenizer.convert_tokens_to_ids(list(tokens)))
     first, size = int(ids.min()), int(ids.max()) + 1
-    before = model.get_input_embeddings().weight.shape[0]
+    before = embedding_rows(model)
     if size > before:
         model.resize_token_embeddings(size, mean_resizing=False)
     with torch.no_grad():

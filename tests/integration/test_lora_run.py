@@ -120,7 +120,8 @@ def test_what_adapters_leave_and_how_they_go_on(
     first = sft("train", *more, "run_name=more", "optimizer.learning_rate=0")
     assert first.returncode == 0, first.stderr
     name = "adapter/adapter_model.safetensors"
-    before, after = load_file(checkpoint / "adapter_model.safetensors"), load_file(tmp_path / "outputs/more" / name)
+    before = load_file(checkpoint / "adapter_model.safetensors")
+    after = load_file(tmp_path / "outputs/more" / name)
     assert all(torch.equal(before[n], after[n]) for n in before)
     assert "M131" in sft("train", *overrides(checkpoint, rows, "lora.r=4", "run_name=x")).stderr
     # The base model changes under a run.
@@ -131,7 +132,9 @@ def test_what_adapters_leave_and_how_they_go_on(
     assert longer.returncode == 78 and "error[M121]" in longer.stderr, longer.stderr
     other = sft("train", *more, "run_name=other")
     assert other.returncode == 78 and "error[M121]" in other.stderr
-    chat = sft("evaluate", f"model.name_or_path={checkpoint}", f"data.eval_path={rows}", "run_name=y")
+    chat = sft(
+        "evaluate", f"model.name_or_path={checkpoint}", f"data.eval_path={rows}", "run_name=y"
+    )
     assert chat.returncode == 78 and "error[M121]" in chat.stderr
 
 
@@ -148,7 +151,8 @@ def test_new_tokens_are_trained_and_saved(
     done = sft("train", *command)
     assert done.returncode == 0, done.stderr
     folder = tmp_path / "outputs/r/model"
-    tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder)
     ids = tokenizer.convert_tokens_to_ids(["<tool>", "</tool>"])
     assert tokenizer("<tool>2", add_special_tokens=False)["input_ids"][0] == ids[0]
     rows_now = model.get_input_embeddings().weight
@@ -156,7 +160,7 @@ def test_new_tokens_are_trained_and_saved(
     before = load_file(base / "model.safetensors")["model.embed_tokens.weight"]
     mean = before.mean(0)
     assert not torch.equal(rows_now[ids[0]], mean)
-    assert (rows_now[ids[0]] - mean).abs().max() < 0.1 < (before[ids[0] - 1] - mean).abs().max() * 10
+    assert (rows_now[ids[0]] - mean).abs().max() < 0.03 < (before[3] - mean).abs().max()
     shown = sft("inspect", *command[:2], command[7])
     assert shown.returncode == 0 and "<tool>" in shown.stdout
     evaluated = sft(
@@ -186,7 +190,7 @@ BAD: list[tuple[list[str], str, str]] = [
     (["model.new_tokens=['+']"], "M130", "+"),
     (["model.new_tokens=['<a>']", "model.freeze=[embed]"], "M129", "model.freeze"),
     (["lora_r=4"], "C101", "lora.r"),
-    (["--use_dora", "true"], "C002", "lora.dora=true"),
+    (["--use_dora", "true"], "C001", "lora.dora=true"),
 ]  # fmt: skip
 
 
@@ -249,7 +253,8 @@ def test_two_processes_train_the_same_adapter(
 ) -> None:
     command = overrides(base, rows, "lora.r=4", "trainer.max_steps=3")
     one = sft("train", *command, "run_name=one")
-    arguments = ("-m", "cs336_alignment.cli", "train", *command, "run_name=two", "parallel.num_processes=2")
+    more = ("run_name=two", "parallel.num_processes=2")
+    arguments = ("-m", "cs336_alignment.cli", "train", *command, *more)
     two = sft(*arguments, launcher=launch("torchrun"))
     assert one.returncode == two.returncode == 0, two.stderr[-2000:]
     losses = [[row["train/loss"] for row in without_times(tmp_path / f"outputs/{n}/metrics.jsonl")]

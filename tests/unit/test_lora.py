@@ -49,7 +49,10 @@ KINDS: dict[str, dict[str, Any]] = {
     "rslora": {"rslora": True},
     "dora": {"dora": True},
     "head": {"modules_to_save": ["lm_head"]},
-    "names": {"target_modules": ["q_proj", "down_proj"], "modules_to_save": ["embed_tokens", "norm"]},
+    "names": {
+        "target_modules": ["q_proj", "down_proj"],
+        "modules_to_save": ["embed_tokens", "norm"],
+    },
 }
 
 
@@ -123,9 +126,8 @@ def test_every_cut_gives_the_gradient_of_peft_alone(
         )  # fmt: skip
         got = gradients(model)
         assert got.keys() == want.keys()
-        error = relative_error(
-            torch.cat([got[n].flatten() for n in want]), torch.cat([g.flatten() for g in want.values()])
-        )
+        flat = [torch.cat([grads[n].flatten() for n in want]) for grads in (got, want)]
+        error = relative_error(*flat)
         assert error <= 1e-12, (cut, error)
 
 
@@ -154,7 +156,9 @@ def test_peft_and_this_project_read_an_adapter_as_it_was_trained(
                 parameter.mul_(1.25)
     want, _ = dense_log_probs(model, dataset, IDS)
     export_model(tmp_path / "adapter", model, tokenizer, "card")
-    theirs: Any = PeftModel.from_pretrained(build_model("llama", torch.float32), tmp_path / "adapter")
+    theirs: Any = PeftModel.from_pretrained(
+        build_model("llama", torch.float32), tmp_path / "adapter"
+    )
     assert torch.equal(dense_log_probs(theirs, dataset, IDS)[0], want)
     ours = build_model("llama", torch.float32)
     load_adapter(tmp_path / "adapter", ours, Base("org/m", None, weights_sha256(ours)))
@@ -187,10 +191,8 @@ def test_frozen_layers_in_the_compute_dtype_compute_the_same(processes: Processe
     assert all(torch.equal(grads[0][name], grads[1][name]) for name in grads[0])
     whole = build_model("qwen2", torch.float32)  # what an export reads anew
     copy_adapter(model, whole)
-    assert all(
-        torch.equal(a, b)
-        for a, b in zip(adapter_tensors(model).values(), adapter_tensors(whole).values(), strict=True)
-    )
+    copied = adapter_tensors(whole)
+    assert all(torch.equal(copied[name], t) for name, t in adapter_tensors(model).items())
 
 
 def test_dropout_of_adapters_is_told_and_not_shared() -> None:
