@@ -22,7 +22,7 @@ from cs336_alignment.model.loading import load_model, load_tokenizer, resolve_mo
 from cs336_alignment.training.checkpoint import INDEX, find_latest, verify
 from cs336_alignment.training.parallel import launched_processes, set_threads
 from cs336_alignment.training.preflight import choose_precision
-from cs336_alignment.training.run_folder import CONFIG, EXPORT, LEDGER
+from cs336_alignment.training.run_folder import ADAPTER, CONFIG, EXPORT, LEDGER
 
 VERBATIM = "question_only"
 SETTABLE = (
@@ -127,7 +127,8 @@ def find_model(name: str) -> tuple[str, Path | None]:
     """
     path = Path(name).expanduser()
     for run in (path.parent, path.parent.parent):
-        is_part = path.name == EXPORT if run == path.parent else path.parent.name == "checkpoints"
+        exported = path.name in (EXPORT, ADAPTER)
+        is_part = exported if run == path.parent else path.parent.name == "checkpoints"
         if path.is_dir() and is_part and (run / CONFIG).is_file():
             return name, run
     if not (path / CONFIG).is_file():

@@ -30,6 +30,29 @@ class ModelConfig:
     revision: str | None = None
     trust_remote_code: bool = False
     random_init: bool = False
+    freeze: list[str] = field(default_factory=list)
+    new_tokens: list[str] = field(default_factory=list)
+
+
+@dataclass
+class LoraConfig:
+    """Adapters that are trained instead of all weights."""
+
+    r: int | None = None
+    alpha: float | None = None
+    dropout: float = 0.0
+    target_modules: Any = "all-linear"
+    modules_to_save: list[str] = field(default_factory=list)
+    dora: bool = False
+    rslora: bool = False
+    quantize: str | None = None
+    adapter_path: str | None = None
+    export: str = "both"
+
+    @property
+    def active(self) -> bool:
+        """Whether adapters are trained at all."""
+        return self.r is not None or self.adapter_path is not None
 
 
 @dataclass
@@ -239,6 +262,7 @@ class Config:
     """One run, whole. Functions receive a section or plain values of it, never the root."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
     data: DataConfig = field(default_factory=DataConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)

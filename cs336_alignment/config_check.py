@@ -29,6 +29,7 @@ SELECTIONS = ("first", "longest", "random", "findings")
 LEVELS = ("error", "warning", "off")
 SCHEDULES = ("cosine", "linear", "constant", "warmup_stable_decay")
 LOGGERS = ("wandb", "none")
+LORA_EXPORTS = ("both", "merged", "adapter")
 BACKENDS = ("transformers", "server", "vllm")
 SERVER_APIS = ("completions", "chat")
 CUSTOM_REWARD = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*(\.[^\W\d]\w*)*")
@@ -50,6 +51,18 @@ def _above(low: float) -> Callable[[Any], bool]:
     return lambda value: math.isfinite(value) and value > low
 
 
+def _is_pattern(value: Any) -> bool:
+    try:
+        re.compile(value)
+    except (re.error, TypeError):
+        return False
+    return isinstance(value, str) and bool(value.strip())
+
+
+def _are_names(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(v, str) and v.strip() for v in value)
+
+
 def _one_of(key: str, allowed: tuple[str, ...]) -> _Rule:
     return _Rule(key, lambda value: value in allowed, "one of " + ", ".join(allowed))
 
@@ -65,6 +78,24 @@ _RULES = (
     _Rule("output_root", lambda v: bool(v.strip()), "a folder"),
     _Rule("seed", lambda v: 0 <= v < 2**63, "a whole number from 0 to 2**63 - 1"),
     _Rule("model.name_or_path", lambda v: bool(v.strip()), "a hub id or a local folder"),
+    _Rule("model.freeze", lambda v: all(map(_is_pattern, v)), "a list of regular expressions"),
+    _Rule(
+        "model.new_tokens",
+        lambda v: all(token.strip() for token in v) and len({*v}) == len(v),
+        "a list of tokens, each once",
+    ),
+    _Rule("lora.r", _at_least(1), "a whole number of at least 1, or null to train all weights"),
+    _Rule("lora.alpha", _above(0), "a number above 0, or null for twice the rank"),
+    _Rule("lora.dropout", lambda v: 0 <= v < 1, "a number from 0 to below 1"),
+    _Rule(
+        "lora.target_modules",
+        lambda v: bool(v) and (_is_pattern(v) or _are_names(v)),
+        "all-linear, a list of modules' names, or a regular expression",
+    ),
+    _Rule("lora.modules_to_save", lambda v: _are_names(v), "a list of modules' names"),
+    _one_of("lora.quantize", ("nf4",)),
+    _Rule("lora.adapter_path", lambda v: bool(v.strip()), "a folder, or null"),
+    _one_of("lora.export", LORA_EXPORTS),
     _Rule("data.train_path", lambda v: bool(v.strip()), "a file or a hub id"),
     _Rule("data.eval_path", lambda v: bool(v.strip()), "a file, a hub id or null"),
     _Rule("data.max_train_examples", _at_least(1), "a whole number of at least 1, or null"),

@@ -15,6 +15,7 @@ from cs336_alignment.config import (
     Config,
     DataConfig,
     EvaluationConfig,
+    LoraConfig,
 )
 from cs336_alignment.errors import ExitStatus, UserError
 from cs336_alignment.metric_names import GENERATED, greater_is_better, nearest_metric
@@ -37,6 +38,7 @@ def clashes(config: Config) -> Iterator[UserError]:
             "trainer.loss_normalization",
             "the constant is read only by trainer.loss_normalization=constant",
         )
+    yield from _lora_clashes(config)
     yield from _source_clashes(config.data)
     yield from _best_clashes(config)
     yield from _backend_clashes(config)
@@ -55,6 +57,25 @@ def clashes(config: Config) -> Iterator[UserError]:
             "model.revision",
             "code from the hub runs only at a pinned commit: model.revision=<40 hex digits>",
         )
+
+
+def _lora_clashes(config: Config) -> Iterator[UserError]:
+    lora, default = config.lora, LoraConfig()
+    if lora.active:
+        if config.model.random_init:
+            why = "an adapter is trained on a model that was trained before: lora.r=null"
+            yield clash("lora.r", "model.random_init", why)
+        if config.model.freeze:
+            why = (
+                "adapters leave all weights as they are but those of lora.modules_to_save; choose "
+                "with lora.target_modules"
+            )
+            yield clash("lora.r", "model.freeze", why)
+        return
+    for name in (field.name for field in fields(lora)):
+        if getattr(lora, name) != getattr(default, name):
+            why = "it is read where adapters are trained: give lora.r or lora.adapter_path"
+            yield clash(f"lora.{name}", "lora.r=null", why)
 
 
 def _backend_clashes(config: Config) -> Iterator[UserError]:

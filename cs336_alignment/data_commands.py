@@ -95,7 +95,8 @@ def inspect(config: Config, html: Path | None) -> ExitStatus:
 def _tokenizer(config: Config) -> PreTrainedTokenizerBase:
     model = config.model
     return load_tokenizer(
-        resolve_model(model.name_or_path, model.revision, model.trust_remote_code)
+        resolve_model(model.name_or_path, model.revision, model.trust_remote_code),
+        model.new_tokens,
     )
 
 

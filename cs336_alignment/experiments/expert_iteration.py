@@ -166,7 +166,7 @@ class _Whole:
             if outcome != ExitStatus.DONE:
                 return outcome
             self.processes.on_main(lambda done=number: self.status.running(done))  # type: ignore[misc]
-            model = run_model(part)
+            model = replace(run_model(part), freeze=config.model.freeze)
         self.processes.on_main(lambda: self._end(manifest))
         return ExitStatus.DONE
 
@@ -328,6 +328,20 @@ def _refuse_combinations(config: Config) -> None:
         errors.append(
             clash("model.random_init", VERB, "random weights answer nothing: train a model first")
         )
+    if config.model.new_tokens:
+        errors.append(
+            clash("model.new_tokens", VERB, "no answer would hold them: train a model first")
+        )
+    if config.lora.adapter_path is not None:
+        errors.append(
+            clash("lora.adapter_path", VERB, "give the adapter's folder as model.name_or_path, and "
+                  "lora.r for new adapters")
+        )  # fmt: skip
+    if config.lora.export == "adapter":
+        errors.append(
+            clash("lora.export=adapter", VERB, "an iteration samples from the merged model of the "
+                  "one before: lora.export=both")
+        )  # fmt: skip
     if data.eval_fraction:
         errors.append(
             clash("data.eval_fraction", VERB, "every iteration has rows of its own: give "

@@ -135,7 +135,8 @@ class Sampler:
         evaluation, options = self.config.evaluation, self.config.expert_iteration
         return {
             "iteration": iteration,
-            "model": asdict(model),
+            # Lists are of training; requests made before there were any compare equal.
+            "model": {name: value for name, value in asdict(model).items() if value != []},
             "data": self.data.fingerprint,
             "seed": self.config.seed,
             "num_questions": options.num_questions,

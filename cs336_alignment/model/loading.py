@@ -1,10 +1,11 @@
 """Models and tokenizers from a local folder, the hub, or the package; with weights or from a
-config.
+config; an adapter's folder is its base model with the adapter merged.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import importlib.util
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -12,11 +13,13 @@ from typing import Any
 
 import torch
 import transformers
+from tokenizers import AddedToken
 from torch import Tensor
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    BitsAndBytesConfig,
     GenerationConfig,
     PreTrainedConfig,
     PreTrainedModel,
@@ -24,8 +27,18 @@ from transformers import (
 )
 
 from cs336_alignment.errors import ExitStatus, UserError
+from cs336_alignment.model.lora import (
+    Base,
+    is_adapted,
+    is_adapter,
+    load_adapter,
+    merge_adapter,
+    read_adapter_config,
+    weights_sha256,
+)
 
 BUILTIN = "builtin:"
+TOKENIZER = "tokenizer_config.json"
 WEIGHT_FILES = ("*.safetensors", "pytorch_model*.bin")
 
 
@@ -94,35 +107,60 @@ def resolve_model(name_or_path: str, revision: str | None, trust_remote_code: bo
     return ModelSource(name_or_path, revision, trust_remote_code)
 
 
-def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
+def load_tokenizer(source: ModelSource, new_tokens: Sequence[str] = ()) -> PreTrainedTokenizerBase:
     """Load the tokenizer; it need have neither pad nor EOS token.
 
     Padding is never recognized by its id here, so a missing pad token is filled in with EOS where
     generation wants one; a missing EOS is the data step's business.
 
+    Args:
+        source: from `resolve_model`.
+        new_tokens: to add, none of which it has.
+
     Raises:
-        UserError: it cannot be loaded (66).
+        UserError: it cannot be loaded (66), or has one of the new tokens (78).
     """
+    if is_adapter(source.location) and not (Path(source.location) / TOKENIZER).is_file():
+        source = _base_of(source)
     try:
-        return AutoTokenizer.from_pretrained(
+        tokenizer = AutoTokenizer.from_pretrained(
             source.location, revision=source.revision, trust_remote_code=source.trust_remote_code
         )
     except Exception as failure:
         raise _cannot_load("tokenizer", source, failure) from failure
+    known = [token for token in new_tokens if token in tokenizer.get_vocab()]
+    if known:
+        raise UserError(
+            "M130",
+            f"the tokenizer of {source.location} has tokens of model.new_tokens already",
+            ExitStatus.BAD_CONFIG,
+            got=", ".join(known),
+            hint="leave them out",
+        )
+    tokenizer.add_tokens([AddedToken(token, normalized=False) for token in new_tokens])
+    return tokenizer
 
 
-def load_model(source: ModelSource, *, random_init: bool, seed: int) -> PreTrainedModel:
+def load_model(
+    source: ModelSource, *, random_init: bool, seed: int, four_bits: FourBits | None = None
+) -> PreTrainedModel:
     """Load a causal language model in float32, on the CPU.
 
     Args:
         source: from `resolve_model`.
         random_init: take only the config and draw the weights.
         seed: of the drawn weights.
+        four_bits: load its linear layers in 4 bits instead, on a GPU.
 
     Raises:
-        UserError: it cannot be loaded, or has no weights and random_init is off (66).
+        UserError: it cannot be loaded, or has no weights and random_init is off (66); an adapter
+            that is not of its base model (78).
     """
-    common = {"trust_remote_code": source.trust_remote_code}
+    common: dict[str, Any] = {"trust_remote_code": source.trust_remote_code}
+    if is_adapter(source.location):
+        return _load_merged(source, random_init=random_init, seed=seed)
+    if four_bits is not None:
+        common |= four_bits.options()
     if source.is_local and not random_init:
         _require_weights(source)
     transformers.logging.disable_progress_bar()
@@ -144,6 +182,11 @@ def load_model(source: ModelSource, *, random_init: bool, seed: int) -> PreTrain
         )
         model, info = loaded
         _refuse_drawn_weights(source, info)
+        if is_adapted(model):
+            raise UserError(
+                "M109", f"{source.location} is an adapter on the hub", ExitStatus.NOT_FOUND,
+                hint=f"hf download {source.location} --local-dir FOLDER, and give the folder",
+            )  # fmt: skip
         return model
     except UserError:
         raise
@@ -151,6 +194,77 @@ def load_model(source: ModelSource, *, random_init: bool, seed: int) -> PreTrain
         raise _cannot_load("model", source, failure) from failure
     finally:
         transformers.logging.set_verbosity(level)
+
+
+@dataclass(frozen=True)
+class FourBits:
+    """How the weights are held for QLoRA (Dettmers and others, arXiv 2305.14314): NormalFloat in
+    blocks of 64, whose scales are quantized, too.
+
+    Attributes:
+        device: a GPU.
+        compute: the dtype that products run in.
+    """
+
+    device: torch.device
+    compute: torch.dtype
+
+    def options(self) -> dict[str, Any]:
+        """Give what `from_pretrained` is told.
+
+        Raises:
+            UserError: there is no GPU, or no library for it (78).
+        """
+        if self.device.type != "cuda":
+            raise UserError(
+                "C160", "lora.quantize=nf4 needs a CUDA GPU", ExitStatus.BAD_CONFIG,
+                got=str(self.device), hint="lora.quantize=null",
+            )  # fmt: skip
+        if importlib.util.find_spec("bitsandbytes") is None:
+            raise UserError(
+                "C160", "lora.quantize=nf4 needs bitsandbytes", ExitStatus.BAD_CONFIG,
+                hint="pip install 'cs336_alignment[quantize]', or lora.quantize=null",
+            )  # fmt: skip
+        settings = BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=self.compute,
+        )  # fmt: skip
+        return {"quantization_config": settings, "device_map": {"": self.device}}
+
+
+def _base_of(source: ModelSource) -> ModelSource:
+    config = read_adapter_config(Path(source.location))
+    name = config.base_model_name_or_path or ""
+    return resolve_model(name, config.revision, source.trust_remote_code)
+
+
+def _load_merged(source: ModelSource, *, random_init: bool, seed: int) -> PreTrainedModel:
+    """Load the base model of an adapter's folder and merge the adapter."""
+    of_base, folder = _base_of(source), Path(source.location)
+    model = load_model(of_base, random_init=random_init, seed=seed)
+    if not random_init:
+        load_adapter(folder, model, base_of(of_base, model))
+        merge_adapter(model)
+    return model
+
+
+def base_of(source: ModelSource, model: PreTrainedModel, quantize: str | None = None) -> Base:
+    """Describe a model, as it was just loaded, as the base of adapters.
+
+    Raises:
+        UserError: it is an adapter itself (78).
+    """
+    if is_adapter(source.location):
+        raise UserError(
+            "M131",
+            "model.name_or_path is an adapter, and an adapter of an adapter loads nowhere",
+            ExitStatus.BAD_CONFIG,
+            got=source.location,
+            hint="to go on with it: lora.adapter_path=FOLDER, and its base model as "
+            "model.name_or_path",
+        )
+    name = str(Path(source.location).resolve()) if source.is_local else source.location
+    return Base(name, source.revision, weights_sha256(model), quantize)
 
 
 def _refuse_drawn_weights(source: ModelSource, info: Mapping[str, Any]) -> None:

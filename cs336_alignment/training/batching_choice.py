@@ -16,6 +16,7 @@ from cs336_alignment.errors import ExitStatus, UserError
 from cs336_alignment.microbatch import Batching
 from cs336_alignment.model.attention import FLAT_ATTENTION, why_not_flat
 from cs336_alignment.model.loading import embedding_rows
+from cs336_alignment.model.lora import adapter_dropout
 from cs336_alignment.model.policy import Policy
 
 PROBE_LENGTHS = (5, 9, 9)
@@ -213,7 +214,8 @@ def _reference(policy: Policy, rows: Sequence[TokenizedExample]) -> Tensor:
 def dropout_options(policy: Policy) -> list[str]:
     """Name the dropouts of the model's config; with dropout a result depends on the cut."""
     config = policy.model.config.get_text_config().to_dict()
-    return [
+    of_adapters = adapter_dropout(policy.model)
+    return [f"lora.dropout={of_adapters:g}"] * (of_adapters > 0) + [
         f"{name}={value}"
         for name, value in config.items()
         if ("dropout" in name or name.endswith("_pdrop"))

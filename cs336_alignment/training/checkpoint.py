@@ -2,7 +2,8 @@
 
 A checkpoint is a directory `step-000100`: weights under their Hugging Face names, configuration and
 tokenizer (so it loads as a model folder), the optimizer's state, the trainer's state, and
-`manifest.json`, written last. It is assembled in a temporary directory, flushed to disk and renamed
+`manifest.json`, written last. Of a model with adapters it holds these alone and loads as an
+adapter's folder. It is assembled in a temporary directory, flushed to disk and renamed
 in one operation.
 """
 
@@ -32,6 +33,12 @@ from cs336_alignment.files import (
     sha256_of,
     system_error,
     write_json,
+)
+from cs336_alignment.model.lora import (
+    ADAPTER_WEIGHTS,
+    adapter_tensors,
+    is_adapted,
+    refuse_another_base,
 )
 from cs336_alignment.training.optimizer import allocate_state
 from cs336_alignment.training.safetensors_file import write_safetensors
@@ -65,7 +72,11 @@ class TrainState:
 
 
 def module_tensors(module: nn.Module) -> dict[str, Tensor]:
-    """Give the parameters (a tied one once) and persistent buffers of a module by name."""
+    """Give the parameters (a tied one once) and persistent buffers of a module by name; of one with
+    adapters what is trained alone.
+    """
+    if is_adapted(module):
+        return adapter_tensors(module)
     persistent = module.state_dict()
     buffers = {name: buffer for name, buffer in module.named_buffers() if name in persistent}
     return {**dict(module.named_parameters()), **buffers}
@@ -100,31 +111,39 @@ class Snapshot:
         state: of the run, its own copy.
         weights: parameter or buffer name → tensor.
         moments: the optimizer's, see `optimizer_tensors`.
+        weights_file: where the weights go.
     """
 
     state: TrainState
     weights: Mapping[str, Tensor]
     moments: Mapping[str, Tensor]
+    weights_file: str = WEIGHTS
 
     @staticmethod
     def of(state: TrainState, module: nn.Module, optimizer: torch.optim.Optimizer) -> Snapshot:
         """Look at the tensors where they are: right only as long as nothing trains on."""
         return Snapshot(
-            copy.deepcopy(state), module_tensors(module), optimizer_tensors(module, optimizer)
-        )
+            copy.deepcopy(state), module_tensors(module), optimizer_tensors(module, optimizer),
+            _weights_file(module),
+        )  # fmt: skip
 
     def copied(self, into: Snapshot | None) -> Snapshot:
         """Copy the tensors into this machine's memory: into those of an earlier copy if given."""
         old = Snapshot(self.state, {}, {}) if into is None else into
         return Snapshot(
-            self.state, _copied(self.weights, old.weights), _copied(self.moments, old.moments)
-        )
+            self.state, _copied(self.weights, old.weights), _copied(self.moments, old.moments),
+            self.weights_file,
+        )  # fmt: skip
 
     @property
     def bytes(self) -> int:
         """Of all tensors together."""
         tensors = (*self.weights.values(), *self.moments.values())
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def _weights_file(module: nn.Module) -> str:
+    return ADAPTER_WEIGHTS if is_adapted(module) else WEIGHTS
 
 
 def _copied(tensors: Mapping[str, Tensor], old: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -166,9 +185,11 @@ def restore_weights(folder: Path, module: nn.Module) -> TrainState:
     """Load the weights alone of a verified checkpoint into a module, in place.
 
     Raises:
-        UserError: names or shapes are not those of this module (74).
+        UserError: names or shapes are not those of this module (74), or its adapters were trained
+            on another base model (78).
     """
-    weights, own = load_file(folder / WEIGHTS), module_tensors(module)
+    file, own = folder / _weights_file(module), module_tensors(module)
+    weights = load_file(file) if file.is_file() else {}
     if weights.keys() != own.keys() or any(weights[n].shape != own[n].shape for n in own):
         raise UserError(
             "R205",
@@ -176,6 +197,8 @@ def restore_weights(folder: Path, module: nn.Module) -> TrainState:
             ExitStatus.IO,
             hint="give another run_name, or the model the run was started with",
         )
+    if is_adapted(module):
+        refuse_another_base(folder, module)
     with torch.no_grad():
         for name, tensor in own.items():
             tensor.copy_(weights[name])
@@ -216,7 +239,9 @@ def save_checkpoint(
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         save_sidecars(temporary)
         manifest = {
-            WEIGHTS: write_safetensors(temporary / WEIGHTS, snapshot.weights),
+            snapshot.weights_file: write_safetensors(
+                temporary / snapshot.weights_file, snapshot.weights
+            ),
             OPTIMIZER: write_safetensors(temporary / OPTIMIZER, snapshot.moments),
         }
         write_json(temporary / STATE, {"progress": asdict(snapshot.state), **extra})
@@ -302,7 +327,11 @@ def _verify(folder: Path) -> str | None:
         return f"{MANIFEST} is missing"
     except ValueError:
         return f"{MANIFEST} is not JSON"
-    if not isinstance(manifest, dict) or not {WEIGHTS, OPTIMIZER, STATE} <= manifest.keys():
+    if (
+        not isinstance(manifest, dict)
+        or not {OPTIMIZER, STATE} <= manifest.keys()
+        or not {WEIGHTS, ADAPTER_WEIGHTS} & manifest.keys()
+    ):
         return f"{MANIFEST} does not list every file of a checkpoint"
     for name, entry in manifest.items():
         if not isinstance(entry, dict) or name.startswith("/") or ".." in Path(name).parts:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from cs336_alignment.config import Config
 from cs336_alignment.data.batching import MIN_SHARED_TOKENS, collate, shared_prefix
@@ -23,13 +23,16 @@ from cs336_alignment.model.attention import FLAT_ATTENTION, why_not_flat
 from cs336_alignment.model.compile import compile_layers
 from cs336_alignment.model.loading import (
     ModelSource,
+    base_of,
     check_fits,
     load_model,
     load_tokenizer,
     resolve_model,
 )
+from cs336_alignment.model.lora import is_adapted, merge_adapter, wake_adapters
 from cs336_alignment.model.policy import Policy
 from cs336_alignment.model.recompute import disable_checkpointing, enable_checkpointing
+from cs336_alignment.model.trainable import choose_trained
 from cs336_alignment.tracking.console import Console
 from cs336_alignment.training.batching_choice import choose_batching
 from cs336_alignment.training.checkpoint import Snapshot, TrainState, restore, save_checkpoint
@@ -98,13 +101,14 @@ def examine(config: Config, processes: Processes, console: Console) -> Iterator[
     """Load model and data as training does, and yield the outcome of every check as it comes."""
     options = config.model
     source = resolve_model(options.name_or_path, options.revision, options.trust_remote_code)
-    tokenizer = load_tokenizer(source)
+    tokenizer = load_tokenizer(source, options.new_tokens)
     data = _load_data(config, tokenizer, console)
     yield from guarded(
         "text and tokens", lambda: check_tokens(data.train, tokenizer, config, NUM_EXAMPLES)
     )
     console.note(f"loading {options.name_or_path}")
-    model = load_model(source, random_init=options.random_init, seed=config.seed)
+    load = partial(_load, source, tokenizer, config)
+    model = load()
     set_threads(1, model.num_parameters())
     longest = int(data.train.dataset.lengths.max())
     check_fits(model, data.train.largest_token_id, longest)
@@ -117,7 +121,9 @@ def examine(config: Config, processes: Processes, console: Console) -> Iterator[
     not_flat = why_not_flat(model, longest)
     if not_flat is None and model.config._attn_implementation != FLAT_ATTENTION:
         not_flat = "the architecture does not use transformers' attention interface"
-    subject = Subject(policy, short, processes, attention, not_flat)
+    wake_adapters(model)
+    may_freeze = config.lora.active or bool(options.freeze)
+    subject = Subject(policy, short, processes, attention, not_flat, may_freeze)
     tokens = f"{len(dataset)} examples, {int(dataset.lengths.sum())} tokens"
     console.note(f"checking  {tokens}, dropout off; training would be {choice.reason}")
     dtypes = [torch.float32]
@@ -132,7 +138,22 @@ def examine(config: Config, processes: Processes, console: Console) -> Iterator[
         )  # fmt: skip
         yield from guarded(f"gradients, {DTYPE_NAMES[dtype]}", check)
     model.to(torch.float32)  # type: ignore[arg-type]
-    yield from guarded("log-probs and files", lambda: _check_files(subject, tokenizer, source))
+    yield from guarded("log-probs and files", lambda: _check_files(
+        subject, tokenizer, load, options.trust_remote_code))  # fmt: skip
+
+
+def _load(
+    source: ModelSource, tokenizer: PreTrainedTokenizerBase, config: Config, other: bool = False
+) -> PreTrainedModel:
+    """Load the model as training does, but with all weights in float32; `other`: all that a
+    checkpoint holds is drawn from another seed.
+    """
+    options, lora, seed = config.model, config.lora, config.seed + other
+    drawn = options.random_init or (other and not lora.active)
+    model = load_model(source, random_init=drawn, seed=seed)
+    base = base_of(source, model) if lora.active else None
+    choose_trained(model, tokenizer, options, lora, base, seed=seed)
+    return model
 
 
 def _load_data(config: Config, tokenizer: PreTrainedTokenizerBase, console: Console) -> RunData:
@@ -220,7 +241,8 @@ def _check_parameters(subject: Subject, want: Gradient, batching: Batching) -> F
     unused = [n for n in rest if has_nothing(want, n)]
     kinds = {"frozen": frozen, "none for": lost, "not used by the model itself": unused}
     text = "; ".join(f"{kind}: {some(names)}" for kind, names in kinds.items() if names)
-    return Finding("every parameter has a gradient", None, None, not (frozen or lost), text)
+    passed = not lost and (subject.may_freeze or not frozen)
+    return Finding("every parameter has a gradient", None, None, passed, text)
 
 
 def _check_checkpointing(
@@ -264,8 +286,9 @@ def _log_probs(policy: Policy, subject: Subject) -> Tensor:
 
 
 def _check_files(
-    subject: Subject, tokenizer: PreTrainedTokenizerBase, source: ModelSource
-) -> Iterator[Finding]:
+    subject: Subject, tokenizer: PreTrainedTokenizerBase, load: Callable[..., PreTrainedModel],
+    trusted: bool,
+) -> Iterator[Finding]:  # fmt: skip
     """Compare the log-probs with transformers', then with those of what is written and read."""
     policy, device = subject.policy, subject.processes.device
     model, own = policy.model, _log_probs(subject.policy, subject)
@@ -276,10 +299,12 @@ def _check_files(
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         yield from guarded("checkpoint written and read", lambda: iter([_check_checkpoint(
-            subject, tokenizer, source, folder, own)]))  # fmt: skip
+            subject, tokenizer, load, folder, own)]))  # fmt: skip
+        if is_adapted(model):
+            merge_adapter(model)
         export_model(folder / "model", model, tokenizer, "")
         loaded = AutoModelForCausalLM.from_pretrained(
-            folder / "model", dtype=torch.float32, trust_remote_code=source.trust_remote_code
+            folder / "model", dtype=torch.float32, trust_remote_code=trusted
         )
         loaded.to(device).eval()  # type: ignore[arg-type]
         got = plain_log_probs(loaded, subject.dataset, device)
@@ -289,8 +314,8 @@ def _check_files(
 
 
 def _check_checkpoint(
-    subject: Subject, tokenizer: PreTrainedTokenizerBase, source: ModelSource, folder: Path,
-    want: Tensor,
+    subject: Subject, tokenizer: PreTrainedTokenizerBase, load: Callable[..., PreTrainedModel],
+    folder: Path, want: Tensor,
 ) -> Finding:  # fmt: skip
     policy, device = subject.policy, subject.processes.device
     saved = save_checkpoint(
@@ -298,7 +323,7 @@ def _check_checkpoint(
         extra={},
         keep=1, save_sidecars=lambda path: save_sidecars(path, policy.model, tokenizer),
     )  # fmt: skip
-    model = load_model(source, random_init=True, seed=1)
+    model = load(other=True)
     fresh = Policy(model).to(device).eval()
     fresh.head = None if policy.head is None else fresh.head
     restore(saved, model, torch.optim.AdamW(fresh.parameters()))

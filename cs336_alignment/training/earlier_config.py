@@ -17,7 +17,7 @@ FREE = frozenset({
     "trainer.save_total_limit", "trainer.resume", "trainer.max_hours", "trainer.async_save",
     "trainer.metric_for_best_model", "trainer.greater_is_better", "trainer.reload_check",
     "trainer.watchdog_minutes", "data.eval_path", "data.max_eval_examples", "data.num_workers",
-    "data.cache_dir", "parallel.num_processes", "parallel.timeout_minutes",
+    "data.cache_dir", "parallel.num_processes", "parallel.timeout_minutes", "lora.export",
 })  # fmt: skip
 FREE_SECTIONS = ("evaluation.", "logger.", "inspect.", "data.lint.", "expert_iteration.", "sweep.")
 # These are told: the same examples in the same steps, with sums in another order, or a longer run.

@@ -11,14 +11,26 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from cs336_alignment.errors import ExitStatus, UserError
 from cs336_alignment.files import flush_folder, flush_tree, system_error
+from cs336_alignment.model.lora import (
+    ADAPTER_WEIGHTS,
+    adapter_tensors,
+    is_adapted,
+    save_adapter_config,
+)
+from cs336_alignment.training.safetensors_file import write_safetensors
 
 
 def save_sidecars(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Write what makes weights a model folder: config, generation config, tokenizer."""
+    """Write what makes weights a model folder: config, generation config, tokenizer; or what makes
+    those of adapters a folder for peft.
+    """
+    tokenizer.save_pretrained(folder)
+    if is_adapted(model):  # with a config.json transformers would look for a whole model
+        save_adapter_config(folder, model)
+        return
     model.config.architectures = [type(model).__name__]
     model.config.save_pretrained(folder)
     _generation_config(model, tokenizer).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
 
 
 def export_model(
@@ -29,7 +41,7 @@ def export_model(
 
     Args:
         folder: `model/` of the run.
-        model: trained, not wrapped.
+        model: trained, not wrapped; if it has adapters, they alone are written.
         tokenizer: as trained with.
         card: the text of its README.md.
 
@@ -42,8 +54,11 @@ def export_model(
     try:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
-        model.generation_config = _generation_config(model, tokenizer)
-        model.save_pretrained(temporary)
+        if is_adapted(model):
+            write_safetensors(temporary / ADAPTER_WEIGHTS, adapter_tensors(model))
+        else:
+            model.generation_config = _generation_config(model, tokenizer)
+            model.save_pretrained(temporary)
         save_sidecars(temporary, model, tokenizer)
         (temporary / "README.md").write_text(card, encoding="utf-8")
         _make_readable(temporary)
@@ -106,6 +121,7 @@ def model_card(
     facts: Mapping[str, str],
     results: Sequence[tuple[str, float, float]],
     prompt_template: str,
+    library: str = "transformers",
 ) -> str:
     """Write the README.md of an exported model.
 
@@ -116,8 +132,9 @@ def model_card(
         facts: settings worth knowing, name → value.
         results: (metric, before, after).
         prompt_template: the text with its placeholder, since a model is only as good as its prompt.
+        library: that loads it.
     """
-    lines = ["---", "library_name: transformers", "pipeline_tag: text-generation", "tags: [sft]"]
+    lines = ["---", f"library_name: {library}", "pipeline_tag: text-generation", "tags: [sft]"]
     if not base_model.startswith(("/", ".", "~", "builtin:")) and base_model.count("/") == 1:
         lines.append(f"base_model: {base_model}")
     lines += [

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from cs336_alignment.config import Config
 from cs336_alignment.data.splits import RunData
 from cs336_alignment.errors import ExitStatus, UserError
 from cs336_alignment.files import sha256_of
 from cs336_alignment.model.compile import in_eager
+from cs336_alignment.model.lora import is_adapted, merge_adapter
 from cs336_alignment.model.policy import Policy
 from cs336_alignment.tracking.console import Console
 from cs336_alignment.training.best import Judge, Score
@@ -26,7 +29,7 @@ from cs336_alignment.training.export import export_model
 from cs336_alignment.training.parallel import Processes
 from cs336_alignment.training.reload_check import LIMIT_SECONDS, ReloadResult, check_export
 from cs336_alignment.training.report import write_card
-from cs336_alignment.training.run_folder import EXPORT, MANIFEST, RunFolder
+from cs336_alignment.training.run_folder import MANIFEST, RunFolder
 from cs336_alignment.training.status import StatusFile
 from cs336_alignment.training.stop import StopRequest
 
@@ -47,6 +50,7 @@ class Finish:
         data: trained and evaluated on.
         policy: as trained, not wrapped.
         base: see `bit_sums`; empty off the main process.
+        whole: gives the trained model, its frozen weights as they are in the base model.
     """
 
     config: Config
@@ -59,6 +63,7 @@ class Finish:
     data: RunData
     policy: Policy
     base: Mapping[str, int]
+    whole: Callable[[], PreTrainedModel]
 
     def __call__(
         self, state: TrainState, judge: Judge, manifest: Mapping[str, Any]
@@ -78,14 +83,22 @@ class Finish:
             UserError: the disk refuses (74); the export is not what was trained (70).
         """
 
-        def export() -> None:
-            nonlocal state
-            state, score = self._choose(state, judge)
-            self._export(state, score, judge, manifest)
+        score: Score | None = None
+        model, noted = self.policy.model, dict(manifest)
 
-        self.processes.on_main(export)
+        def choose() -> None:
+            nonlocal state, score, model
+            state, score = self._choose(state, judge)
+            model = self.whole()
+
+        self.processes.on_main(choose)
         state = self.processes.agree(state)
-        return self._check(state), state.step
+        for key, target in self.folder.exports(self.config.lora).items():
+            export = partial(self._export, model, key, target, state, score, judge, noted)
+            self.processes.on_main(export)
+            if (outcome := self._check(model, target, state)) != ExitStatus.DONE:
+                return outcome, state.step
+        return ExitStatus.DONE, state.step
 
     def _choose(self, state: TrainState, judge: Judge) -> tuple[TrainState, Score | None]:
         """Bring the weights of the best step into the model, if one is chosen."""
@@ -111,7 +124,14 @@ class Finish:
         return state, None
 
     def _export(
-        self, state: TrainState, score: Score | None, judge: Judge, manifest: Mapping[str, Any]
+        self,
+        model: PreTrainedModel,
+        key: str,
+        target: Path,
+        state: TrainState,
+        score: Score | None,
+        judge: Judge,
+        manifest: dict[str, Any],
     ) -> None:
         metric, best, why = self.config.trainer.metric_for_best_model, None, None
         if metric is not None:
@@ -125,22 +145,23 @@ class Finish:
             why = f"the best {metric}: {score.value:.4f}"
         template = self.data.train.template
         text = "the tokenizer's chat template" if template is None else template.text
-        card = write_card(self.config, state, why, self.folder.path, text)
-        target = self.folder.path / EXPORT
-        export_model(target, self.policy.model, self.tokenizer, card)
+        if is_adapted(model) and key == "export":
+            merge_adapter(model)
+        card = write_card(self.config, state, why, self.folder.path, text, is_adapted(model))
+        export_model(target, model, self.tokenizer, card)
         weights = {path.name: sha256_of(path) for path in target.glob("*.safetensors")}
-        more = {"export": weights, "export_step": state.step, "best": best}
-        self.folder.write_json(MANIFEST, {**manifest, **more})
+        manifest |= {key: weights, "export_step": state.step, "best": best}
+        self.folder.write_json(MANIFEST, manifest)
 
-    def _check(self, state: TrainState) -> ExitStatus:
+    def _check(self, model: PreTrainedModel, target: Path, state: TrainState) -> ExitStatus:
         """Load the export in a fresh process and compare."""
         if not self.config.trainer.reload_check:
             return ExitStatus.DONE
         result: ReloadResult | None = None
         if self.processes.is_main:
-            self.console.note(f"loading {self.folder.path / EXPORT} in a fresh process")
+            self.console.note(f"loading {target} in a fresh process")
             with in_eager():
-                result = self._compare(state)
+                result = self._compare(model, target, state)
         result, asked = self.processes.agree((result, self.stop.status))
         assert result is not None
         if result.outcome == "stopped":
@@ -154,7 +175,7 @@ class Finish:
             if result.outcome == "failed":
                 raise UserError(
                     "R305",
-                    f"{self.folder.path / EXPORT} is not the model that was trained",
+                    f"{target} is not the model that was trained",
                     ExitStatus.INTERNAL,
                     got="; ".join(result.reasons),
                     hint="the checkpoints are intact; the same command exports and checks again",
@@ -163,15 +184,15 @@ class Finish:
         self.processes.on_main(refuse)
         return ExitStatus.DONE
 
-    def _compare(self, state: TrainState) -> ReloadResult:
+    def _compare(self, model: PreTrainedModel, target: Path, state: TrainState) -> ReloadResult:
         config, template = self.config, self.data.train.template
         still = config.optimizer.learning_rate == 0 or state.skipped_steps >= state.step
         limit = LIMIT_SECONDS
         if self.processes.count > 1:  # the others wait in a collective that has a limit, too
             limit = min(limit, 30 * config.parallel.timeout_minutes)
         return check_export(
-            self.folder.path / EXPORT,
-            self.policy.model,
+            target,
+            model,
             self.tokenizer,
             (self.data.held_out or self.data.train).dataset,
             base={} if still else self.base,

@@ -49,7 +49,7 @@ def load_inputs(config: Config, console: Console) -> Inputs:
         reward = make_reward(evaluation)
         console.note(describe_reward(evaluation, reward))
     source = resolve_model(model.name_or_path, model.revision, model.trust_remote_code)
-    tokenizer = load_tokenizer(source)
+    tokenizer = load_tokenizer(source, model.new_tokens)
     with verifying(evaluation) as verify:
         data = prepare_run(
             config.data, tokenizer, seed=config.seed, progress=console.progress, note=console.note,

@@ -82,6 +82,7 @@ class Subject:
         processes: this one alone.
         plain_attention: the attention the model was loaded with.
         not_flat: why training does not give the model flat rows; None: it does.
+        may_freeze: whether parameters are left out of training on purpose.
     """
 
     policy: Policy
@@ -89,6 +90,7 @@ class Subject:
     processes: Processes
     plain_attention: str
     not_flat: str | None
+    may_freeze: bool = False
 
     def step(self, microbatches: int, batching: Batching, normalization: str = "token") -> Gradient:
         """Calls backward for one step over all examples, as training does."""

@@ -20,6 +20,7 @@ from cs336_alignment.config import Config, EvaluationConfig
 from cs336_alignment.data.splits import PreparedData
 from cs336_alignment.data.tokenize import tokenizer_fingerprint
 from cs336_alignment.errors import ExitStatus, UserError
+from cs336_alignment.model.lora import base_sha256
 
 PACKAGES = (
     "cs336-alignment",
@@ -29,6 +30,7 @@ PACKAGES = (
     "datasets",
     "tokenizers",
     "safetensors",
+    "peft",
     "hydra-core",
     "numpy",
     "wandb",
@@ -81,6 +83,7 @@ def build_manifest(
         "tokenizer_sha256": tokenizer_fingerprint(tokenizer),
         "template_sha256": _template_hash(train),
         "model_revision": getattr(model.config, "_commit_hash", None) or config.model.revision,
+        "base_sha256": base_sha256(model),
         "data_revision": train.sources[0].revision,
         "num_processes": num_processes,
         "threads_per_process": torch.get_num_threads(),

@@ -27,6 +27,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from cs336_alignment.data.dataset import TokenizedDataset
 from cs336_alignment.model.loading import eos_ids
+from cs336_alignment.model.lora import changed_by_training, is_adapted
 from cs336_alignment.training import reload_child
 
 EXAMPLES = 4
@@ -70,6 +71,21 @@ def bit_sums(model: PreTrainedModel) -> dict[str, int]:
     return {name: row[0] for name, row in reload_child.checksums(model).items() if name in trained}
 
 
+def trained_sums(model: PreTrainedModel, before: Mapping[str, int]) -> dict[str, int]:
+    """Give the sums of what training must change.
+
+    Args:
+        model: before its first step, frozen where it will be, with its adapters.
+        before: `bit_sums` of the model as it was loaded.
+    """
+    if not is_adapted(model):
+        return bit_sums(model)
+    changed = changed_by_training(model)
+    merged = {name: total for name, total in before.items() if name in changed}
+    # While B is zero, A has no gradient: a single step leaves it as it is.
+    return merged | {n: total for n, total in bit_sums(model).items() if ".lora_A." not in n}
+
+
 def check_export(
     folder: Path,
     model: PreTrainedModel,
@@ -100,6 +116,8 @@ def check_export(
     stop_ids = eos_ids(model.generation_config, tokenizer)
     request = _request(model, tokenizer, dataset, stop_ids, texts)
     request |= {"folder": str(folder.resolve()), "trust_remote_code": trust_remote_code}
+    if is_adapted(model):  # its folder holds neither the dtype nor where generation ends
+        request |= {"dtype": "float32", "prompts": [], "lengths": []}
     with _child(request) as (process, said, complained):
         want = _trained(model, tokenizer, request, stop_ids)  # while the other one imports
         end = time.monotonic() + limit_seconds

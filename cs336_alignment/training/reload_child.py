@@ -26,6 +26,9 @@ def checksums(model: Any) -> dict[str, list[Any]]:
     """Sum the bits of each saved tensor: [integer, dtype, whether all is finite] by name."""
     found: dict[str, list[Any]] = {}
     for name, tensor in model.state_dict().items():
+        if ".original_module." in name:  # peft trains a copy and keeps this
+            continue
+        name = name.replace(".modules_to_save.default.", ".")
         words = tensor.detach().contiguous().view(getattr(torch, WORDS[tensor.element_size()]))
         total = int(words.sum(dtype=torch.int64))
         found[name] = [total, str(tensor.dtype), bool(torch.isfinite(tensor).all())]
@@ -79,6 +82,8 @@ def look(request: dict[str, Any]) -> dict[str, Any]:
     torch.set_num_threads(request["threads"])
     common = {"trust_remote_code": request["trust_remote_code"]}
     tokenizer = transformers.AutoTokenizer.from_pretrained(request["folder"], **common)
+    if dtype := request.get("dtype"):
+        common["dtype"] = getattr(torch, dtype)
     model = transformers.AutoModelForCausalLM.from_pretrained(request["folder"], **common)
     model.eval()
     return {

@@ -20,6 +20,7 @@ from cs336_alignment.data.ledger import LedgerEntry
 from cs336_alignment.data.splits import PreparedData
 from cs336_alignment.errors import ExitStatus
 from cs336_alignment.metric_names import greater_is_better
+from cs336_alignment.model.lora import describe_adapter, is_adapted, narrowed_to
 from cs336_alignment.model.policy import Policy
 from cs336_alignment.tracking.console import Console
 from cs336_alignment.tracking.metrics import read_metrics
@@ -31,7 +32,7 @@ from cs336_alignment.training.checkpoint import TrainState
 from cs336_alignment.training.export import model_card
 from cs336_alignment.training.parallel import launched_processes
 from cs336_alignment.training.preflight import describe_batches, doubt_about
-from cs336_alignment.training.run_folder import EXPORT, MANIFEST, METRICS
+from cs336_alignment.training.run_folder import ADAPTER, EXPORT, MANIFEST, METRICS
 from cs336_alignment.training.schedule import warmup_length
 from cs336_alignment.training.step import Cut
 
@@ -59,12 +60,18 @@ def describe_run(
     compute += doubt_about(policy.autocast_dtype, parameter.device)
     threads = torch.get_num_threads()
     count = sum(p.numel() for p in policy.parameters())
+    trained = sum(p.numel() for p in policy.parameters() if p.requires_grad)
+    share = "all trained" if trained == count else f"{trained:,} of them trained"
+    share += "" if trained == count else f" ({trained / count:.2%})"
+    narrow = narrowed_to(policy.model)
+    frozen = "" if narrow is None else f" (frozen linear layers {DTYPE_NAMES[narrow]})"
     optimizer, trainer = config.optimizer, config.trainer
     drawn = f"; weights drawn from seed {config.seed}" if config.model.random_init else ""
     lines = [
         ("run", str(Path(config.output_root) / (config.run_name or ""))),
-        ("model", f"{config.model.name_or_path}, {count:,} parameters, all trained{drawn}"),
-        ("precision", f"weights {dtype}, compute {compute}, optimizer state {dtype}"),
+        ("model", f"{config.model.name_or_path}, {count:,} parameters, {share}{drawn}"),
+        *([("adapters", describe_adapter(policy.model))] if is_adapted(policy.model) else []),
+        ("precision", f"weights {dtype}{frozen}, compute {compute}, optimizer state {dtype}"),
         ("processes", f"{num_processes} on {parameter.device.type}, {threads} thread(s) each"),
         *(("data", ledger_line(ledger)) for ledger in train.ledgers),
     ]
@@ -182,7 +189,7 @@ def evaluation_line(folder: Path) -> str | None:
 
 
 def write_card(
-    config: Config, state: TrainState, best: str | None, folder: Path, template: str
+    config: Config, state: TrainState, best: str | None, folder: Path, template: str, adapter: bool
 ) -> str:
     """Write the model card of a run that has come to its end.
 
@@ -192,6 +199,7 @@ def write_card(
         best: why this step, if it was chosen.
         folder: of the run.
         template: the text of its prompt template.
+        adapter: whether it is the card of adapters alone.
     """
     optimizer = config.optimizer
     facts = {
@@ -201,6 +209,8 @@ def write_card(
         "trained tokens": f"{state.response_tokens_seen:,}",
         "seed": str(config.seed),
     }
+    if (lora := config.lora).active:
+        facts["adapters"] = f"rank {lora.r}" if lora.adapter_path is None else lora.adapter_path
     return model_card(
         base_model=config.model.name_or_path,
         run_name=config.run_name or "",
@@ -208,6 +218,7 @@ def write_card(
         facts=facts,
         results=before_and_after(folder, state.step, config.trainer.metric_for_best_model),
         prompt_template=template,
+        library="peft" if adapter else "transformers",
     )
 
 
@@ -254,7 +265,10 @@ def say_goodbye(
         console.table(title, ["metric", "before", "after"], cells)
     if (line := evaluation_line(folder)) is not None:
         console.note(line)
-    console.note(f"model    {folder / EXPORT}  (loads with transformers' from_pretrained)")
+    if (folder / EXPORT).is_dir():
+        console.note(f"model    {folder / EXPORT}  (loads with transformers' from_pretrained)")
+    if (folder / ADAPTER).is_dir():
+        console.note(f"adapter  {folder / ADAPTER}  (loads with peft's from_pretrained)")
     console.note(f"report   {folder / REPORT}  (opens offline)")
     console.note(f"metrics  {folder / METRICS}, picture {folder / 'loss.png'}")
     if generations:

@@ -7,7 +7,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch.optim import Optimizer
+from transformers import PreTrainedModel
 
 from cs336_alignment.config import DEFAULT_MICROBATCH_TOKENS, Config
 from cs336_alignment.cores import keep_freed_memory
@@ -17,9 +19,11 @@ from cs336_alignment.errors import ExitStatus, UserError
 from cs336_alignment.evaluation.evaluator import Evaluator
 from cs336_alignment.evaluation.rewards import code_of
 from cs336_alignment.evaluation.sampling import doubtful_sampling
-from cs336_alignment.model.loading import check_fits, load_model
+from cs336_alignment.model.loading import FourBits, base_of, check_fits, load_model
+from cs336_alignment.model.lora import copy_adapter, narrow_frozen, narrowed_to
 from cs336_alignment.model.policy import Policy
 from cs336_alignment.model.recompute import enable_checkpointing
+from cs336_alignment.model.trainable import choose_trained
 from cs336_alignment.tracking.console import Console
 from cs336_alignment.tracking.metrics import MetricsFile
 from cs336_alignment.tracking.report import write_own_report
@@ -55,9 +59,10 @@ from cs336_alignment.training.preflight import (
     telling_out_of_memory,
     warm_up_compiled,
 )
-from cs336_alignment.training.reload_check import bit_sums
+from cs336_alignment.training.reload_check import bit_sums, trained_sums
 from cs336_alignment.training.report import describe_run, resume_command, say_goodbye
 from cs336_alignment.training.run_folder import (
+    ADAPTER,
     EXPORT,
     LEDGER,
     MANIFEST,
@@ -156,8 +161,9 @@ def _no_time(max_hours: float | None) -> UserError:
 
 
 def _nothing_to_do(folder: RunFolder, console: Console) -> ExitStatus:
+    exported = EXPORT if (folder.path / EXPORT).is_dir() else ADAPTER
     console.note(
-        f"{folder.path} is complete: nothing to do. Its model is in {folder.path / EXPORT}; a "
+        f"{folder.path} is complete: nothing to do. Its model is in {folder.path / exported}; a "
         "larger trainer.num_train_epochs or trainer.max_steps would continue it."
     )
     return ExitStatus.DONE
@@ -183,19 +189,15 @@ class _Run:
         if self.processes.device.type == "cpu":
             keep_freed_memory()
         self.console.note(f"loading {config.model.name_or_path}")
-        model = load_model(
-            self.inputs.source, random_init=config.model.random_init, seed=config.seed
-        )
-        set_threads(self.processes.local_count, model.num_parameters())
-        if config.trainer.reload_check and self.processes.is_main:
-            self.base = bit_sums(model)
+        dtype = choose_precision(precision, self.processes.device)
+        model = self._load(dtype)
         parts = [part for part in (data, held_out) if part is not None]
         longest = max(int(part.dataset.lengths.max()) for part in parts)
         check_fits(model, max(part.largest_token_id for part in parts), longest)
         if recompute := config.trainer.gradient_checkpointing:
             enable_checkpointing(model, selective=recompute == "selective")
         device = self.processes.device
-        policy = Policy(model, choose_precision(precision, device)).to(device)
+        policy = Policy(model, dtype).to(device)
         choice = choose_batching(policy, config.trainer.batching, longest)
         if config.trainer.compile:
             self.console.note("compiling the layers")
@@ -212,6 +214,34 @@ class _Run:
         ):  # fmt: skip
             self.console.note(line)
         return self._fit(policy, plan, cut, total_steps)
+
+    def _load(self, dtype: torch.dtype | None) -> PreTrainedModel:
+        """Load the model and choose what of it is trained."""
+        config, lora, source = self.config, self.config.lora, self.inputs.source
+        four_bits = None
+        if lora.quantize is not None:
+            four_bits = FourBits(self.processes.device, dtype or torch.float32)
+        model = load_model(
+            source, random_init=config.model.random_init, seed=config.seed, four_bits=four_bits
+        )
+        set_threads(self.processes.local_count, model.num_parameters())
+        watched = config.trainer.reload_check and self.processes.is_main
+        before = bit_sums(model) if watched else {}
+        base = base_of(source, model, lora.quantize) if lora.active else None
+        choose_trained(model, self.inputs.tokenizer, config.model, lora, base, seed=config.seed)
+        self.base = trained_sums(model, before) if watched else {}
+        if lora.active and dtype is not None:
+            narrow_frozen(model, dtype)
+        return model
+
+    def _whole(self, model: PreTrainedModel) -> PreTrainedModel:
+        """Give a trained model with its frozen weights in full, read anew if they are not."""
+        if self.config.lora.quantize is None and narrowed_to(model) is None:
+            return model
+        self.console.note(f"loading {self.config.model.name_or_path} in full precision")
+        fresh = load_model(self.inputs.source, random_init=False, seed=self.config.seed)
+        copy_adapter(model, fresh)
+        return fresh
 
     def _fit(self, policy: Policy, plan: StepPlan, cut: Cut, total_steps: int) -> ExitStatus:
         config, tokenizer = self.config, self.inputs.tokenizer
@@ -270,6 +300,7 @@ class _Run:
                 finish = Finish(
                     config, self.folder, self.console, self.processes, self.stop, self.status,
                     tokenizer, self.inputs.data, policy, self.base,
+                    whole=lambda: self._whole(policy.model),
                 )  # fmt: skip
                 fitted, exported = finish(state, judge, manifest)
             outcome = fitted

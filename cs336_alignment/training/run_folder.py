@@ -14,7 +14,7 @@ from typing import IO, Any
 
 import yaml
 
-from cs336_alignment.config import Config
+from cs336_alignment.config import Config, LoraConfig
 from cs336_alignment.errors import ExitStatus, Place, UserError
 from cs336_alignment.files import sha256_of, write_json, write_text
 from cs336_alignment.training.best import Criterion
@@ -27,6 +27,7 @@ MANIFEST = "manifest.json"
 LEDGER = "data_ledger.json"
 METRICS = "metrics.jsonl"
 EXPORT = "model"
+ADAPTER = "adapter"
 LOCK = "run.lock"
 
 # What a folder holds, by what nothing else leaves there.
@@ -172,8 +173,8 @@ class RunFolder:
         if named is not None and not named.is_dir():
             raise _no_checkpoint(named)
         checkpoint, skipped = find_latest(self.checkpoints)
-        export = self.path / EXPORT
-        if checkpoint is None and not skipped and not saved_step and not export.is_dir():
+        exported = any((self.path / name).is_dir() for name in (EXPORT, ADAPTER))
+        if checkpoint is None and not skipped and not saved_step and not exported:
             # Nothing was trained that another config could spoil.
             return Decision() if named is None else self._from_named(named)
         notices, lengthened = compare(old, config, Place(self.path / CONFIG))
@@ -181,7 +182,9 @@ class RunFolder:
         patient = old.get("trainer.early_stopping_patience")
         goes_on = lengthened or (ended_early and _is_more(patient, config))
         if completed and not goes_on:
-            reason = self.damage(export) or self._other_choice(config)
+            exports = self.exports(config.lora).items()
+            damage = [self.damage(folder, key) for key, folder in exports]
+            reason = next(filter(None, damage), None) or self._other_choice(config)
             if reason is None:
                 return Decision(complete=True)
             notices.append(f"the model is written once more: {reason}")
@@ -219,11 +222,22 @@ class RunFolder:
             return f"trainer.greater_is_better is {str(criterion.greater).lower()} now"
         return None
 
-    def damage(self, export: Path) -> str | None:
-        """Say what is wrong with the exported weights; None: nothing."""
+    def exports(self, lora: LoraConfig) -> dict[str, Path]:
+        """Give the folders that a run's end writes, by the manifest's name for their hashes."""
+        found = {}
+        if lora.active and lora.export != "merged":
+            found["adapter"] = self.path / ADAPTER
+        if not lora.active or lora.export != "adapter":
+            found["export"] = self.path / EXPORT
+        return found
+
+    def damage(self, export: Path, key: str = "export") -> str | None:
+        """Say what is wrong with exported weights, whose hashes the manifest has under a key;
+        None: nothing.
+        """
         if not export.is_dir():
             return f"there is no {export}"
-        for name, digest in self.earlier_manifest().get("export", {}).items():
+        for name, digest in self.earlier_manifest().get(key, {}).items():
             if not (export / name).is_file():
                 return f"{export / name} is missing"
             if sha256_of(export / name) != digest:

@@ -1,0 +1,494 @@
+"""Adapters by peft (LoRA, DoRA, rsLoRA), made inside the model that is trained, and their files.
+
+The layers are exchanged in place, so that all else goes on seeing a plain Hugging Face model.
+Modules that are trained whole besides are trained where they are, not in a copy as peft does it;
+in the files they have the names that peft gives them.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import hashlib
+import json
+import warnings
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from cs336_alignment.config import LoraConfig
+from cs336_alignment.errors import ExitStatus, Place, UserError
+from cs336_alignment.files import write_json
+
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+BASE = "base_model.json"
+PREFIX = "base_model.model."  # of every name in peft's files
+SHOWN = 3
+# What an adapter's file may say; another thing that is not at peft's default is refused.
+KNOWN = frozenset({
+    "r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules", "modules_to_save",
+    "use_dora", "use_rslora", "rank_pattern", "alpha_pattern", "layers_to_transform",
+    "layers_pattern", "fan_in_fan_out", "lora_bias", "base_model_name_or_path", "revision",
+    "task_type", "inference_mode", "auto_mapping", "peft_version",
+})  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Base:
+    """The model that an adapter is made for.
+
+    Attributes:
+        name: a folder or hub id.
+        revision: of the hub repository.
+        sha256: of its weights as loaded, see `weights_sha256`.
+        quantize: how they are held, since that changes the hash.
+    """
+
+    name: str
+    revision: str | None
+    sha256: str
+    quantize: str | None = None
+
+    def refuse_another(self, folder: Path, model_name: str | None) -> None:
+        """Refuse an adapter that was made for another model.
+
+        Args:
+            folder: of the adapter.
+            model_name: of the base model by the adapter's own word, for one that has no hash.
+
+        Raises:
+            UserError: it was (78).
+        """
+        found = _read_json(folder / BASE) if (folder / BASE).is_file() else {}
+        if found.get("quantize") == self.quantize and "sha256" in found:
+            same, was = found["sha256"] == self.sha256, f"sha256 {found['sha256'][:16]}"
+        elif found or not model_name:
+            return  # held in other bits: the shapes alone can tell
+        else:  # the place may differ, the name should not
+            same, was = _last(model_name) == _last(self.name), model_name
+        if not same:
+            raise UserError(
+                "M121",
+                f"the adapter was trained on another base model than {self.name}",
+                ExitStatus.BAD_CONFIG,
+                place=Place(folder),
+                expected=was,
+                got=f"sha256 {self.sha256[:16]}" if found else self.name,
+                hint="give the model it was trained on, unchanged, as model.name_or_path"
+                if found
+                else f"if it is the same model, write its name into {folder / ADAPTER_CONFIG}",
+            )
+
+
+def weights_sha256(model: nn.Module) -> str:
+    """Hash the names and bits of all parameters."""
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        digest.update(f"{name} {parameter.dtype} {tuple(parameter.shape)}".encode())
+        data = parameter.detach().cpu().contiguous().reshape(-1)
+        digest.update(data.view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def is_adapted(model: nn.Module) -> bool:
+    """Whether adapters are in a model."""
+    return "peft_config" in vars(model)
+
+
+def is_adapter(folder: str | Path) -> bool:
+    """Whether a folder holds an adapter and no model."""
+    path = Path(folder)
+    return (path / ADAPTER_CONFIG).is_file() and not (path / "config.json").is_file()
+
+
+def add_adapter(
+    model: PreTrainedModel,
+    options: LoraConfig,
+    base: Base,
+    *,
+    seed: int,
+    trained_whole: Collection[str] = (),
+) -> None:
+    """Put adapters into a model, new ones or those of a folder, and freeze the rest.
+
+    Args:
+        model: plain; its layers are exchanged in place.
+        options: what adapters, and where.
+        base: what the model is.
+        seed: of what is drawn.
+        trained_whole: names of modules that are trained besides those of the options.
+
+    Raises:
+        UserError: nothing has a name that was given, or an embedding has it (78); an adapter that
+            is not there (66), or does not fit the model or the options (78).
+    """
+    folder = None if options.adapter_path is None else Path(options.adapter_path).expanduser()
+    if folder is None:
+        config = _new_config(model, options)
+    else:
+        config = read_adapter_config(folder)
+        _refuse_other_options(folder, config, options)
+        base.refuse_another(folder, config.base_model_name_or_path)
+    config.lora_dropout = options.dropout
+    whole = {*(config.modules_to_save or options.modules_to_save), *trained_whole}
+    _inject(model, config, base, whole, seed, folder)
+    if folder is not None:
+        _load(folder, model, load_file(folder / ADAPTER_WEIGHTS))
+
+
+def load_adapter(folder: Path, model: PreTrainedModel, base: Base) -> None:
+    """Put the adapter of a folder into its base model.
+
+    Raises:
+        UserError: it does not fit (78).
+    """
+    config, weights = read_adapter_config(folder), load_file(folder / ADAPTER_WEIGHTS)
+    base.refuse_another(folder, None)  # it named the model itself
+    embedding = model.get_input_embeddings()
+    name = next(name for name, module in model.named_modules() if module is embedding)
+    if (rows := weights.get(f"{PREFIX}{name}.weight")) is not None:
+        _resize(model, len(rows))  # it was trained on new tokens
+    _inject(model, config, base, set(config.modules_to_save or ()), 0, folder)
+    _load(folder, model, weights)
+
+
+def read_adapter_config(folder: Path) -> Any:
+    """Read what peft says of an adapter.
+
+    Raises:
+        UserError: there is none (66), or it is of a kind that cannot be trained here (78).
+    """
+    from peft import LoraConfig as PeftLora
+    from peft import PeftConfig
+
+    if not (folder / ADAPTER_CONFIG).is_file() or not (folder / ADAPTER_WEIGHTS).is_file():
+        raise UserError(
+            "M122",
+            f"{folder} holds no adapter",
+            ExitStatus.NOT_FOUND,
+            expected=f"{ADAPTER_CONFIG} and {ADAPTER_WEIGHTS}",
+            hint="of the hub: hf download NAME --local-dir FOLDER",
+        )
+    try:
+        config: Any = PeftConfig.from_pretrained(str(folder))
+    except Exception as failure:
+        reason = (str(failure) or type(failure).__name__).strip().splitlines()[0]
+        raise _unfit(folder, f"{ADAPTER_CONFIG} cannot be read: {reason}") from failure
+    if not isinstance(config, PeftLora):
+        raise _unfit(folder, f"it is no LoRA: {config.peft_type}")
+    default: Any = PeftLora()
+    odd = [
+        f.name for f in dataclasses.fields(config)
+        if f.name not in KNOWN and getattr(config, f.name) != getattr(default, f.name)
+        and (f.name, getattr(config, f.name)) != ("init_lora_weights", "gaussian")
+    ]  # fmt: skip
+    if odd:
+        raise _unfit(folder, f"{ADAPTER_CONFIG} has {', '.join(odd)}, which is not supported here")
+    return config
+
+
+def _new_config(model: PreTrainedModel, options: LoraConfig) -> Any:
+    from peft import LoraConfig as PeftLora
+
+    assert options.r is not None
+    targets = options.target_modules
+    if isinstance(targets, list):
+        _refuse_unknown(model, targets, "lora.target_modules")
+    _refuse_unknown(model, options.modules_to_save, "lora.modules_to_save")
+    return PeftLora(
+        r=options.r,
+        lora_alpha=options.alpha or 2 * options.r,  # type: ignore[arg-type]  # any number will do
+        target_modules=targets,
+        use_dora=options.dora,
+        use_rslora=options.rslora,
+        task_type="CAUSAL_LM",
+    )
+
+
+def _refuse_other_options(folder: Path, config: Any, options: LoraConfig) -> None:
+    """Options at their default give way to the adapter's own."""
+    default = LoraConfig()
+    of_adapter = {
+        "r": config.r, "alpha": config.lora_alpha, "dora": config.use_dora,
+        "rslora": config.use_rslora, "target_modules": config.target_modules,
+        "modules_to_save": config.modules_to_save or [],
+    }  # fmt: skip
+    for name, value in of_adapter.items():
+        wanted = getattr(options, name)
+        same = set(wanted) == set(value) if isinstance(wanted, list) else wanted == value
+        if wanted != getattr(default, name) and not same:
+            shown = sorted(value) if isinstance(value, set | list) else value
+            raise UserError(
+                "M123",
+                f"lora.{name} is not that of the adapter in lora.adapter_path",
+                ExitStatus.BAD_CONFIG,
+                place=Place(folder),
+                expected=f"lora.{name}={shown}, or leave it out",
+                got=str(wanted),
+            )
+
+
+def _inject(
+    model: PreTrainedModel, config: Any, base: Base, whole: Collection[str], seed: int,
+    folder: Path | None = None,
+) -> None:  # fmt: skip
+    from peft import inject_adapter_in_model
+    from peft.tuners.lora import LoraLayer
+
+    ends = {
+        name for name, module in model.named_modules()
+        if module in (model.get_input_embeddings(), model.get_output_embeddings())
+    }  # fmt: skip
+    config.modules_to_save = None  # peft would copy them
+    config.init_lora_weights, config.inference_mode = True, False
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="fan_in_fan_out")  # peft sets it right by itself
+        torch.manual_seed(seed)
+        try:
+            inject_adapter_in_model(config, model)
+        except ValueError as failure:
+            if folder is not None:
+                raise _unfit(folder, str(failure).strip().splitlines()[0]) from failure
+            raise UserError(
+                "M124",
+                "lora.target_modules finds nothing that can have an adapter",
+                ExitStatus.BAD_CONFIG,
+                got=str(failure).strip().splitlines()[0],
+                hint=_linear_names(model),
+            ) from failure
+    adapted = {name: layer for name, layer in model.named_modules() if isinstance(layer, LoraLayer)}
+    if refused := sorted(ends & adapted.keys()):
+        raise UserError(
+            "M125",
+            f"lora.target_modules finds {', '.join(refused)}: an embedding gets no adapter here",
+            ExitStatus.BAD_CONFIG,
+            hint=f"train it whole: lora.modules_to_save=[{refused[0].rsplit('.', 1)[-1]}]",
+        )
+    for layer in adapted.values():
+        layer.cast_input_dtype_enabled = False  # autocast would only narrow it again
+    for name, module in model.named_modules():
+        if any(_is_called(name, wanted) for wanted in whole):
+            if inside := [n for n in adapted if n == name or n.startswith(f"{name}.")]:
+                raise UserError(
+                    "M126",
+                    f"lora.modules_to_save and lora.target_modules both find {inside[0]}",
+                    ExitStatus.BAD_CONFIG,
+                    hint="a module has an adapter or is trained whole",
+                )
+            module.requires_grad_(True)
+    config.modules_to_save = sorted(
+        {name.rpartition(".")[0] for name, _ in _trained_whole(model)}
+    ) or None  # fmt: skip
+    config.base_model_name_or_path, config.revision = base.name, base.revision
+    vars(model)["adapter_base"] = base
+
+
+def _trained_whole(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """Yield what is trained and no adapter's, a tied parameter by each of its names."""
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if parameter.requires_grad and ".lora_" not in name:
+            yield name, parameter
+
+
+def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Give all that is trained, where it is, by the names that peft's files have."""
+    from peft import get_peft_model_state_dict
+
+    found: dict[str, Tensor] = get_peft_model_state_dict(model, save_embedding_layers=False)
+    found = {**found, **dict(_trained_whole(model))}
+    return {f"{PREFIX}{name}": tensor for name, tensor in found.items()}
+
+
+def copy_adapter(source: PreTrainedModel, target: PreTrainedModel) -> None:
+    """Put the adapter that one model trained into its base model.
+
+    Raises:
+        UserError: the base model's files have changed meanwhile (78).
+    """
+    own: Any = vars(source)
+    config, base = copy.deepcopy(own["peft_config"]["default"]), own["adapter_base"]
+    if base.quantize is None and weights_sha256(target) != base.sha256:
+        raise _unfit(Path(base.name), "its weights are not those that the run began with")
+    rows: Any = source.get_input_embeddings().weight
+    _resize(target, len(rows))
+    _inject(target, config, base, set(config.modules_to_save or ()), seed=0)
+    trained = adapter_tensors(source)
+    with torch.no_grad():
+        for name, tensor in adapter_tensors(target).items():
+            tensor.copy_(trained[name])
+
+
+def _resize(model: PreTrainedModel, rows: int) -> None:
+    own: Any = model.get_input_embeddings().weight
+    if len(own) != rows:
+        model.resize_token_embeddings(rows, mean_resizing=False)
+
+
+def _load(folder: Path, model: PreTrainedModel, weights: Mapping[str, Tensor]) -> None:
+    own = adapter_tensors(model)
+    lacking, other = sorted(own.keys() - weights.keys()), sorted(weights.keys() - own.keys())
+    shapes = sorted(n for n in own if n in weights and own[n].shape != weights[n].shape)
+    for what, names in (("lacks", lacking), ("has besides", other), ("has other shapes:", shapes)):
+        if names:
+            more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+            raise _unfit(folder, f"it {what} {', '.join(names[:SHOWN])}{more}")
+    with torch.no_grad():
+        for name, tensor in own.items():
+            tensor.copy_(weights[name])
+
+
+def refuse_another_base(folder: Path, model: nn.Module) -> None:
+    """Refuse a folder whose adapter was trained on other weights than this model's.
+
+    Raises:
+        UserError: they are others (78).
+    """
+    vars(model)["adapter_base"].refuse_another(folder, None)
+
+
+def save_adapter_config(folder: Path, model: nn.Module) -> None:
+    """Write what peft wants to know of an adapter, and which model it belongs to."""
+    config: Any = copy.deepcopy(vars(model)["peft_config"]["default"])
+    config.inference_mode = True
+    if isinstance(config.target_modules, set):  # in one order
+        config.target_modules = sorted(config.target_modules)
+    config.save_pretrained(str(folder))
+    write_json(folder / BASE, asdict(vars(model)["adapter_base"]))
+
+
+def describe_adapter(model: nn.Module) -> str:
+    """Say in a few words what adapters a model has and where."""
+    from peft.tuners.lora import LoraLayer
+
+    config: Any = vars(model)["peft_config"]["default"]
+    names = [n for n, layer in model.named_modules() if isinstance(layer, LoraLayer)]
+    kind = "DoRA" if config.use_dora else "LoRA"
+    divisor = f"sqrt({config.r})" if config.use_rslora else config.r
+    leaves = ", ".join(sorted({name.rpartition(".")[2] for name in names}))
+    text = f"{kind} of rank {config.r}, scaled by {config.lora_alpha:g} / {divisor}, on "
+    whole = ", ".join(config.modules_to_save or ())
+    return f"{text}{len(names)} layers ({leaves})" + (f"; trained whole: {whole}" if whole else "")
+
+
+def base_sha256(model: nn.Module) -> str | None:
+    """Give the hash of the base model's weights; None without adapters."""
+    return vars(model)["adapter_base"].sha256 if is_adapted(model) else None
+
+
+def adapter_dropout(model: nn.Module) -> float:
+    """Give the dropout before the adapters; 0 without any."""
+    return float(vars(model)["peft_config"]["default"].lora_dropout) if is_adapted(model) else 0.0
+
+
+def wake_adapters(model: nn.Module) -> None:
+    """Let new adapters compute something: while B is zero, much could be wrong and not show."""
+    generator = torch.Generator().manual_seed(0)
+    for name, parameter in model.named_parameters():
+        if ".lora_B." in name:
+            parameter.data.normal_(std=0.02, generator=generator)
+
+
+def merge_adapter(model: PreTrainedModel) -> None:
+    """Add the adapters to the weights and take them out: a plain model is left."""
+    from peft.tuners.lora import LoraLayer
+
+    with torch.no_grad():
+        for name, layer in list(model.named_modules()):
+            if isinstance(layer, LoraLayer):
+                layer.merge(safe_merge=True)  # type: ignore[operator]
+                parent, _, leaf = name.rpartition(".")
+                setattr(model.get_submodule(parent), leaf, layer.get_base_layer())
+    del model.peft_config
+    model.requires_grad_(True)
+
+
+def changed_by_training(model: nn.Module) -> set[str]:
+    """Name the parameters of the merged model that training changes."""
+    from peft.tuners.lora import LoraLayer
+
+    layers = [name for name, layer in model.named_modules() if isinstance(layer, LoraLayer)]
+    return {*(f"{name}.weight" for name in layers), *dict(_trained_whole(model))}
+
+
+class _Narrow(nn.Linear):
+    """A frozen layer held in the dtype that autocast computes in, which takes any input."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        if torch.is_autocast_enabled(input.device.type):
+            return super().forward(input)
+        bias = None if self.bias is None else self.bias.to(input.dtype)
+        return F.linear(input, self.weight.to(input.dtype), bias)
+
+
+def narrow_frozen(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Hold the frozen linear layers in the compute dtype: autocast computes with just these
+    numbers, and would make them anew at every use. The head stays, and so do layers with DoRA,
+    which reads their norms.
+    """
+    if vars(model)["peft_config"]["default"].use_dora:
+        return
+    head = model.get_output_embeddings()
+    for module in model.modules():
+        frozen = not any(parameter.requires_grad for parameter in module.parameters())
+        if type(module) is nn.Linear and module is not head and frozen:
+            module.__class__ = _Narrow
+            for parameter in module.parameters():
+                parameter.data = parameter.data.to(dtype)
+
+
+def narrowed_to(model: nn.Module) -> torch.dtype | None:
+    """Give the dtype of `narrow_frozen`; None: all weights are as loaded."""
+    found = (module.weight.dtype for module in model.modules() if isinstance(module, _Narrow))
+    return next(found, None)
+
+
+def _is_called(name: str, wanted: str) -> bool:
+    return name == wanted or name.endswith(f".{wanted}")
+
+
+def _refuse_unknown(model: nn.Module, wanted: Collection[str], key: str) -> None:
+    names = [name for name, _ in model.named_modules()]
+    unknown = [word for word in wanted if not any(_is_called(name, word) for name in names)]
+    if unknown:
+        raise UserError(
+            "M124",
+            f"{key} names modules that the model does not have",
+            ExitStatus.BAD_CONFIG,
+            got=", ".join(unknown),
+            hint=_linear_names(model),
+        )
+
+
+def _linear_names(model: nn.Module) -> str:
+    names = {name.rpartition(".")[2] for name, m in model.named_modules() if hasattr(m, "weight")}
+    return f"its modules are {', '.join(sorted(names))}"
+
+
+def _unfit(folder: Path, reason: str) -> UserError:
+    return UserError(
+        "M127",
+        "the adapter does not fit the model",
+        ExitStatus.BAD_CONFIG,
+        place=Place(folder),
+        got=reason,
+        hint="it belongs to another base model, or another tool's options made it",
+    )
+
+
+def _read_json(path: Path) -> Mapping[str, Any]:
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as failure:
+        raise _unfit(path.parent, f"{path.name} cannot be read: {failure}") from failure
+
+
+def _last(name: str) -> str:
+    return name.rstrip("/").rpartition("/")[2].lower()
