@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import fields
 
 from cs336_alignment.config import (
+    DEFAULT_MUON_MOMENTUM,
     DEFAULT_REWARD_SECONDS,
     DEFAULT_WARMUP_RATIO,
     FORMATS,
@@ -15,6 +16,8 @@ from cs336_alignment.config import (
     Config,
     DataConfig,
     EvaluationConfig,
+    OptimizerConfig,
+    TrainerConfig,
 )
 from cs336_alignment.errors import ExitStatus, UserError
 from cs336_alignment.metric_names import GENERATED, greater_is_better, nearest_metric
@@ -37,6 +40,9 @@ def clashes(config: Config) -> Iterator[UserError]:
             "trainer.loss_normalization",
             "the constant is read only by trainer.loss_normalization=constant",
         )
+    yield from _optimizer_clashes(optimizer)
+    yield from _objective_clashes(trainer, optimizer)
+    yield from _sharding_clashes(config)
     yield from _source_clashes(config.data)
     yield from _best_clashes(config)
     yield from _backend_clashes(config)
@@ -55,6 +61,55 @@ def clashes(config: Config) -> Iterator[UserError]:
             "model.revision",
             "code from the hub runs only at a pinned commit: model.revision=<40 hex digits>",
         )
+
+
+def _optimizer_clashes(optimizer: OptimizerConfig) -> Iterator[UserError]:
+    name, default = optimizer.name, OptimizerConfig()
+    if optimizer.state_bits != 32 and name != "adamw":
+        why = "only AdamW has its state in 8 bits"
+        yield clash("optimizer.state_bits", "optimizer.name", why)
+    if optimizer.muon_momentum != DEFAULT_MUON_MOMENTUM and name != "muon":
+        yield clash("optimizer.muon_momentum", "optimizer.name", "optimizer.name=muon reads it")
+    for key in ("betas", "eps") if name == "adafactor" else ():
+        if getattr(optimizer, key) != getattr(default, key):
+            yield clash(f"optimizer.{key}", "optimizer.name", "adafactor does not read it")
+    if name == "schedule_free" and optimizer.lr_scheduler_type != "constant":
+        yield clash(
+            "optimizer.name",
+            "optimizer.lr_scheduler_type",
+            "the average of schedule_free stands in for a schedule (a warmup it may have): "
+            "optimizer.lr_scheduler_type=constant, or optimizer=schedule_free, which sets both",
+        )
+    if name == "schedule_free" and not optimizer.betas[0]:
+        why = "schedule_free interpolates with the first of them, which must be above 0"
+        yield clash("optimizer.betas", "optimizer.name", why)
+
+
+def _objective_clashes(trainer: TrainerConfig, optimizer: OptimizerConfig) -> Iterator[UserError]:
+    if trainer.loss == "dft" and trainer.label_smoothing:
+        yield clash(
+            "trainer.loss",
+            "trainer.label_smoothing",
+            "dft weighs a label by its probability, and a smoothed target has no one label",
+        )
+    if trainer.neftune_alpha is not None and trainer.batching == "flat_shared_prefix":
+        yield clash(
+            "trainer.neftune_alpha",
+            "trainer.batching",
+            "each example has a noise of its own, so no prefix can be shared: flat, or auto",
+        )
+    if trainer.ema_decay is not None and optimizer.name == "schedule_free":
+        yield clash("trainer.ema_decay", "optimizer.name", "schedule_free averages by itself")
+
+
+def _sharding_clashes(config: Config) -> Iterator[UserError]:
+    if config.parallel.strategy != "fsdp2":
+        return
+    why = "tried with whole weights alone: parallel=ddp"
+    if config.optimizer.name != "adamw":
+        yield clash("optimizer.name", "parallel.strategy", why)
+    if config.trainer.ema_decay is not None:
+        yield clash("trainer.ema_decay", "parallel.strategy", why)
 
 
 def _backend_clashes(config: Config) -> Iterator[UserError]:

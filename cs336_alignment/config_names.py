@@ -36,6 +36,16 @@ ALIASES = {
     "report_to": "logger",
     "clip_grad_norm": "optimizer.max_grad_norm",
     "scheduler": "optimizer.lr_scheduler_type",
+    "optim": "optimizer.name",
+    "optimizer_name": "optimizer.name",
+    "neftune_noise_alpha": "trainer.neftune_alpha",
+    "noisy_embedding_alpha": "trainer.neftune_alpha",
+    "label_smoothing_factor": "trainer.label_smoothing",
+    "z_loss_coefficient": "trainer.z_loss",
+    "layerwise_lr_decay": "optimizer.layer_lr_decay",
+    "use_dft_loss": "trainer.loss",
+    "loss_type": "trainer.loss",
+    "adam_epsilon": "optimizer.eps",
 }
 
 

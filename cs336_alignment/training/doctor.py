@@ -49,7 +49,9 @@ from cs336_alignment.training.invariances import (
     relative_difference,
     some,
 )
+from cs336_alignment.training.optimizer_check import check_optimizer, has_choices
 from cs336_alignment.training.parallel import Processes, set_threads, start_processes
+from cs336_alignment.training.step import objective_of
 from cs336_alignment.training.token_check import check_tokens
 
 NUM_EXAMPLES = 4
@@ -117,7 +119,7 @@ def examine(config: Config, processes: Processes, console: Console) -> Iterator[
     not_flat = why_not_flat(model, longest)
     if not_flat is None and model.config._attn_implementation != FLAT_ATTENTION:
         not_flat = "the architecture does not use transformers' attention interface"
-    subject = Subject(policy, short, processes, attention, not_flat)
+    subject = Subject(policy, short, processes, attention, not_flat, config.trainer)
     tokens = f"{len(dataset)} examples, {int(dataset.lengths.sum())} tokens"
     console.note(f"checking  {tokens}, dropout off; training would be {choice.reason}")
     dtypes = [torch.float32]
@@ -133,6 +135,8 @@ def examine(config: Config, processes: Processes, console: Console) -> Iterator[
         yield from guarded(f"gradients, {DTYPE_NAMES[dtype]}", check)
     model.to(torch.float32)  # type: ignore[arg-type]
     yield from guarded("log-probs and files", lambda: _check_files(subject, tokenizer, source))
+    if has_choices(config):  # last: it moves the weights
+        yield from guarded("optimizer", lambda: iter([check_optimizer(subject, source, config)]))
 
 
 def _load_data(config: Config, tokenizer: PreTrainedTokenizerBase, console: Console) -> RunData:
@@ -180,6 +184,24 @@ def _check_gradients(
     del plain
     got, want = short.step(many, batching, "sequence"), short.plain("sequence")
     yield _compare(f"{many} {one}, loss by sequence, {label}", got, want, short, dtype)
+    yield from _check_objective(short, dtype, batching, f"{many} {one}")
+
+
+def _check_objective(
+    subject: Subject, dtype: torch.dtype, batching: Batching, cut: str
+) -> Iterator[Finding]:
+    """Compare the objective that the config asks for with its formula, and the noise of one cut
+    with that of another.
+    """
+    many, label = len(subject.dataset), DTYPE_NAMES[dtype]
+    quiet = replace(subject, chosen=replace(subject.chosen, neftune_alpha=None))
+    if objective_of(subject.chosen) is not None:
+        got, want = quiet.step(many, batching, chosen=True), quiet.plain(chosen=True)
+        yield _compare(f"{cut}, the objective, {label}", got, want, quiet, dtype)
+    if subject.chosen.neftune_alpha is not None:
+        alone: Batching = "padded" if batching == "padded" else "flat"  # no prefix is shared
+        got, want = subject.step(many, alone, chosen=True), subject.step(1, "padded", chosen=True)
+        yield _compare(f"{cut}, noise on embeddings, {label}", got, want, subject, dtype)
 
 
 def _compare(

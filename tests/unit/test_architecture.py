@@ -19,13 +19,13 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 LAYERS = [
     {"cores", "errors", "files", "html_page", "microbatch", "orphans"}, {"config"}, {"multirun"}, {"config_check", "config_clashes", "config_names", "metric_names"},
     {"compose_errors", "compose", "data", "model", "training.loss"},
-    {"training.parallel", "training.optimizer", "training.schedule", "training.checkpoint",
+    {"training.parallel", "training.optimizer", "training.schedule_free", "training.averaging", "training.schedule", "training.checkpoint",
      "training.checkpoint_writer", "training.step", "training.stop", "training.spike",
      "training.preflight", "training.batching_choice", "training.safetensors_file",
      "training.status", "training.watchdog"},
     {"tracking"}, {"evaluation"},
     {"training.earlier_config", "training.held_out", "training.inputs", "training.run_folder", "training.export", "training.manifest", "training.report",
-     "training.trainer", "training.run", "training.doctor", "training.invariances",
+     "training.trainer", "training.run", "training.doctor", "training.optimizer_check", "training.invariances",
      "training.token_check", "training.best", "training.finish", "training.reload_check",
      "training.reload_child"},
     {"data_commands", "chat_command", "report_command"}, {"experiments"}, {"cli", "sft"},
@@ -34,7 +34,7 @@ OWNERS = {
     "hydra": {"compose", "compose_errors"}, "omegaconf": {"compose", "compose_errors"}, "datasets": {"data.sources"},
     "httpx2": {"evaluation.server_client"}, "vllm": {"evaluation.vllm_backend"},
     "wandb": {"tracking.wandb_logger"}, "matplotlib": {"tracking.plots"}, "accelerate": {"training.parallel"},
-    "optuna": {"experiments.study"},
+    "optuna": {"experiments.study"}, "schedulefree": {"training.schedule_free"},
 }  # fmt: skip
 
 
