@@ -17,7 +17,6 @@ from cs336_alignment.config import (
     DataConfig,
     EvaluationConfig,
     OptimizerConfig,
-    TrainerConfig,
 )
 from cs336_alignment.errors import ExitStatus, UserError
 from cs336_alignment.metric_names import GENERATED, greater_is_better, nearest_metric
@@ -40,9 +39,7 @@ def clashes(config: Config) -> Iterator[UserError]:
             "trainer.loss_normalization",
             "the constant is read only by trainer.loss_normalization=constant",
         )
-    yield from _optimizer_clashes(optimizer)
-    yield from _objective_clashes(trainer, optimizer)
-    yield from _sharding_clashes(config)
+    yield from _training_clashes(config)
     yield from _source_clashes(config.data)
     yield from _best_clashes(config)
     yield from _backend_clashes(config)
@@ -63,53 +60,39 @@ def clashes(config: Config) -> Iterator[UserError]:
         )
 
 
-def _optimizer_clashes(optimizer: OptimizerConfig) -> Iterator[UserError]:
-    name, default = optimizer.name, OptimizerConfig()
-    if optimizer.state_bits != 32 and name != "adamw":
-        why = "only AdamW has its state in 8 bits"
-        yield clash("optimizer.state_bits", "optimizer.name", why)
-    if optimizer.muon_momentum != DEFAULT_MUON_MOMENTUM and name != "muon":
-        yield clash("optimizer.muon_momentum", "optimizer.name", "optimizer.name=muon reads it")
-    for key in ("betas", "eps") if name == "adafactor" else ():
-        if getattr(optimizer, key) != getattr(default, key):
-            yield clash(f"optimizer.{key}", "optimizer.name", "adafactor does not read it")
-    if name == "schedule_free" and optimizer.lr_scheduler_type != "constant":
-        yield clash(
-            "optimizer.name",
-            "optimizer.lr_scheduler_type",
-            "the average of schedule_free stands in for a schedule (a warmup it may have): "
-            "optimizer.lr_scheduler_type=constant, or optimizer=schedule_free, which sets both",
-        )
-    if name == "schedule_free" and not optimizer.betas[0]:
-        why = "schedule_free interpolates with the first of them, which must be above 0"
-        yield clash("optimizer.betas", "optimizer.name", why)
-
-
-def _objective_clashes(trainer: TrainerConfig, optimizer: OptimizerConfig) -> Iterator[UserError]:
-    if trainer.loss == "dft" and trainer.label_smoothing:
-        yield clash(
-            "trainer.loss",
-            "trainer.label_smoothing",
-            "dft weighs a label by its probability, and a smoothed target has no one label",
-        )
-    if trainer.neftune_alpha is not None and trainer.batching == "flat_shared_prefix":
-        yield clash(
-            "trainer.neftune_alpha",
-            "trainer.batching",
-            "each example has a noise of its own, so no prefix can be shared: flat, or auto",
-        )
-    if trainer.ema_decay is not None and optimizer.name == "schedule_free":
-        yield clash("trainer.ema_decay", "optimizer.name", "schedule_free averages by itself")
-
-
-def _sharding_clashes(config: Config) -> Iterator[UserError]:
-    if config.parallel.strategy != "fsdp2":
-        return
-    why = "tried with whole weights alone: parallel=ddp"
-    if config.optimizer.name != "adamw":
-        yield clash("optimizer.name", "parallel.strategy", why)
-    if config.trainer.ema_decay is not None:
-        yield clash("trainer.ema_decay", "parallel.strategy", why)
+def _training_clashes(config: Config) -> Iterator[UserError]:
+    trainer, optimizer, default = config.trainer, config.optimizer, OptimizerConfig()
+    name, averages = optimizer.name, trainer.ema_decay is not None
+    free, sharded = name == "schedule_free", config.parallel.strategy == "fsdp2"
+    whole = "tried with whole weights alone: parallel=ddp"
+    pairs = (
+        (optimizer.state_bits != 32 and name != "adamw", "optimizer.state_bits", "optimizer.name",
+         "only AdamW has its state in 8 bits"),
+        (optimizer.muon_momentum != DEFAULT_MUON_MOMENTUM and name != "muon",
+         "optimizer.muon_momentum", "optimizer.name", "optimizer.name=muon reads it"),
+        (optimizer.betas != default.betas and name == "adafactor", "optimizer.betas",
+         "optimizer.name", "adafactor does not read them"),
+        (optimizer.eps != default.eps and name == "adafactor", "optimizer.eps", "optimizer.name",
+         "adafactor does not read it"),
+        (free and not optimizer.betas[0], "optimizer.betas", "optimizer.name",
+         "schedule_free interpolates with the first of them, which must be above 0"),
+        (free and optimizer.lr_scheduler_type != "constant", "optimizer.name",
+         "optimizer.lr_scheduler_type", "an average stands in for the schedule, after a warmup: "
+         "optimizer.lr_scheduler_type=constant, or optimizer=schedule_free, which sets both"),
+        (free and averages, "trainer.ema_decay", "optimizer.name",
+         "schedule_free averages by itself"),
+        (trainer.loss == "dft" and trainer.label_smoothing > 0, "trainer.loss",
+         "trainer.label_smoothing",
+         "dft weighs a label by its probability, and a smoothed target has no one label"),
+        (trainer.neftune_alpha is not None and trainer.batching == "flat_shared_prefix",
+         "trainer.neftune_alpha", "trainer.batching",
+         "each example has a noise of its own, so no prefix can be shared: flat, or auto"),
+        (sharded and name != "adamw", "optimizer.name", "parallel.strategy", whole),
+        (sharded and averages, "trainer.ema_decay", "parallel.strategy", whole),
+    )  # fmt: skip
+    for wrong, first, second, why in pairs:
+        if wrong:
+            yield clash(first, second, why)
 
 
 def _backend_clashes(config: Config) -> Iterator[UserError]:

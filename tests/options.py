@@ -83,7 +83,9 @@ def config_of(*overrides: str) -> Config:
         key, value = override.split("=", 1)
         if key == "optimizer":
             preset = yaml.safe_load((ROOT / f"configs/optimizer/{value}.yaml").read_text())
-            typed = {f"optimizer.{name}": item for name, item in preset.items() if name != "defaults"}
+            typed = {
+                f"optimizer.{name}": item for name, item in preset.items() if name != "defaults"
+            }
         else:
             typed = {key: yaml.safe_load(value)}
         for full, item in typed.items():
@@ -99,8 +101,12 @@ def plain_optimizers(model: nn.Module, config: OptimizerConfig) -> list[torch.op
 
     The layers of tests' models are numbered in their parameters' names.
     """
-    layers = 1 + max(int(m[1]) for n, _ in model.named_parameters() if (m := re.search(r"\.(\d+)\.", n)))
-    embedding = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
+    layers = 1 + max(
+        int(m[1]) for n, _ in model.named_parameters() if (m := re.search(r"\.(\d+)\.", n))
+    )
+    embedding = {
+        id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()
+    }
     matrices, others = [], []
     for name, p in model.named_parameters():
         numbered = re.search(r"\.(\d+)\.", name)
@@ -127,7 +133,9 @@ def plain_optimizers(model: nn.Module, config: OptimizerConfig) -> list[torch.op
     return [torch.optim.AdamW(both, **options)]
 
 
-def train_plainly(name: str, dtype: torch.dtype, dataset: TokenizedDataset, config: Config) -> Tensor:
+def train_plainly(
+    name: str, dtype: torch.dtype, dataset: TokenizedDataset, config: Config
+) -> Tensor:
     """Train by torch, transformers and the optimizer's library alone; the weights that are shown."""
     trainer, model = config.trainer, build_model(name, dtype)
     optimizers = plain_optimizers(model, config.optimizer)
@@ -186,9 +194,7 @@ def start_of(name: str, dtype: torch.dtype) -> Tensor:
 def with_normalization(config: Config, normalization: str) -> Config:
     """The same with another normalization; `constant`'s number is that of the dense reference."""
     constant = 3.0 if normalization == "constant" else 1.0
-    trainer = replace(
-        config.trainer, loss_normalization=normalization, normalize_constant=constant
-    )
+    trainer = replace(config.trainer, loss_normalization=normalization, normalize_constant=constant)
     return replace(config, trainer=trainer)
 
 

@@ -23,7 +23,7 @@ BITS = 24  # that a float32 holds exactly
 def uniform(seeds: Tensor, positions: Tensor, width: int) -> Tensor:
     """Draw numbers from -1 to below 1 that depend on nothing but seed, position and column.
 
-    Integers are hashed, not drawn one after another, so a number needs no other one, and a GPU gives
+    Integers are hashed, not drawn one after another: a number needs no other one, and a GPU gives
     the bits that a CPU gives.
 
     Args:

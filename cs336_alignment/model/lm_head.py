@@ -67,7 +67,7 @@ def head_log_probs(
         log_probs (R,) in float32 (float64 for a float64 model), and the entropies (R,) in nats or
         None.
     """
-    log_probs, entropy, _ = _apply(head, hidden, labels, with_entropy, slopes, None)
+    log_probs, entropy, _ = head_values(head, hidden, labels, None, with_entropy, slopes)
     return log_probs, entropy
 
 
@@ -75,7 +75,7 @@ def head_values(
     head: Head,
     hidden: Tensor,
     labels: Tensor,
-    objective: Objective,
+    objective: Objective | None,
     with_entropy: bool = False,
     slopes: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor]:
@@ -85,36 +85,19 @@ def head_values(
         head: the model's head.
         hidden: (R, H) hidden states at the positions that predict the labels.
         labels: (R,) int64 token ids.
-        objective: of the training.
+        objective: of the training; None: the log-probs are.
         with_entropy: also give the entropies.
         slopes: (R,) the gradient of the loss by each value, if it is known beforehand.
 
     Returns:
         The objective's values (R,), differentiable; the entropies (R,) or None; the log-probs (R,),
-        without a graph.
+        without a graph, empty if they are the objective.
     """
-    return _apply(head, hidden, labels, with_entropy, slopes, objective)
-
-
-def _apply(
-    head: Head,
-    hidden: Tensor,
-    labels: Tensor,
-    with_entropy: bool,
-    slopes: Tensor | None,
-    objective: Objective | None,
-) -> tuple[Tensor, Tensor | None, Tensor]:
+    linear = head.linear
     values, entropy, log_probs = _ChunkedLogProbs.apply(
-        hidden,
-        head.linear.weight,
-        head.linear.bias,
-        labels,
-        head.scale,
-        head.softcap,
-        with_entropy,
-        slopes,
+        hidden, linear.weight, linear.bias, labels, head.scale, head.softcap, with_entropy, slopes,
         objective,
-    )
+    )  # fmt: skip
     return values, (entropy if with_entropy else None), log_probs
 
 
@@ -240,11 +223,8 @@ class _ChunkedLogProbs(torch.autograd.Function):
                     entropy[chunk] = -torch.linalg.vecdot(p, log_p)
                 if gradients is not None:
                     assert slopes is not None
-                    bend = _bend(objective, log_probs[chunk], normalizers[chunk], len(weight))
-                    gradients.add(
-                        chunk,
-                        _d_logits(p, labels[chunk], slopes[chunk], scale, softcap_slope, bend),
-                    )
+                    slope = _slopes(objective, slopes[chunk], log_probs[chunk], normalizers[chunk])
+                    gradients.add(chunk, _d_logits(p, labels[chunk], slope, scale, softcap_slope))
         seen = log_probs.new_empty(0) if objective is None else log_probs
         ctx.gradients = gradients
         ctx.save_for_backward(hidden, weight, bias, labels, normalizers, slopes, seen)
@@ -267,10 +247,8 @@ class _ChunkedLogProbs(torch.autograd.Function):
                     logits = _logits(hidden[chunk], weight, bias, accumulate, scale, softcap)
                     softcap_slope = _softcap_slope(logits, softcap)
                     p = logits.sub_(normalizers[chunk, None]).exp_()
-                    bend = _bend(objective, log_probs[chunk], normalizers[chunk], len(weight))
-                    gradients.add(
-                        chunk, _d_logits(p, labels[chunk], grad[chunk], scale, softcap_slope, bend)
-                    )
+                    slope = _slopes(objective, grad[chunk], log_probs[chunk], normalizers[chunk])
+                    gradients.add(chunk, _d_logits(p, labels[chunk], slope, scale, softcap_slope))
         hidden_dtype, weight_dtype = ctx.dtypes
         of_hidden, of_weight, of_bias = gradients.hidden, gradients.weight, gradients.bias
         return (
@@ -294,32 +272,32 @@ def _softcap_slope(logits: Tensor, softcap: float | None) -> Tensor | None:
     return None if softcap is None else 1 - (logits / softcap) ** 2
 
 
-def _bend(
-    objective: Objective | None, log_probs: Tensor, normalizers: Tensor, vocabulary: int
-) -> tuple[Tensor | float, Tensor | float, float] | None:
-    """Give an objective's slopes by a chunk's logits; None: those of the log-probs themselves."""
-    return None if objective is None else objective.slopes(log_probs, normalizers, vocabulary)
+Slopes = tuple[Tensor, Tensor, Tensor | None]
+
+
+def _slopes(
+    objective: Objective | None, grad: Tensor, log_probs: Tensor, normalizers: Tensor
+) -> Slopes:
+    """Give the gradient (rows,) by a chunk's log-probs or values as that by its logits: of the
+    label, of the softmax (to subtract), and of every logit, if there is such a part.
+    """
+    # d log p(label) / d logits = onehot(label) - p
+    return (
+        (grad, grad, None) if objective is None else objective.slopes(grad, log_probs, normalizers)
+    )
 
 
 def _d_logits(
-    p: Tensor,
-    labels: Tensor,
-    grad: Tensor,
-    scale: float,
-    softcap_slope: Tensor | None,
-    bend: tuple[Tensor | float, Tensor | float, float] | None,
+    p: Tensor, labels: Tensor, slopes: Slopes, scale: float, softcap_slope: Tensor | None
 ) -> Tensor:
     """Turn the probabilities (rows, V) of a chunk into the gradient by hidden @ weight.T, in
     place.
     """
-    # d log p(label) / d logits = onehot(label) - p
-    of_label = of_all = grad
-    if bend is not None:
-        of_label, of_all = grad * bend[0], grad * bend[1]
-    d_logits = p.mul_(-of_all[:, None])
-    if bend is not None and bend[2]:
-        d_logits.add_(grad[:, None] * bend[2])
-    d_logits.scatter_add_(1, labels[:, None], of_label[:, None].to(d_logits.dtype))
+    label, softmax, every = slopes
+    d_logits = p.mul_(-softmax[:, None])
+    d_logits.scatter_add_(1, labels[:, None], label[:, None].to(d_logits.dtype))
+    if every is not None:
+        d_logits.add_(every[:, None] / d_logits.shape[1])
     if softcap_slope is not None:
         d_logits.mul_(softcap_slope)
     if scale != 1.0:

@@ -48,18 +48,20 @@ class Objective:
         return values - self.z_loss * normalizers**2 if self.z_loss else values
 
     def slopes(
-        self, log_probs: Tensor, normalizers: Tensor, vocabulary: int
-    ) -> tuple[Tensor | float, Tensor | float, float]:
-        """Give the slope of `values` by the logits: `label·onehot - spread·softmax + every`.
+        self, grad: Tensor, log_probs: Tensor, normalizers: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Turn the gradient by `values` into that by the logits.
 
         Args:
+            grad: (R,) by each value.
             log_probs: (R,) of the labels.
             normalizers: (R,) logsumexp of the logits.
-            vocabulary: V.
 
         Returns:
-            label and spread, (R,) or the same for all; every, a number.
+            a, b and c, (R,) each, of the gradient (R, V) `a·onehot(label) - b·softmax + c / V`; c
+            is None where it is 0.
         """
-        label = (1 - self.label_smoothing) * (log_probs.exp() if self.dft else 1.0)
-        spread = label + self.label_smoothing + 2 * self.z_loss * normalizers
-        return label, spread, self.label_smoothing / vocabulary
+        label = grad * (1 - self.label_smoothing) * (log_probs.exp() if self.dft else 1.0)
+        every = grad * self.label_smoothing
+        softmax = label + every + 2 * self.z_loss * grad * normalizers
+        return label, softmax, every if self.label_smoothing else None

@@ -71,7 +71,8 @@ def choose_batching(
         if wanted == "flat":
             return BatchingChoice("flat", f"flat, as asked, no padding; {exact}")
         if neftune_alpha is not None:
-            reason = f"a shared prefix would share its noise (trainer.neftune_alpha={neftune_alpha:g})"
+            name = f"trainer.neftune_alpha={neftune_alpha:g}"
+            reason = f"a shared prefix would share its noise ({name})"
         elif names := dropout_options(policy):
             reason = f"a shared prefix would share its dropout ({', '.join(names)})"
         else:

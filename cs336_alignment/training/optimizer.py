@@ -76,11 +76,10 @@ def rate_factors(module: nn.Module, decay: float) -> dict[Tensor, float]:
     if decay == 1.0:
         return {}
     layers = repeated_layers(module, "optimizer.layer_lr_decay=1")
-    factors = {
-        p: decay**above for above, layer in enumerate(reversed(layers)) for p in layer.parameters()
-    }
-    lowest = {p: decay ** len(layers) for p in _embeddings(module)}
-    return {**lowest, **factors}
+    factors: dict[Tensor, float] = {p: decay ** len(layers) for p in _embeddings(module)}
+    for above, layer in enumerate(reversed(layers)):
+        factors |= dict.fromkeys(layer.parameters(), decay**above)
+    return factors
 
 
 def _embeddings(module: nn.Module) -> list[nn.Parameter]:

@@ -113,7 +113,7 @@ def describe_optimizer(optimizer: OptimizerConfig) -> str:
     text = {
         "adamw": "AdamW in 8 bits" if optimizer.state_bits == 8 else "AdamW",
         "adafactor": "Adafactor (rates are relative to the RMS of each tensor)",
-        "muon": f"Muon for hidden matrices (momentum {optimizer.muon_momentum:g}, its steps as large "
+        "muon": f"Muon for hidden matrices (momentum {optimizer.muon_momentum:g}, steps as large "
         "as AdamW's), AdamW for the rest",
         "schedule_free": "schedule-free AdamW",
     }[optimizer.name]

@@ -39,11 +39,11 @@ def test_a_stopped_run_goes_on_bit_for_bit_however_often_it_is_evaluated(
     kind: str, sft: Sft, rows: Path, tmp_path: Path
 ) -> None:
     given = (*COMMON, *RUNS[kind], f"data.train_path={rows}", f"data.eval_path={rows}")
-    whole = sft("train", *given, "run_name=whole", "trainer.max_steps=8")
+    whole = sft("train", *given, "run_name=whole", "trainer.max_steps=5")
     assert whole.returncode == 0, whole.stderr
     for text in TOLD[kind]:
         assert text in whole.stdout.replace("\n", " "), text
-    for steps in (3, 8):
+    for steps in (3, 5):
         part = sft(
             "train", *given, "run_name=cut", f"trainer.max_steps={steps}", "trainer.eval_steps=2",
             "trainer.save_steps=2",
@@ -51,14 +51,14 @@ def test_a_stopped_run_goes_on_bit_for_bit_however_often_it_is_evaluated(
         assert part.returncode == 0, part.stderr
     one, two = tmp_path / "outputs/whole", tmp_path / "outputs/cut"
     assert weights(one) == weights(two)
-    last = "checkpoints/step-000008/optimizer.safetensors"
+    last = "checkpoints/step-000005/optimizer.safetensors"
     assert (one / last).read_bytes() == (two / last).read_bytes()
     rows_of = [
         {row["step"]: row for row in without_times(run / "metrics.jsonl") if "train/loss" in row}
         for run in (one, two)
     ]
     assert all("train/objective" in row for row in rows_of[0].values())
-    assert rows_of[0].keys() == rows_of[1].keys() == set(range(1, 9))
+    assert rows_of[0].keys() == rows_of[1].keys() == set(range(1, 6))
     for step, row in rows_of[0].items():
         assert {k: v for k, v in rows_of[1][step].items() if not k.startswith("eval/")} == {
             k: v for k, v in row.items() if not k.startswith("eval/")
@@ -69,21 +69,25 @@ def test_a_stopped_run_goes_on_bit_for_bit_however_often_it_is_evaluated(
         assert not other
     else:  # what is exported is the average, and what is evaluated
         assert any(not torch.equal(exported[name], x) for name, x in other.items())
+    if kind != "muon":
+        return
     done = sft(
         "evaluate", f"model.name_or_path={one}/model", f"data.eval_path={rows}", "logger=none",
         "data.max_eval_examples=6", "evaluation.num_prompts=1", "evaluation.max_new_tokens=1",
         "run_name=look",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    looked = [json.loads(line) for line in (tmp_path / "outputs/look/metrics.jsonl").read_text().splitlines()]  # fmt: skip
-    ended = [row for row in without_times(one / "metrics.jsonl") if "eval/loss" in row][-1]
-    assert looked[-1]["eval/loss"] == pytest.approx(ended["eval/loss"], rel=1e-6)
+    looked = json.loads((tmp_path / "outputs/look/evaluation.json").read_text())
+    (ended,) = [r["eval/loss"] for r in without_times(one / "metrics.jsonl") if r["step"] == 5 and "eval/loss" in r]  # fmt: skip
+    assert looked["eval/loss"] == pytest.approx(ended, rel=1e-6)
 
 
-def test_the_best_steps_average_is_exported_and_checked(sft: Sft, rows: Path, tmp_path: Path) -> None:
+def test_the_best_steps_average_is_exported_and_checked(
+    sft: Sft, rows: Path, tmp_path: Path
+) -> None:
     done = sft(
         "train", *COMMON, f"data.train_path={rows}", f"data.eval_path={rows}", "run_name=best",
-        "optimizer=schedule_free", "optimizer.learning_rate=1e-3", "trainer.max_steps=6",
+        "optimizer=schedule_free", "optimizer.learning_rate=1e-3", "trainer.max_steps=4",
         "trainer.eval_steps=2", "trainer.reload_check=true", "trainer.greater_is_better=true",
         "trainer.metric_for_best_model=eval/loss",
     )  # fmt: skip
@@ -97,14 +101,3 @@ def test_the_best_steps_average_is_exported_and_checked(sft: Sft, rows: Path, tm
     saved = load_file(run / f"checkpoints/step-{step:06d}/model.safetensors")
     exported = load_file(run / "model/model.safetensors")
     assert all(torch.equal(saved[name], exported[name]) for name in exported)
-
-
-def test_an_option_that_trains_may_not_change_on_resume(sft: Sft, rows: Path) -> None:
-    given = (*COMMON, f"data.train_path={rows}", "run_name=r", "trainer.max_steps=2")
-    assert sft("train", *given).returncode == 0
-    for override in (
-        "optimizer.name=muon", "trainer.ema_decay=0.9", "trainer.neftune_alpha=5", "trainer.loss=dft",
-        "optimizer.layer_lr_decay=0.5",
-    ):  # fmt: skip
-        again = sft("train", *given[:-1], "trainer.max_steps=4", override)
-        assert again.returncode == 78 and override.split("=")[0] in again.stderr

@@ -128,9 +128,7 @@ def compiled() -> Policy:
 
 @pytest.mark.slow
 @each_row
-def test_compiled_layers_train_the_same(
-    row: Row, compiled: Policy, processes: Processes
-) -> None:
+def test_compiled_layers_train_the_same(row: Row, compiled: Policy, processes: Processes) -> None:
     assert row.cells["compile"] == "yes"
     compiled.model.load_state_dict(build_model("llama", torch.float32).state_dict())
     dataset, config = build_dataset(prefix=PREFIX), config_of(*row.overrides)

@@ -184,4 +184,7 @@ def test_frozen_weights_have_no_average() -> None:
     optimizer = build_optimizer(model, OptimizerConfig())
     allocate_state(optimizer)
     build_average(optimizer, 0.9)
-    assert {name.split(":")[1] for name in optimizer_tensors(model, optimizer)} == {"1.weight", "1.bias"}
+    assert {name.split(":")[1] for name in optimizer_tensors(model, optimizer)} == {
+        "1.weight",
+        "1.bias",
+    }

@@ -64,7 +64,12 @@ def test_every_cut_has_the_noise_of_the_dense_reference(
     policy = Policy(build_model(model))
     if name == "whole":
         policy.head = None
-    for cut in (Cut(None, 1, "padded"), Cut(None, 3, "padded"), Cut(None, 1, "flat"), Cut(17, None, "flat")):
+    for cut in (
+        Cut(None, 1, "padded"),
+        Cut(None, 3, "padded"),
+        Cut(None, 1, "flat"),
+        Cut(17, None, "flat"),
+    ):
         policy.zero_grad(set_to_none=True)
         result = accumulate_gradients(
             policy, data, IDS, cut=cut, trainer=TRAINER, processes=processes, seed=3, step=4

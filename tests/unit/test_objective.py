@@ -81,7 +81,10 @@ def test_a_step_minimizes_the_objective_and_reports_the_plain_loss(
 ) -> None:
     """Tied; capped; with a bias; a head that the framework does not know."""
     model = name if name != "whole" else "llama"
-    data, want = build_dataset(prefix=19, weighted=weighted), dense(model, trainer, "token", weighted)
+    data, want = (
+        build_dataset(prefix=19, weighted=weighted),
+        dense(model, trainer, "token", weighted),
+    )
     log_probs, mask = dense_log_probs(build_model(model), data, IDS)
     reference = dense_loss(build_model(model), data, IDS, "token", trainer).item()
     policy = Policy(build_model(model))
