@@ -18,6 +18,7 @@ REWARDS = ("r1_zero", "gsm8k", "exact_match", "multiple_choice")
 
 DEFAULT_MICROBATCH_TOKENS = 4096
 DEFAULT_WARMUP_RATIO = 0.03
+DEFAULT_MUON_MOMENTUM = 0.95
 DEFAULT_SERVER_URL = "http://127.0.0.1:8000/v1"
 DEFAULT_REWARD_SECONDS = 10.0
 
@@ -145,6 +146,11 @@ class TrainerConfig:
     max_steps: int | None = None
     loss_normalization: str = "token"
     normalize_constant: float = 1.0
+    loss: str = "nll"
+    label_smoothing: float = 0.0
+    z_loss: float = 0.0
+    neftune_alpha: float | None = None
+    ema_decay: float | None = None
     batching: str = "auto"
     precision: str = "auto"
     gradient_checkpointing: bool | str = False
@@ -167,14 +173,17 @@ class TrainerConfig:
 
 @dataclass
 class OptimizerConfig:
-    """AdamW and its learning-rate schedule."""
+    """The optimizer and its learning-rate schedule."""
 
+    name: str = "adamw"
     learning_rate: float = 2e-5
     betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
     eps: float = 1e-8
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
     state_bits: int = 32
+    muon_momentum: float = DEFAULT_MUON_MOMENTUM
+    layer_lr_decay: float = 1.0
     lr_scheduler_type: str = "cosine"
     warmup_ratio: float = DEFAULT_WARMUP_RATIO
     warmup_steps: int | None = None

@@ -14,6 +14,7 @@ from cs336_alignment.config_clashes import clashes
 from cs336_alignment.errors import ExitStatus, UserError, UserErrors, describe
 
 LOSS_NORMALIZATIONS = ("token", "sequence", "microbatch", "constant")
+LOSSES = ("nll", "dft")
 BATCHINGS = ("auto", "flat", "flat_shared_prefix", "padded")
 LOSS_SPIKES = ("off", "warn", "stop", "skip")
 PRECISIONS = ("auto", "fp32", "bf16")
@@ -27,6 +28,7 @@ SECRET_SHAPE = re.compile(  # Hugging Face, GitHub, OpenAI and others, AWS; a pa
 )
 SELECTIONS = ("first", "longest", "random", "findings")
 LEVELS = ("error", "warning", "off")
+OPTIMIZERS = ("adamw", "adafactor", "muon", "schedule_free")
 SCHEDULES = ("cosine", "linear", "constant", "warmup_stable_decay")
 LOGGERS = ("wandb", "none")
 LORA_EXPORTS = ("both", "merged", "adapter")
@@ -122,6 +124,11 @@ _RULES = (
     _Rule("trainer.max_steps", _at_least(1), "a whole number of at least 1, or null"),
     _one_of("trainer.loss_normalization", LOSS_NORMALIZATIONS),
     _Rule("trainer.normalize_constant", _above(0), "a finite number above 0"),
+    _one_of("trainer.loss", LOSSES),
+    _Rule("trainer.label_smoothing", lambda v: 0 <= v < 1, "a number from 0 to below 1"),
+    _Rule("trainer.z_loss", _at_least(0), "a finite number of at least 0"),
+    _Rule("trainer.neftune_alpha", _above(0), "a finite number above 0, or null"),
+    _Rule("trainer.ema_decay", lambda v: 0 < v < 1, "a number between 0 and 1, or null"),
     _one_of("trainer.batching", BATCHINGS),
     _one_of("trainer.precision", PRECISIONS),
     _Rule(
@@ -148,6 +155,9 @@ _RULES = (
     _one_of("trainer.loss_spike", LOSS_SPIKES),
     _Rule("trainer.loss_spike_nats", _above(0), "a number of nats above 0"),
     _Rule("trainer.watchdog_minutes", _above(0), "a number above 0, or null"),
+    _one_of("optimizer.name", OPTIMIZERS),
+    _Rule("optimizer.muon_momentum", lambda v: 0 <= v < 1, "a number from 0 to below 1"),
+    _Rule("optimizer.layer_lr_decay", lambda v: 0 < v <= 1, "a number above 0, at most 1"),
     _Rule("optimizer.learning_rate", _at_least(0), "a finite number of at least 0"),
     _Rule(
         "optimizer.betas",

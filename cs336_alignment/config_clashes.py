@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import fields
 
 from cs336_alignment.config import (
+    DEFAULT_MUON_MOMENTUM,
     DEFAULT_REWARD_SECONDS,
     DEFAULT_WARMUP_RATIO,
     FORMATS,
@@ -16,6 +17,7 @@ from cs336_alignment.config import (
     DataConfig,
     EvaluationConfig,
     LoraConfig,
+    OptimizerConfig,
 )
 from cs336_alignment.errors import ExitStatus, UserError
 from cs336_alignment.metric_names import GENERATED, greater_is_better, nearest_metric
@@ -39,6 +41,7 @@ def clashes(config: Config) -> Iterator[UserError]:
             "the constant is read only by trainer.loss_normalization=constant",
         )
     yield from _lora_clashes(config)
+    yield from _training_clashes(config)
     yield from _source_clashes(config.data)
     yield from _best_clashes(config)
     yield from _backend_clashes(config)
@@ -76,6 +79,41 @@ def _lora_clashes(config: Config) -> Iterator[UserError]:
         if getattr(lora, name) != getattr(default, name):
             why = "it is read where adapters are trained: give lora.r or lora.adapter_path"
             yield clash(f"lora.{name}", "lora.r=null", why)
+
+
+def _training_clashes(config: Config) -> Iterator[UserError]:
+    trainer, optimizer, default = config.trainer, config.optimizer, OptimizerConfig()
+    name, averages = optimizer.name, trainer.ema_decay is not None
+    free, sharded = name == "schedule_free", config.parallel.strategy == "fsdp2"
+    whole = "tried with whole weights alone: parallel=ddp"
+    pairs = (
+        (optimizer.state_bits != 32 and name != "adamw", "optimizer.state_bits", "optimizer.name",
+         "only AdamW has its state in 8 bits"),
+        (optimizer.muon_momentum != DEFAULT_MUON_MOMENTUM and name != "muon",
+         "optimizer.muon_momentum", "optimizer.name", "optimizer.name=muon reads it"),
+        (optimizer.betas != default.betas and name == "adafactor", "optimizer.betas",
+         "optimizer.name", "adafactor does not read them"),
+        (optimizer.eps != default.eps and name == "adafactor", "optimizer.eps", "optimizer.name",
+         "adafactor does not read it"),
+        (free and not optimizer.betas[0], "optimizer.betas", "optimizer.name",
+         "schedule_free interpolates with the first of them, which must be above 0"),
+        (free and optimizer.lr_scheduler_type != "constant", "optimizer.name",
+         "optimizer.lr_scheduler_type", "an average stands in for the schedule, after a warmup: "
+         "optimizer.lr_scheduler_type=constant, or optimizer=schedule_free, which sets both"),
+        (free and averages, "trainer.ema_decay", "optimizer.name",
+         "schedule_free averages by itself"),
+        (trainer.loss == "dft" and trainer.label_smoothing > 0, "trainer.loss",
+         "trainer.label_smoothing",
+         "dft weighs a label by its probability, and a smoothed target has no one label"),
+        (trainer.neftune_alpha is not None and trainer.batching == "flat_shared_prefix",
+         "trainer.neftune_alpha", "trainer.batching",
+         "each example has a noise of its own, so no prefix can be shared: flat, or auto"),
+        (sharded and name != "adamw", "optimizer.name", "parallel.strategy", whole),
+        (sharded and averages, "trainer.ema_decay", "parallel.strategy", whole),
+    )  # fmt: skip
+    for wrong, first, second, why in pairs:
+        if wrong:
+            yield clash(first, second, why)
 
 
 def _backend_clashes(config: Config) -> Iterator[UserError]:

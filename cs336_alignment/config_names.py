@@ -58,6 +58,16 @@ ALIASES = {
     "unfrozen_parameters": "model.freeze",
     "freeze_layers": "model.freeze",
     "add_tokens": "model.new_tokens",
+    "optim": "optimizer.name",
+    "optimizer_name": "optimizer.name",
+    "neftune_noise_alpha": "trainer.neftune_alpha",
+    "noisy_embedding_alpha": "trainer.neftune_alpha",
+    "label_smoothing_factor": "trainer.label_smoothing",
+    "z_loss_coefficient": "trainer.z_loss",
+    "layerwise_lr_decay": "optimizer.layer_lr_decay",
+    "use_dft_loss": "trainer.loss",
+    "loss_type": "trainer.loss",
+    "adam_epsilon": "optimizer.eps",
 }
 
 

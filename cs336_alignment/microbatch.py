@@ -129,6 +129,23 @@ class TokenWeights:
 
 
 @dataclass(frozen=True)
+class EmbeddingNoise:
+    """What the noise on a microbatch's embeddings is drawn from, position by position.
+
+    Attributes:
+        seeds: as `input_ids`, int64, the seed of the position's example.
+        scale: as `input_ids`, float32, how loud it is for an embedding of one dimension.
+    """
+
+    seeds: Tensor
+    scale: Tensor
+
+    def to(self, device: torch.device) -> EmbeddingNoise:
+        """Copy to a device."""
+        return _moved(self, device)
+
+
+@dataclass(frozen=True)
 class Microbatch:
     """One forward and backward pass on one process.
 
@@ -147,6 +164,7 @@ class Microbatch:
         example_response_tokens: (R,) int64, the number of response tokens of the label's example.
         num_response_tokens: trained tokens.
         weights: of the tokens; None: all count the same.
+        noise: on the embeddings; None: they stay as they are.
     """
 
     input_ids: Tensor
@@ -159,13 +177,14 @@ class Microbatch:
     example_response_tokens: Tensor
     num_response_tokens: int
     weights: TokenWeights | None = None
+    noise: EmbeddingNoise | None = None
 
     def to(self, device: torch.device) -> Microbatch:
         """Copy every tensor to a device."""
         return self if self.input_ids.device == device else _moved(self, device)
 
 
-Record = TypeVar("Record", "Microbatch", FlatLayout, SharedPrefix, TokenWeights)
+Record = TypeVar("Record", "Microbatch", FlatLayout, SharedPrefix, TokenWeights, EmbeddingNoise)
 
 
 def _moved(record: Record, device: torch.device) -> Record:

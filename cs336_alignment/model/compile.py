@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
 from cs336_alignment.errors import ExitStatus, UserError
@@ -18,6 +19,18 @@ def compile_layers(model: PreTrainedModel) -> int:
     Raises:
         UserError: the architecture does not name its layers (78).
     """
+    layers = repeated_layers(model, "trainer.compile=false")
+    for layer in layers:
+        layer.compile(dynamic=True)
+    return len(layers)
+
+
+def repeated_layers(model: nn.Module, instead: str) -> list[nn.Module]:
+    """Find the repeated layers, from the first to the last.
+
+    Raises:
+        UserError: the architecture does not name them (78); `instead` says what does without.
+    """
     names = set(getattr(model, "_no_split_modules", None) or ())
     layers = [module for module in model.modules() if type(module).__name__ in names]
     if not layers:
@@ -25,11 +38,9 @@ def compile_layers(model: PreTrainedModel) -> int:
             "C106",
             f"{type(model).__name__} does not say which modules its repeated layers are",
             ExitStatus.BAD_CONFIG,
-            hint="trainer.compile=false",
+            hint=instead,
         )
-    for layer in layers:
-        layer.compile(dynamic=True)
-    return len(layers)
+    return layers
 
 
 def compiled_graphs() -> int:

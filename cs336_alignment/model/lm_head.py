@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from cs336_alignment.model.objective import Objective
+
 CHUNK_BYTES = {"cpu": 100 * 2**20, "cuda": 512 * 2**20}
 
 
@@ -65,17 +67,38 @@ def head_log_probs(
         log_probs (R,) in float32 (float64 for a float64 model), and the entropies (R,) in nats or
         None.
     """
-    log_probs, entropy = _ChunkedLogProbs.apply(
-        hidden,
-        head.linear.weight,
-        head.linear.bias,
-        labels,
-        head.scale,
-        head.softcap,
-        with_entropy,
-        slopes,
-    )
-    return log_probs, (entropy if with_entropy else None)
+    log_probs, entropy, _ = head_values(head, hidden, labels, None, with_entropy, slopes)
+    return log_probs, entropy
+
+
+def head_values(
+    head: Head,
+    hidden: Tensor,
+    labels: Tensor,
+    objective: Objective | None,
+    with_entropy: bool = False,
+    slopes: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """Compute what an objective makes of each label, chunk by chunk, as `head_log_probs` does.
+
+    Args:
+        head: the model's head.
+        hidden: (R, H) hidden states at the positions that predict the labels.
+        labels: (R,) int64 token ids.
+        objective: of the training; None: the log-probs are.
+        with_entropy: also give the entropies.
+        slopes: (R,) the gradient of the loss by each value, if it is known beforehand.
+
+    Returns:
+        The objective's values (R,), differentiable; the entropies (R,) or None; the log-probs (R,),
+        without a graph, empty if they are the objective.
+    """
+    linear = head.linear
+    values, entropy, log_probs = _ChunkedLogProbs.apply(
+        hidden, linear.weight, linear.bias, labels, head.scale, head.softcap, with_entropy, slopes,
+        objective,
+    )  # fmt: skip
+    return values, (entropy if with_entropy else None), log_probs
 
 
 def head_logits(head: Head, hidden: Tensor) -> Tensor:
@@ -140,7 +163,9 @@ class _Gradients:
 
 
 class _ChunkedLogProbs(torch.autograd.Function):
-    """log softmax(hidden @ weight.T)[labels], of whose (R, V) logits one chunk exists at a time."""
+    """log softmax(hidden @ weight.T)[labels], of whose (R, V) logits one chunk exists at a time; or
+    what an objective makes of them.
+    """
 
     @staticmethod
     def forward(
@@ -153,7 +178,8 @@ class _ChunkedLogProbs(torch.autograd.Function):
         softcap: float | None,
         with_entropy: bool,
         slopes: Tensor | None,
-    ) -> tuple[Tensor, Tensor]:
+        objective: Objective | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
         # Products run in the autocast dtype, if one is on; sums and the softmax in float32 or
         # wider.
         device = hidden.device.type
@@ -162,11 +188,12 @@ class _ChunkedLogProbs(torch.autograd.Function):
         )
         accumulate = torch.promote_types(torch.float32, weight.dtype)
         rows = _chunk_rows(weight.shape[0], accumulate, hidden.device)
-        ctx.options = (accumulate, scale, softcap, rows)
+        ctx.options = (accumulate, scale, softcap, rows, objective)
         ctx.dtypes = (hidden.dtype, weight.dtype)
         hidden, weight = hidden.to(compute), weight.to(compute)
         log_probs = torch.empty(labels.shape, dtype=accumulate, device=hidden.device)
         normalizers = torch.empty_like(log_probs)
+        values = log_probs if objective is None else torch.empty_like(log_probs)
         entropy = torch.empty_like(log_probs) if with_entropy else log_probs.new_empty(0)
         gradients = None
         if slopes is not None and any(ctx.needs_input_grad[:3]):
@@ -179,6 +206,8 @@ class _ChunkedLogProbs(torch.autograd.Function):
                 normalizers[chunk] = logits.logsumexp(-1)
                 picked = logits.gather(1, labels[chunk, None]).squeeze(1)
                 log_probs[chunk] = picked - normalizers[chunk]
+                if objective is not None:
+                    values[chunk] = objective.values(log_probs[chunk], logits, normalizers[chunk])
                 if gradients is None and not with_entropy:
                     continue
                 softcap_slope = _softcap_slope(logits, softcap)
@@ -194,19 +223,19 @@ class _ChunkedLogProbs(torch.autograd.Function):
                     entropy[chunk] = -torch.linalg.vecdot(p, log_p)
                 if gradients is not None:
                     assert slopes is not None
-                    gradients.add(
-                        chunk, _d_logits(p, labels[chunk], slopes[chunk], scale, softcap_slope)
-                    )
+                    slope = _slopes(objective, slopes[chunk], log_probs[chunk], normalizers[chunk])
+                    gradients.add(chunk, _d_logits(p, labels[chunk], slope, scale, softcap_slope))
+        seen = log_probs.new_empty(0) if objective is None else log_probs
         ctx.gradients = gradients
-        ctx.save_for_backward(hidden, weight, bias, labels, normalizers, slopes)
-        ctx.mark_non_differentiable(entropy)
-        return log_probs, entropy
+        ctx.save_for_backward(hidden, weight, bias, labels, normalizers, slopes, seen)
+        ctx.mark_non_differentiable(entropy, seen)
+        return values, entropy, seen
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         grad = grads[0]
-        hidden, weight, bias, labels, normalizers, slopes = ctx.saved_tensors
-        accumulate, scale, softcap, rows = ctx.options
+        hidden, weight, bias, labels, normalizers, slopes, log_probs = ctx.saved_tensors
+        accumulate, scale, softcap, rows, objective = ctx.options
         gradients, ctx.gradients = ctx.gradients, None
         if gradients is not None and not _holds(grad, slopes):
             gradients = None
@@ -218,16 +247,15 @@ class _ChunkedLogProbs(torch.autograd.Function):
                     logits = _logits(hidden[chunk], weight, bias, accumulate, scale, softcap)
                     softcap_slope = _softcap_slope(logits, softcap)
                     p = logits.sub_(normalizers[chunk, None]).exp_()
-                    gradients.add(
-                        chunk, _d_logits(p, labels[chunk], grad[chunk], scale, softcap_slope)
-                    )
+                    slope = _slopes(objective, grad[chunk], log_probs[chunk], normalizers[chunk])
+                    gradients.add(chunk, _d_logits(p, labels[chunk], slope, scale, softcap_slope))
         hidden_dtype, weight_dtype = ctx.dtypes
         of_hidden, of_weight, of_bias = gradients.hidden, gradients.weight, gradients.bias
         return (
             None if of_hidden is None else of_hidden.to(hidden_dtype),
             None if of_weight is None else of_weight.to(weight_dtype),
             None if of_bias is None else of_bias.to(bias.dtype),
-            *(None,) * 5,
+            *(None,) * 6,
         )
 
 
@@ -244,15 +272,32 @@ def _softcap_slope(logits: Tensor, softcap: float | None) -> Tensor | None:
     return None if softcap is None else 1 - (logits / softcap) ** 2
 
 
+Slopes = tuple[Tensor, Tensor, Tensor | None]
+
+
+def _slopes(
+    objective: Objective | None, grad: Tensor, log_probs: Tensor, normalizers: Tensor
+) -> Slopes:
+    """Give the gradient (rows,) by a chunk's log-probs or values as that by its logits: of the
+    label, of the softmax (to subtract), and of every logit, if there is such a part.
+    """
+    # d log p(label) / d logits = onehot(label) - p
+    return (
+        (grad, grad, None) if objective is None else objective.slopes(grad, log_probs, normalizers)
+    )
+
+
 def _d_logits(
-    p: Tensor, labels: Tensor, grad: Tensor, scale: float, softcap_slope: Tensor | None
+    p: Tensor, labels: Tensor, slopes: Slopes, scale: float, softcap_slope: Tensor | None
 ) -> Tensor:
     """Turn the probabilities (rows, V) of a chunk into the gradient by hidden @ weight.T, in
     place.
     """
-    # d log p(label) / d logits = onehot(label) - p
-    d_logits = p.mul_(-grad[:, None])
-    d_logits.scatter_add_(1, labels[:, None], grad[:, None].to(d_logits.dtype))
+    label, softmax, every = slopes
+    d_logits = p.mul_(-softmax[:, None])
+    d_logits.scatter_add_(1, labels[:, None], label[:, None].to(d_logits.dtype))
+    if every is not None:
+        d_logits.add_(every[:, None] / d_logits.shape[1])
     if softcap_slope is not None:
         d_logits.mul_(softcap_slope)
     if scale != 1.0:

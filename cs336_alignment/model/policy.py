@@ -16,8 +16,10 @@ from transformers import PreTrainedModel
 
 from cs336_alignment.microbatch import Microbatch
 from cs336_alignment.model.attention import FLAT_ATTENTION, why_not_flat
-from cs336_alignment.model.lm_head import head_log_probs, head_of
+from cs336_alignment.model.embedding_noise import noisy_embeddings
+from cs336_alignment.model.lm_head import head_log_probs, head_of, head_values
 from cs336_alignment.model.log_probs import compute_entropy
+from cs336_alignment.model.objective import Objective
 
 
 class Policy(nn.Module):
@@ -38,18 +40,24 @@ class Policy(nn.Module):
             model.set_attn_implementation(FLAT_ATTENTION)
 
     def forward(
-        self, batch: Microbatch, with_entropy: bool = False, slopes: Tensor | None = None
-    ) -> tuple[Tensor, Tensor | None]:
+        self,
+        batch: Microbatch,
+        with_entropy: bool = False,
+        slopes: Tensor | None = None,
+        objective: Objective | None = None,
+    ) -> tuple[Tensor, Tensor | None] | tuple[Tensor, Tensor | None, Tensor]:
         """Compute the log-probs of a microbatch's response tokens.
 
         Args:
             batch: on the model's device.
             with_entropy: also give the entropy of each response position, without a graph.
-            slopes: (R,) the gradient of the loss by each log-prob, if known: saves a product in
-                the head.
+            slopes: (R,) the gradient of the loss by each log-prob (or value of the objective), if
+                known: saves a product in the head.
+            objective: what is trained instead of the log-probs.
 
         Returns:
-            log_probs (R,), differentiable, float32 or wider; entropies (R,) in nats, or None.
+            log_probs (R,), differentiable, float32 or wider; entropies (R,) in nats, or None. With
+            an objective its values (R,), differentiable; entropies; log_probs without a graph.
         """
         device = batch.input_ids.device.type
         autocast: contextlib.AbstractContextManager[object] = contextlib.nullcontext()
@@ -69,17 +77,30 @@ class Policy(nn.Module):
                 # read.
                 inputs["attention_mask"] = batch.input_ids.new_zeros((1, 1, 1, 1), dtype=torch.bool)
             if self.head is None:
-                return self._whole_model(inputs, batch, with_entropy)
-            hidden = self.model.base_model(**inputs).last_hidden_state.flatten(0, 1)  # (T, H)
+                return self._whole_model(inputs, batch, with_entropy, objective)
+            with noisy_embeddings(self.model, batch):
+                hidden = self.model.base_model(**inputs).last_hidden_state.flatten(0, 1)  # (T, H)
             hidden = hidden.index_select(0, batch.response_index)  # (R, H)
-            return head_log_probs(self.head, hidden, batch.labels, with_entropy, slopes)
+            if objective is None:
+                return head_log_probs(self.head, hidden, batch.labels, with_entropy, slopes)
+            return head_values(self.head, hidden, batch.labels, objective, with_entropy, slopes)
 
     def _whole_model(
-        self, inputs: dict[str, Any], batch: Microbatch, with_entropy: bool
-    ) -> tuple[Tensor, Tensor | None]:
+        self,
+        inputs: dict[str, Any],
+        batch: Microbatch,
+        with_entropy: bool,
+        objective: Objective | None,
+    ) -> tuple[Tensor, Tensor | None] | tuple[Tensor, Tensor | None, Tensor]:
         """Use the model's own head, whose logits (T, V) exist for the time of this call."""
-        logits = self.model(**inputs).logits.flatten(0, 1).index_select(0, batch.response_index)
+        with noisy_embeddings(self.model, batch):
+            logits = self.model(**inputs).logits.flatten(0, 1)
+        logits = logits.index_select(0, batch.response_index)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))  # (R, V)
         picked = logits.gather(1, batch.labels[:, None]).squeeze(1)
-        log_probs = picked - logits.logsumexp(dim=-1)
-        return log_probs, compute_entropy(logits.detach()) if with_entropy else None
+        normalizers = logits.logsumexp(dim=-1)
+        log_probs = picked - normalizers
+        entropy = compute_entropy(logits.detach()) if with_entropy else None
+        if objective is None:
+            return log_probs, entropy
+        return objective.values(log_probs, logits, normalizers), entropy, log_probs.detach()

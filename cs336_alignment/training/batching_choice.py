@@ -33,7 +33,9 @@ class BatchingChoice:
     reason: str
 
 
-def choose_batching(policy: Policy, wanted: str, longest: int) -> BatchingChoice:
+def choose_batching(
+    policy: Policy, wanted: str, longest: int, neftune_alpha: float | None = None
+) -> BatchingChoice:
     """Decide between flat and padded microbatches by measuring them on the model itself.
 
     Three short random rows go through the model as transformers would compute them, padded, and
@@ -46,6 +48,7 @@ def choose_batching(policy: Policy, wanted: str, longest: int) -> BatchingChoice
         policy: on its device, not wrapped.
         wanted: `auto`, `flat`, `flat_shared_prefix` or `padded`.
         longest: tokens of the longest example.
+        neftune_alpha: of the noise that each example's embeddings get; None: there is none.
 
     Returns:
         The choice; `auto` falls back to flat, then to padded, and says why.
@@ -68,7 +71,10 @@ def choose_batching(policy: Policy, wanted: str, longest: int) -> BatchingChoice
         exact = f"equal to padded within {error:.0e} on this model"
         if wanted == "flat":
             return BatchingChoice("flat", f"flat, as asked, no padding; {exact}")
-        if names := dropout_options(policy):
+        if neftune_alpha is not None:
+            name = f"trainer.neftune_alpha={neftune_alpha:g}"
+            reason = f"a shared prefix would share its noise ({name})"
+        elif names := dropout_options(policy):
             reason = f"a shared prefix would share its dropout ({', '.join(names)})"
         else:
             alike = probe_rows(policy, prefix=MIN_SHARED_TOKENS + 1)

@@ -52,7 +52,9 @@ from cs336_alignment.training.invariances import (
     relative_difference,
     some,
 )
+from cs336_alignment.training.optimizer_check import check_optimizer, has_choices
 from cs336_alignment.training.parallel import Processes, set_threads, start_processes
+from cs336_alignment.training.step import objective_of
 from cs336_alignment.training.token_check import check_tokens
 
 NUM_EXAMPLES = 4
@@ -123,7 +125,7 @@ def examine(config: Config, processes: Processes, console: Console) -> Iterator[
         not_flat = "the architecture does not use transformers' attention interface"
     wake_adapters(model)
     may_freeze = config.lora.active or bool(options.freeze)
-    subject = Subject(policy, short, processes, attention, not_flat, may_freeze)
+    subject = Subject(policy, short, processes, attention, not_flat, config.trainer, may_freeze)
     tokens = f"{len(dataset)} examples, {int(dataset.lengths.sum())} tokens"
     console.note(f"checking  {tokens}, dropout off; training would be {choice.reason}")
     dtypes = [torch.float32]
@@ -140,6 +142,12 @@ def examine(config: Config, processes: Processes, console: Console) -> Iterator[
     model.to(torch.float32)  # type: ignore[arg-type]
     yield from guarded("log-probs and files", lambda: _check_files(
         subject, tokenizer, load, options.trust_remote_code))  # fmt: skip
+    if has_choices(config):  # in a model of its own: the adapters of this one are merged by now
+        other = Policy(load()).to(processes.device).eval()
+        other.head = None if policy.head is None else other.head
+        wake_adapters(other.model)
+        moved = replace(subject, policy=other)
+        yield from guarded("optimizer", lambda: iter([check_optimizer(moved, load, config)]))
 
 
 def _load(
@@ -201,6 +209,24 @@ def _check_gradients(
     del plain
     got, want = short.step(many, batching, "sequence"), short.plain("sequence")
     yield _compare(f"{many} {one}, loss by sequence, {label}", got, want, short, dtype)
+    yield from _check_objective(short, dtype, batching, f"{many} {one}")
+
+
+def _check_objective(
+    subject: Subject, dtype: torch.dtype, batching: Batching, cut: str
+) -> Iterator[Finding]:
+    """Compare the objective that the config asks for with its formula, and the noise of one cut
+    with that of another.
+    """
+    many, label = len(subject.dataset), DTYPE_NAMES[dtype]
+    quiet = replace(subject, chosen=replace(subject.chosen, neftune_alpha=None))
+    if objective_of(subject.chosen) is not None:
+        got, want = quiet.step(many, batching, chosen=True), quiet.plain(chosen=True)
+        yield _compare(f"{cut}, the objective, {label}", got, want, quiet, dtype)
+    if subject.chosen.neftune_alpha is not None:
+        alone: Batching = "padded" if batching == "padded" else "flat"  # no prefix is shared
+        got, want = subject.step(many, alone, chosen=True), subject.step(1, "padded", chosen=True)
+        yield _compare(f"{cut}, noise on embeddings, {label}", got, want, subject, dtype)
 
 
 def _compare(

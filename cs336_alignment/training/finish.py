@@ -186,7 +186,9 @@ class Finish:
 
     def _compare(self, model: PreTrainedModel, target: Path, state: TrainState) -> ReloadResult:
         config, template = self.config, self.data.train.template
-        still = config.optimizer.learning_rate == 0 or state.skipped_steps >= state.step
+        # A moving average may still round to where it began.
+        still = config.optimizer.learning_rate == 0 or config.trainer.ema_decay is not None
+        still = still or state.skipped_steps >= state.step
         limit = LIMIT_SECONDS
         if self.processes.count > 1:  # the others wait in a collective that has a limit, too
             limit = min(limit, 30 * config.parallel.timeout_minutes)

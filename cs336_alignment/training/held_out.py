@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 from cs336_alignment.config import TrainerConfig
@@ -30,6 +31,7 @@ class HeldOutEvaluation:
         judge: of the results.
         processes: who shares the work.
         console: of this process.
+        shown: makes a context in which the model has the weights to evaluate.
     """
 
     evaluator: Evaluator
@@ -41,6 +43,7 @@ class HeldOutEvaluation:
     judge: Judge
     processes: Processes
     console: Console
+    shown: Callable[[], AbstractContextManager[None]]
     _told_lost: Score | None = None
 
     def __post_init__(self) -> None:
@@ -64,9 +67,10 @@ class HeldOutEvaluation:
         if not generate and not self._is_due(wanted, step):
             return Verdict()
         begin = time.perf_counter()
-        result = self.evaluator.run(generate=generate)
-        if generates and not generate and self._verdict(step, result.metrics).stop:
-            generate, result = True, self.evaluator.run(generate=True)  # this step is the last
+        with self.shown():
+            result = self.evaluator.run(generate=generate)
+            if generates and not generate and self._verdict(step, result.metrics).stop:
+                generate, result = True, self.evaluator.run(generate=True)  # this step is the last
         if generate or not generates:
             self.judge.refuse_missing(result.metrics)
         seconds = time.perf_counter() - begin

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -82,6 +82,7 @@ class Subject:
         processes: this one alone.
         plain_attention: the attention the model was loaded with.
         not_flat: why training does not give the model flat rows; None: it does.
+        chosen: the trainer section of the run, for its objective and noise.
         may_freeze: whether parameters are left out of training on purpose.
     """
 
@@ -90,21 +91,37 @@ class Subject:
     processes: Processes
     plain_attention: str
     not_flat: str | None
+    chosen: TrainerConfig
     may_freeze: bool = False
 
-    def step(self, microbatches: int, batching: Batching, normalization: str = "token") -> Gradient:
-        """Calls backward for one step over all examples, as training does."""
+    def step(
+        self,
+        microbatches: int,
+        batching: Batching,
+        normalization: str = "token",
+        *,
+        chosen: bool = False,
+    ) -> Gradient:
+        """Calls backward for one step over all examples, as training does; `chosen`: with the run's
+        objective and noise.
+        """
+        trainer = replace(self.chosen, normalize_constant=1.0) if chosen else TrainerConfig()
         self.policy.zero_grad(set_to_none=True)
         result = accumulate_gradients(
             self.policy, self.dataset, range(len(self.dataset)),
             cut=Cut(None, microbatches, batching),
-            trainer=TrainerConfig(loss_normalization=normalization), processes=self.processes,
-            seed=0, step=0,
+            trainer=replace(trainer, loss_normalization=normalization),
+            processes=self.processes, seed=0, step=0,
         )  # fmt: skip
         return Gradient(float(result.nll), take_gradient(self.policy.model))
 
     def plain(
-        self, normalization: str = "token", *, together: bool = False, scale: float = 1.0
+        self,
+        normalization: str = "token",
+        *,
+        together: bool = False,
+        scale: float = 1.0,
+        chosen: bool = False,
     ) -> Gradient:
         """Calls backward for the same step with torch and transformers alone, nothing of this
         project between: example by example, or in one padded batch, the last example first.
@@ -114,6 +131,7 @@ class Subject:
             together: one padded batch.
             scale: the loss is multiplied and its gradient divided by it, which changes nothing but
                 rounding.
+            chosen: the run's objective, not its noise.
         """
         self.policy.zero_grad(set_to_none=True)
         examples = [self.dataset[i] for i in range(len(self.dataset))]
@@ -122,11 +140,13 @@ class Subject:
         nll = 0.0
         with self.untouched():
             for group in [pairs[::-1]] if together else [[pair] for pair in pairs]:
-                nll += self._plain_backward(group)
+                nll += self._plain_backward(group, self.chosen if chosen else TrainerConfig())
         found = take_gradient(self.policy.model)
         return Gradient(nll, {name: tensor / scale for name, tensor in found.items()})
 
-    def _plain_backward(self, group: Sequence[tuple[TokenizedExample, Tensor]]) -> float:
+    def _plain_backward(
+        self, group: Sequence[tuple[TokenizedExample, Tensor]], trainer: TrainerConfig
+    ) -> float:
         width = max(len(example.input_ids) for example, _ in group)
         ids = torch.zeros((len(group), width), dtype=torch.int64)
         real, weights = torch.zeros_like(ids), torch.zeros(ids.shape, dtype=torch.float64)
@@ -138,10 +158,16 @@ class Subject:
         logits = self.policy.model(ids[:, :-1], attention_mask=real[:, :-1], use_cache=False).logits
         trained = weights[:, 1:] > 0
         # In float64: torch's float32 softmax over a large vocabulary is off by 3e-5 on a CPU.
-        nll = nn.functional.cross_entropy(
-            logits[trained].double(), ids[:, 1:][trained], reduction="none"
-        )
-        (nll * weights[:, 1:][trained]).sum().backward()
+        scores, labels = logits[trained].double(), ids[:, 1:][trained]
+        nll = nn.functional.cross_entropy(scores, labels, reduction="none")
+        loss = nll * (-nll.detach()).exp() if trainer.loss == "dft" else nll
+        if trainer.label_smoothing:
+            loss = nn.functional.cross_entropy(
+                scores, labels, reduction="none", label_smoothing=trainer.label_smoothing
+            )
+        if trainer.z_loss:
+            loss = loss + trainer.z_loss * scores.logsumexp(-1).square()
+        (loss * weights[:, 1:][trained]).sum().backward()
         return float(nll.detach().sum())
 
     @contextlib.contextmanager

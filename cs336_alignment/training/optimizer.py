@@ -1,48 +1,162 @@
-"""AdamW with weight decay on matrices only, its state in 32 or 8 bits."""
+"""The optimizers: which parameters each takes, with which decay and at which rate."""
 
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from cs336_alignment.config import OptimizerConfig
 from cs336_alignment.errors import ExitStatus, UserError
+from cs336_alignment.model.compile import repeated_layers
 
 FUSED_DEVICES = ("cuda", "cpu")
+FACTOR = "rate_factor"  # in a parameter group: what the step's learning rate is multiplied by
+COUNTERS = ("step", "totals")  # in a parameter's state: what counts the steps
 
 
 def build_optimizer(module: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
-    """Build AdamW (Loshchilov and Hutter, arXiv 1711.05101), fused where torch has the kernel.
+    """Build the optimizer that the config names.
+
+    - `adamw` (Loshchilov and Hutter, arXiv 1711.05101), fused where torch has the kernel. With
+      `state_bits=8` the two moments are held in blocks of 256 values of 8 bits with a float32 scale
+      (Dettmers and others, arXiv 2110.02861) by torchao; tensors below 4,096 values stay float32.
+    - `adafactor`, torch's (Shazeer and Stern, arXiv 1804.04235): a matrix has a row and a column of
+      state. A step is at most the learning rate times the RMS of the weights.
+    - `muon`, torch's (arXiv 2502.16982), for the hidden matrices, and AdamW for embeddings, head,
+      norms and biases. Muon's step is scaled to the size of AdamW's, so both take one learning
+      rate.
+    - `schedule_free`: AdamW by the library schedulefree (Defazio and others, arXiv 2405.15682).
 
     Weight decay falls on parameters of two or more dimensions; biases and norms have none. A tied
-    weight is one parameter. The learning rate is set anew at every step by the trainer. With
-    `state_bits=8` the two moments are held in blocks of 256 values of 8 bits with a float32 scale
-    (Dettmers and others, arXiv 2110.02861) by torchao; tensors below 4,096 values stay float32.
+    weight is one parameter. The learning rate is set anew at every step by the trainer.
 
     Raises:
-        UserError: 8 bits without torchao (78).
+        UserError: a library is not there, or the module has no part that the config speaks of (78).
     """
+    factors = rate_factors(module, config.layer_lr_decay)
     parameters = [p for p in module.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
-    ]
-    options: dict[str, Any] = {
-        "params": [group for group in groups if group["params"]],
-        "lr": config.learning_rate,
-        "betas": (config.betas[0], config.betas[1]),
-        "eps": config.eps,
-    }
+
+    def groups(chosen: Sequence[nn.Parameter] = parameters) -> list[dict[str, Any]]:
+        return _groups(chosen, config.weight_decay, factors)
+
+    if config.name == "adafactor":
+        return torch.optim.Adafactor(groups(), lr=config.learning_rate)
+    if config.name == "muon":
+        return _muon(module, parameters, groups, config)
+    options: dict[str, Any] = _adamw_options(config)
+    if config.name == "schedule_free":
+        return _schedule_free(groups(), options)
     if config.state_bits == 8:
-        return _eight_bit(options)
-    fused = all(p.device.type in FUSED_DEVICES for p in parameters)
-    return torch.optim.AdamW(**options, fused=fused)
+        return _eight_bit(groups(), options)
+    return torch.optim.AdamW(groups(), **options, fused=_can_fuse(parameters))
 
 
-def _eight_bit(options: dict[str, Any]) -> torch.optim.Optimizer:
+def _adamw_options(config: OptimizerConfig) -> dict[str, Any]:
+    betas = (config.betas[0], config.betas[1])
+    return {"lr": config.learning_rate, "betas": betas, "eps": config.eps}
+
+
+def _can_fuse(parameters: Sequence[nn.Parameter]) -> bool:
+    return all(p.device.type in FUSED_DEVICES for p in parameters)
+
+
+def rate_factors(module: nn.Module, decay: float) -> dict[Tensor, float]:
+    """Give what the learning rate of each parameter is multiplied by, where that is not 1.
+
+    It is decay ** (repeated layers above): 1 in the last layer and for what stands above it, the
+    least in the embeddings (a head that is tied to them included).
+
+    Raises:
+        UserError: there is a decay, and the architecture does not name its layers (78).
+    """
+    if decay == 1.0:
+        return {}
+    layers = repeated_layers(module, "optimizer.layer_lr_decay=1")
+    factors: dict[Tensor, float] = {p: decay ** len(layers) for p in _embeddings(module)}
+    for above, layer in enumerate(reversed(layers)):
+        factors |= dict.fromkeys(layer.parameters(), decay**above)
+    return factors
+
+
+def _embeddings(module: nn.Module) -> list[nn.Parameter]:
+    return [p for m in module.modules() if isinstance(m, nn.Embedding) for p in m.parameters()]
+
+
+def _groups(
+    parameters: Sequence[nn.Parameter], weight_decay: float, factors: dict[Tensor, float]
+) -> list[dict[str, Any]]:
+    found: dict[tuple[bool, float], dict[str, Any]] = {}
+    for p in parameters:
+        decays, factor = p.ndim >= 2, factors.get(p, 1.0)
+        new = {"params": [], "weight_decay": weight_decay if decays else 0.0, FACTOR: factor}
+        found.setdefault((decays, factor), new)["params"].append(p)
+    return list(found.values())
+
+
+class Together(torch.optim.Optimizer):
+    """Several optimizers of different parameters that step as one: their groups stand in one list,
+    their states in one dictionary.
+    """
+
+    def __init__(self, *parts: torch.optim.Optimizer) -> None:
+        super().__init__([group for part in parts for group in part.param_groups], {})
+        self._parts = parts
+        for part in parts:
+            part.state = self.state
+
+    def step(self, closure: None = None) -> None:  # type: ignore[override]  # none is called
+        """Take a step with each."""
+        for part in self._parts:
+            part.step()
+
+
+def _muon(
+    module: nn.Module,
+    parameters: Sequence[nn.Parameter],
+    groups: Callable[[Sequence[nn.Parameter]], list[dict[str, Any]]],
+    config: OptimizerConfig,
+) -> torch.optim.Optimizer:
+    get_head = getattr(module, "get_output_embeddings", lambda: None)
+    head = get_head()
+    outer = {*_embeddings(module), *(head.parameters() if head is not None else ())}
+    hidden = [p for p in parameters if p.ndim == 2 and p not in outer]
+    rest = [p for p in parameters if p.ndim != 2 or p in outer]
+    if not hidden:
+        raise UserError(
+            "C160",
+            "optimizer.name=muon trains the hidden matrices, and none is trained",
+            ExitStatus.BAD_CONFIG,
+            hint="optimizer.name=adamw",
+        )
+    muon = torch.optim.Muon(
+        groups(hidden), lr=config.learning_rate, momentum=config.muon_momentum,
+        adjust_lr_fn="match_rms_adamw",
+    )  # fmt: skip
+    if not rest:
+        return muon
+    adamw = torch.optim.AdamW(groups(rest), **_adamw_options(config), fused=_can_fuse(rest))
+    return Together(muon, adamw)
+
+
+def _schedule_free(groups: list[dict[str, Any]], options: dict[str, Any]) -> torch.optim.Optimizer:
+    try:
+        from cs336_alignment.training.schedule_free import ScheduleFree
+    except ImportError as failure:
+        raise UserError(
+            "C161",
+            "optimizer.name=schedule_free needs schedulefree",
+            ExitStatus.BAD_CONFIG,
+            got=str(failure),
+            hint="pip install 'cs336_alignment[schedulefree]', or another optimizer.name",
+        ) from failure
+    return ScheduleFree(groups, **options)
+
+
+def _eight_bit(groups: list[dict[str, Any]], options: dict[str, Any]) -> torch.optim.Optimizer:
     try:
         from torchao.optim import AdamW8bit
     except ImportError as failure:
@@ -53,7 +167,7 @@ def _eight_bit(options: dict[str, Any]) -> torch.optim.Optimizer:
             got=str(failure),
             hint="pip install 'cs336_alignment[torchao]', or optimizer.state_bits=32",
         ) from failure
-    optimizer: torch.optim.Optimizer = AdamW8bit(**options)
+    optimizer: torch.optim.Optimizer = AdamW8bit(groups, **options)
     return optimizer
 
 
@@ -64,20 +178,20 @@ def allocate_state(optimizer: torch.optim.Optimizer) -> None:
     Raises:
         UserError: the 8-bit kernels cannot be compiled here (78).
     """
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    fresh = [p for p in parameters if not optimizer.state[p]]
+    groups = optimizer.param_groups
+    fresh = [p for group in groups for p in group["params"] if not optimizer.state[p]]
     if not fresh:
         return
     for parameter in fresh:
         parameter.grad = torch.zeros_like(parameter)
-    rate = float(optimizer.param_groups[0]["lr"])
+    rates = [float(group["lr"]) for group in groups]
     set_learning_rate(optimizer, 0.0)
     try:
         with warnings.catch_warnings():  # torchao's tensors have no hash for torch's cache on disk
             warnings.filterwarnings("ignore", message=".*_stable_hash_for_caching")
             optimizer.step()
     except Exception as failure:
-        if isinstance(optimizer, torch.optim.AdamW):
+        if not type(optimizer).__module__.startswith("torchao"):
             raise
         raise UserError(  # torchao compiles its step: of a hundred kinds
             "C119",
@@ -86,16 +200,23 @@ def allocate_state(optimizer: torch.optim.Optimizer) -> None:
             got=f"{type(failure).__name__}: {str(failure).strip().splitlines()[0]}",
             hint="it needs a C++ compiler on a CPU, Triton on a GPU; or optimizer.state_bits=32",
         ) from failure
-    set_learning_rate(optimizer, rate)
+    for group, rate in zip(groups, rates, strict=True):
+        _write_rate(group, rate)
     for parameter in fresh:
         parameter.grad = None
-        optimizer.state[parameter]["step"].zero_()
+        for counter in COUNTERS:
+            if counter in optimizer.state[parameter]:
+                optimizer.state[parameter][counter].zero_()
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
-    """Write the step's learning rate into every parameter group."""
+    """Write the step's learning rate into every parameter group, times the group's own factor."""
     for group in optimizer.param_groups:
-        if isinstance(group["lr"], torch.Tensor):  # compiled code reads it where it is
-            group["lr"].fill_(learning_rate)
-        else:
-            group["lr"] = learning_rate
+        _write_rate(group, learning_rate * group.get(FACTOR, 1.0))
+
+
+def _write_rate(group: dict[str, Any], rate: float) -> None:
+    if isinstance(group["lr"], Tensor):  # compiled code reads it where it is
+        group["lr"].fill_(rate)
+    else:
+        group["lr"] = rate

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from cs336_alignment.config import Config
+from cs336_alignment.config import Config, OptimizerConfig, TrainerConfig
 from cs336_alignment.data.batching import StepPlan
 from cs336_alignment.data.ledger import LedgerEntry
 from cs336_alignment.data.splits import PreparedData
@@ -88,15 +88,23 @@ def describe_run(
     lines += [("" if index else "batches", text) for index, text in enumerate(arithmetic)]
     lines.append(("rows", choice.reason))
     lines.append(("loss", _loss_line(trainer.loss_normalization, trainer.normalize_constant)))
-    eight = " in 8 bits" if optimizer.state_bits == 8 else ""
+    if text := describe_objective(trainer):
+        lines.append(("objective", f"{text}; train/loss is the plain token mean all the same"))
     lines.append(
         (
             "optimizer",
-            f"AdamW{eight}, peak {optimizer.learning_rate:g}, {optimizer.lr_scheduler_type} with "
-            f"{warmup_length(optimizer, total_steps)} warmup steps, "
-            f"weight decay {optimizer.weight_decay:g}",
+            f"{describe_optimizer(optimizer)}, peak {optimizer.learning_rate:g}, "
+            f"{optimizer.lr_scheduler_type} with {warmup_length(optimizer, total_steps)} warmup "
+            f"steps, weight decay {optimizer.weight_decay:g}",
         )
     )
+    if text := describe_average(trainer, optimizer):
+        size = sum(p.numel() * p.element_size() for p in policy.parameters() if p.requires_grad)
+        when = "" if trainer.ema_decay is not None else " while it is shown"
+        lines += [
+            ("average", f"{text}: {size / 2**30:.2f} GiB of memory more{when}"),
+            ("", "it is evaluated, exported, and in checkpoints' model.safetensors"),
+        ]
     if policy.head is None:
         lines.append(
             ("LM head", "the model's own, since it is not just a linear layer: whole logits")
@@ -105,6 +113,39 @@ def describe_run(
         text = f"{', '.join(names)}: runs repeat, but the result depends on the cut of a step"
         lines.append(("dropout", text))
     return [f"{name:<10} {text}" for name, text in lines]
+
+
+def describe_optimizer(optimizer: OptimizerConfig) -> str:
+    """Name the optimizer, and what of it could surprise."""
+    text = {
+        "adamw": "AdamW in 8 bits" if optimizer.state_bits == 8 else "AdamW",
+        "adafactor": "Adafactor (rates are relative to the RMS of each tensor)",
+        "muon": f"Muon for hidden matrices (momentum {optimizer.muon_momentum:g}, steps as large "
+        "as AdamW's), AdamW for the rest",
+        "schedule_free": "schedule-free AdamW",
+    }[optimizer.name]
+    if optimizer.layer_lr_decay != 1.0:
+        text += f", rates × {optimizer.layer_lr_decay:g} for each layer further down"
+    return text
+
+
+def describe_objective(trainer: TrainerConfig) -> str:
+    """Say what is trained besides or instead of the negative log-probs; empty: nothing is."""
+    options = [
+        ("dft: each token's loss × its probability", trainer.loss == "dft"),
+        (f"label smoothing {trainer.label_smoothing:g}", trainer.label_smoothing),
+        (f"z-loss {trainer.z_loss:g}", trainer.z_loss),
+        (f"noise {trainer.neftune_alpha or 0:g} on embeddings (NEFTune)", trainer.neftune_alpha),
+    ]
+    return ", ".join(text for text, chosen in options if chosen)
+
+
+def describe_average(trainer: TrainerConfig, optimizer: OptimizerConfig) -> str:
+    """Say which average of the weights the run ends with; empty: it is none."""
+    if optimizer.name == "schedule_free":
+        return "that of the schedule-free optimizer"
+    decay = trainer.ema_decay
+    return "" if decay is None else f"an exponential moving average of the weights, decay {decay:g}"
 
 
 def _loss_line(normalization: str, constant: float) -> str:
@@ -211,6 +252,12 @@ def write_card(
     }
     if (lora := config.lora).active:
         facts["adapters"] = f"rank {lora.r}" if lora.adapter_path is None else lora.adapter_path
+    told = {
+        "optimizer": describe_optimizer(optimizer),
+        "objective": describe_objective(config.trainer),
+        "weights": describe_average(config.trainer, optimizer),
+    }
+    facts |= {name: text for name, text in told.items() if text not in ("", "AdamW")}
     return model_card(
         base_model=config.model.name_or_path,
         run_name=config.run_name or "",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from cs336_alignment.tracking.metrics import MetricsFile
 from cs336_alignment.tracking.report import write_own_report
 from cs336_alignment.tracking.tracker import RunTracker
 from cs336_alignment.tracking.wandb_logger import Logger, NullLogger, WandbLogger
+from cs336_alignment.training.averaging import Average, build_average
 from cs336_alignment.training.batching_choice import choose_batching
 from cs336_alignment.training.best import Criterion, Judge, Verdict
 from cs336_alignment.training.checkpoint import TrainState, remove_leftovers, restore
@@ -198,7 +200,9 @@ class _Run:
             enable_checkpointing(model, selective=recompute == "selective")
         device = self.processes.device
         policy = Policy(model, dtype).to(device)
-        choice = choose_batching(policy, config.trainer.batching, longest)
+        choice = choose_batching(
+            policy, config.trainer.batching, longest, config.trainer.neftune_alpha
+        )
         if config.trainer.compile:
             self.console.note("compiling the layers")
             warm_up_compiled(policy, choice.batching)
@@ -247,8 +251,10 @@ class _Run:
         config, tokenizer = self.config, self.inputs.tokenizer
         data = self.inputs.data.train
         optimizer = build_optimizer(policy.model, config.optimizer)
-        state = self._resume(policy, optimizer, total_steps)
-        self._rehearse_memory(policy, optimizer, plan, cut, range(state.step, total_steps))
+        allocate_state(optimizer)
+        average = build_average(optimizer, config.trainer.ema_decay)
+        state = self._resume(policy, optimizer, average, total_steps)
+        self._rehearse_memory(policy, plan, cut, range(state.step, total_steps))
         manifest = self._manifest(policy, state, total_steps)
         self.processes.wait()  # nobody reads the folder any more: the main process may write
         tracker = self._open_tracker(manifest, state)
@@ -283,12 +289,15 @@ class _Run:
             total_steps=total_steps, state=state, trainer=config.trainer,
             optimizer_config=config.optimizer, seed=config.seed, processes=self.processes,
             tracker=tracker, writer=writer, poll=poll,
-            evaluate=self._evaluation(policy, cut, state.step, total_steps, tracker, judge, poll),
+            evaluate=self._evaluation(
+                policy, cut, state.step, total_steps, tracker, judge, poll, average.shown
+            ), average=average,
         )  # fmt: skip
         self.console.start(total_steps, state.step)
         outcome, exported = ExitStatus.INTERNAL, state.step
         try:
-            self._rehearse_saving(writer, policy, optimizer, total_steps - state.step)
+            with average.shown():
+                self._rehearse_saving(writer, policy, optimizer, total_steps - state.step)
             self.stop.wait_for_steps()
             with watchdog, telling_out_of_memory(self.processes.device):
                 begin = state.step
@@ -302,7 +311,8 @@ class _Run:
                     tokenizer, self.inputs.data, policy, self.base,
                     whole=lambda: self._whole(policy.model),
                 )  # fmt: skip
-                fitted, exported = finish(state, judge, manifest)
+                with average.shown():
+                    fitted, exported = finish(state, judge, manifest)
             outcome = fitted
         finally:
             tracker.finish(outcome, config.run_name or "")
@@ -334,10 +344,13 @@ class _Run:
             self.console.warn(f"{line}: the last digits of what follows may differ")
         return manifest
 
-    def _resume(self, policy: Policy, optimizer: Optimizer, total_steps: int) -> TrainState:
+    def _resume(
+        self, policy: Policy, optimizer: Optimizer, average: Average, total_steps: int
+    ) -> TrainState:
         state, checkpoint = TrainState(), self.decision.checkpoint
         if checkpoint is not None:
-            state = restore(checkpoint, policy.model, optimizer)
+            with average.shown():
+                state = restore(checkpoint, policy.model, optimizer)
             self.console.note(
                 f"resuming   {checkpoint}: step {state.step} of {total_steps} is done"
             )
@@ -354,14 +367,11 @@ class _Run:
             self.console.warn(notice)
         return state
 
-    def _rehearse_memory(
-        self, policy: Policy, optimizer: Optimizer, plan: StepPlan, cut: Cut, steps: range
-    ) -> None:
+    def _rehearse_memory(self, policy: Policy, plan: StepPlan, cut: Cut, steps: range) -> None:
         """Take the largest microbatch of the run now: for want of memory it fails here, not in the
         last hour.
         """
         data = self.inputs.data.train.dataset
-        allocate_state(optimizer)
         ids = largest_microbatch(
             plan, cut, data, steps,
             num_processes=self.processes.count, process_index=self.processes.index,
@@ -394,6 +404,7 @@ class _Run:
         tracker: RunTracker,
         judge: Judge,
         poll: Callable[[], ExitStatus | None],
+        shown: Callable[[], AbstractContextManager[None]],
     ) -> Callable[[int], Verdict]:
         """Make the function that the loop calls at every step and that knows when it is due."""
         generation_steps = self.config.evaluation.generation_steps
@@ -419,7 +430,7 @@ class _Run:
         return HeldOutEvaluation(
             evaluator, self.config.trainer, generation_steps, first_step=first_step,
             total_steps=total_steps, tracker=tracker, judge=judge, processes=self.processes,
-            console=self.console,
+            console=self.console, shown=shown,
         )  # fmt: skip
 
     def _open_tracker(self, manifest: dict[str, Any], state: TrainState) -> RunTracker:

@@ -12,7 +12,9 @@ from torch import Tensor, nn
 from cs336_alignment.config import TrainerConfig
 from cs336_alignment.data.batching import collate, mix_seed, plan_microbatches
 from cs336_alignment.data.dataset import TokenizedDataset
+from cs336_alignment.data.noise import with_noise
 from cs336_alignment.microbatch import Batching, Microbatch
+from cs336_alignment.model.objective import Objective
 from cs336_alignment.training.loss import (
     StepCounts,
     loss_slopes,
@@ -88,6 +90,8 @@ class StepResult:
     Attributes:
         nll: scalar float64 tensor, the summed negative log-prob of the response tokens, in nats.
         entropy: scalar float64 tensor, the summed entropy at those positions; 0 if not asked for.
+        objective: scalar float64 tensor, this process's share of what was minimized (see
+            `loss_weights`); 0 if that is the negative log-probs themselves.
         not_finite: (microbatches,) bool tensor, True where a microbatch's loss is not finite.
         microbatches: the example ids of each.
         complete: whether all were done; if not, the gradient is to be thrown away.
@@ -95,9 +99,16 @@ class StepResult:
 
     nll: Tensor
     entropy: Tensor
+    objective: Tensor
     not_finite: Tensor
     microbatches: list[list[int]]
     complete: bool
+
+
+def objective_of(trainer: TrainerConfig) -> Objective | None:
+    """Give what is trained instead of the log-probs; None: nothing is."""
+    chosen = Objective(trainer.label_smoothing, trainer.z_loss, trainer.loss == "dft")
+    return None if chosen == Objective() else chosen
 
 
 def accumulate_gradients(
@@ -122,10 +133,10 @@ def accumulate_gradients(
         dataset: all examples.
         example_ids: those of this step, over all processes.
         cut: into microbatches.
-        trainer: its `loss_normalization` and `normalize_constant` are read.
+        trainer: its objective, the loss's normalization and the embeddings' noise are read.
         processes: who shares the step.
         seed: of the run.
-        step: 0-based; with the seed it fixes dropout.
+        step: 0-based; with the seed it fixes dropout and noise.
         prepared: the step as `prepare` made it, of these examples; None: it is made now.
         with_entropy: also sum the token entropies.
         give_up: asked before each microbatch; once it says True, only the last one is still done,
@@ -142,7 +153,8 @@ def accumulate_gradients(
         num_processes=processes.count,
     )
     nll = torch.zeros((), dtype=torch.float64, device=processes.device)
-    entropy_sum = torch.zeros_like(nll)
+    entropy_sum, objective_sum = torch.zeros_like(nll), torch.zeros_like(nll)
+    objective = objective_of(trainer)
     not_finite = torch.zeros(len(microbatches), dtype=torch.bool, device=processes.device)
     complete = True
     dtype = torch.promote_types(torch.float32, next(policy.parameters()).dtype)
@@ -152,18 +164,27 @@ def accumulate_gradients(
             complete = False
             continue
         batch = _collate(dataset, members, cut, processes) if index else prepared.first
+        if trainer.neftune_alpha is not None:
+            batch = with_noise(
+                batch, members, dataset.lengths, alpha=trainer.neftune_alpha, seed=seed, step=step
+            )
         # Dropout is a function of where the run stands, so a resumed run draws the same.
         torch.manual_seed(mix_seed(seed, step, index, processes.index))
         mask, constant = loss_weights(
             trainer.loss_normalization, batch, counts, trainer.normalize_constant
         )
         with processes.no_sync(policy, active=not last):
-            log_probs, entropy = policy(batch, with_entropy, loss_slopes(mask, constant, dtype))
-            loss = microbatch_loss(log_probs, mask, constant)
+            values, entropy, *seen = policy(
+                batch, with_entropy, loss_slopes(mask, constant, dtype), objective
+            )
+            loss = microbatch_loss(values, mask, constant)
             # Not accelerator.backward, which would divide by an accumulation of its own.
             loss.backward()
+        log_probs = seen[0] if seen else values
         nll -= masked_normalize(log_probs.detach().double(), batch.response_mask)
         if entropy is not None:
             entropy_sum += masked_normalize(entropy.double(), batch.response_mask)
+        if objective is not None:
+            objective_sum += loss.detach()
         not_finite[index] = ~loss.detach().isfinite()
-    return StepResult(nll, entropy_sum, not_finite, microbatches, complete)
+    return StepResult(nll, entropy_sum, objective_sum, not_finite, microbatches, complete)

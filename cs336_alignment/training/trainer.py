@@ -16,6 +16,7 @@ from cs336_alignment.data.dataset import TokenizedDataset
 from cs336_alignment.errors import ExitStatus, UserError
 from cs336_alignment.model.compile import compiled_graphs
 from cs336_alignment.model.policy import Policy
+from cs336_alignment.training.averaging import Average, NoAverage
 from cs336_alignment.training.best import Verdict
 from cs336_alignment.training.checkpoint import TrainState
 from cs336_alignment.training.checkpoint_writer import CheckpointWriter
@@ -29,6 +30,7 @@ from cs336_alignment.training.step import (
     Prepared,
     StepResult,
     accumulate_gradients,
+    objective_of,
     prepare,
 )
 from cs336_alignment.training.stop import StopNow
@@ -58,6 +60,7 @@ class _Sums:
 
     nll: Any
     entropy: Any
+    objective: Any
     not_finite: Any
     asked: Any
     interrupted: Any
@@ -88,6 +91,7 @@ class Trainer:
             all of them, if one is asked to stop.
         writer: of checkpoints.
         poll: called at every microbatch; gives the exit status of a request to stop, or None.
+        average: of the weights, which checkpoints show; None: there is none.
     """
 
     def __init__(
@@ -109,6 +113,7 @@ class Trainer:
         evaluate: Callable[[int], Verdict],
         writer: CheckpointWriter,
         poll: Callable[[], ExitStatus | None],
+        average: Average | None = None,
     ) -> None:
         self.policy = policy
         self.wrapped = wrapped
@@ -129,6 +134,7 @@ class Trainer:
         self._best: int | None = None
         self._writing: int | None = None  # the step whose checkpoint is being written
         self.poll = poll
+        self.average = average or NoAverage()
 
     def fit(self) -> ExitStatus:
         """Train to the last step, or until no evaluation finds a better one; returns DONE, or the
@@ -242,6 +248,7 @@ class Trainer:
         loss = sums.nll / num_response_tokens
         if self._is_sound(loss, ids):
             self.optimizer.step()
+            self.average.update()
         self.state.step += 1
         self.state.tokens_seen += num_tokens
         self.state.response_tokens_seen += num_response_tokens
@@ -257,6 +264,8 @@ class Trainer:
             "perf/tokens_per_second": num_tokens / seconds,
             "perf/peak_memory_gib": peak_memory_gib(self.processes.device),
         }
+        if objective_of(self.config) is not None:
+            metrics["train/objective"] = sums.objective / self.processes.count
         if self.config.compile:
             metrics["perf/compiled_graphs"] = compiled_graphs()
         if log:
@@ -271,6 +280,7 @@ class Trainer:
         of_this_process = _Sums(
             nll=result.nll,
             entropy=result.entropy,
+            objective=result.objective,
             not_finite=result.not_finite.any() | ~grad_norm.isfinite(),
             asked=asked is not None,
             interrupted=asked == ExitStatus.INTERRUPTED,
@@ -336,7 +346,8 @@ class Trainer:
         self._writing = self._saved = self.state.step
         if self.processes.is_main:
             self.tracker.sync()
-            self.writer.begin(self.state, self.policy.model, self.optimizer)
+            with self.average.shown():
+                self.writer.begin(self.state, self.policy.model, self.optimizer)
         if not self.writer.asynchronous:
             self.settle()
 

@@ -14,11 +14,22 @@ from torch import Tensor
 from cs336_alignment.config import ParallelConfig, TrainerConfig
 from cs336_alignment.microbatch import Batching, FlatLayout
 from cs336_alignment.model import attention
+from cs336_alignment.model.embedding_noise import uniform
 from cs336_alignment.model.policy import Policy
 from cs336_alignment.training.batching_choice import choose_batching
 from cs336_alignment.training.parallel import Processes, start_processes
 from cs336_alignment.training.step import Cut, accumulate_gradients
 from tests.conftest import build_dataset, build_model
+from tests.options import (
+    PREFIX,
+    Row,
+    apart,
+    config_of,
+    start_of,
+    support,
+    train,
+    train_plainly,
+)
 from tests.reference import dense_loss, gradient, relative_error
 
 pytestmark = [
@@ -129,3 +140,18 @@ def test_the_start_tries_the_kernel_of_training(
     monkeypatch.setattr(attention, "_varlen_attention", refuse)
     choice = choose_batching(policy, "auto", 64)
     assert choice.batching == "padded" and "no kernel" in choice.reason
+
+
+def test_noise_on_embeddings_is_that_of_the_cpu_bit_for_bit(on_gpu: Processes) -> None:
+    seeds, positions = torch.arange(-50, 50) * 2**56 + 12345, torch.arange(100)
+    there = uniform(seeds.to(on_gpu.device), positions.to(on_gpu.device), 77)
+    assert torch.equal(there.cpu(), uniform(seeds, positions, 77))
+
+
+@pytest.mark.parametrize("row", support(), ids=lambda row: row.name)
+def test_every_row_of_the_support_matrix_trains_as_on_the_cpu(row: Row, on_gpu: Processes) -> None:
+    config, dataset = config_of(*row.overrides), build_dataset(prefix=PREFIX)
+    policy = Policy(build_model("llama", torch.float32)).to(on_gpu.device)
+    got = train(policy, policy, dataset, config, Cut(None, 2, "flat"), on_gpu).cpu()
+    want = train_plainly("llama", torch.float32, dataset, config)
+    assert apart(got, want, start_of("llama", torch.float32)) <= 0.02

@@ -19,15 +19,24 @@ from transformers import (
 )
 from transformers.models.llama.modeling_llama import LlamaMLP
 
-from cs336_alignment.config import Config, DataConfig, LoggerConfig, ModelConfig
+from cs336_alignment.config import (
+    Config,
+    DataConfig,
+    LoggerConfig,
+    ModelConfig,
+    OptimizerConfig,
+    TrainerConfig,
+)
 from cs336_alignment.data import batching as data_batching
+from cs336_alignment.data import noise as noise_module
 from cs336_alignment.data.formats import Example
 from cs336_alignment.data.splits import prepare_run
 from cs336_alignment.data.tokenize import TokenizedExample, TokenRow
 from cs336_alignment.errors import ExitStatus, Place
 from cs336_alignment.model import attention
 from cs336_alignment.model.loading import load_tokenizer, resolve_model
-from cs336_alignment.training import checkpoint, doctor, loss, step, token_check
+from cs336_alignment.model.objective import Objective
+from cs336_alignment.training import checkpoint, doctor, loss, optimizer_check, step, token_check
 from cs336_alignment.training.invariances import Finding, cut_short, in_training
 from tests.conftest import build_dataset, build_model
 
@@ -44,12 +53,10 @@ CONFIGS: dict[str, Callable[[int], PreTrainedConfig]] = {
 
 
 @pytest.fixture
-def diagnose(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> Callable[[str], dict[str, Finding]]:
+def diagnose(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[str, Finding]]:
     """Run the doctor on a new small model, and give its findings by name."""
 
-    def run(name: str) -> dict[str, Finding]:
+    def run(name: str, **sections: Any) -> dict[str, Finding]:
         tokenizer = load_tokenizer(resolve_model("builtin:arithmetic", None, False))
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(CONFIGS[name](len(tokenizer)))
@@ -61,6 +68,7 @@ def diagnose(
                 "builtin:arithmetic", max_train_examples=6, cache_dir=str(tmp_path / "cache")
             ),
             logger=LoggerConfig("none"),
+            **sections,
         )
         seen: list[Finding] = []
         monkeypatch.setattr(doctor, "_show", lambda findings, console: seen.extend(findings))
@@ -72,7 +80,7 @@ def diagnose(
     return run
 
 
-Diagnose = Callable[[str], dict[str, Finding]]
+Diagnose = Callable[..., dict[str, Finding]]
 
 
 def failed(findings: dict[str, Finding]) -> set[str]:
@@ -89,6 +97,74 @@ def test_healthy_architectures_pass(name: str, diagnose: Diagnose) -> None:
     else:
         assert flat.passed and flat.difference is not None and flat.difference > 0
     assert len(findings) == (15 if name == "gemma2" else 17)
+
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "smoothed": {"trainer": TrainerConfig(label_smoothing=0.1, z_loss=0.01, neftune_alpha=5.0)},
+    "dft": {"trainer": TrainerConfig(loss="dft", loss_normalization="constant", normalize_constant=7.0)},
+    "muon": {"optimizer": OptimizerConfig(name="muon"), "trainer": TrainerConfig(ema_decay=0.9)},
+    "schedule_free": {"optimizer": OptimizerConfig(name="schedule_free", layer_lr_decay=0.5)},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_the_options_of_the_config_are_checked(name: str, diagnose: Diagnose) -> None:
+    findings = diagnose("llama", **OPTIONS[name])
+    assert failed(findings) == set()
+    more = set(findings) - {"optimizer adamw, saved and continued"}
+    objective, noise = (
+        "4 microbatches against one, the objective, fp32",
+        "4 microbatches against one, noise on embeddings, fp32",
+    )
+    assert (objective in more) == (name in ("smoothed", "dft"))
+    assert (noise in more) == (name == "smoothed")
+    assert (f"optimizer {name}, saved and continued" in more) == (name in ("muon", "schedule_free"))
+
+
+def test_a_wrong_objective_fails(diagnose: Diagnose, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = Objective.slopes
+
+    def slopes(self: Objective, *arguments: Any) -> Any:
+        label, softmax, _ = original(self, *arguments)
+        return label, softmax, None  # the spread share of the target gets no gradient
+
+    monkeypatch.setattr(Objective, "slopes", slopes)
+    assert failed(diagnose("llama", **OPTIONS["smoothed"])) == {
+        f"4 microbatches against one, the objective, fp{bits}" for bits in (32, 64)
+    }
+
+
+def test_noise_that_depends_on_the_cut_fails(
+    diagnose: Diagnose, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = noise_module.with_noise
+
+    def by_place(batch: Any, ids: Any, lengths: Any, **options: Any) -> Any:
+        options["alpha"] *= len(ids)
+        return original(batch, ids, lengths, **options)
+
+    monkeypatch.setattr(step, "with_noise", by_place)
+    assert failed(diagnose("llama", **OPTIONS["smoothed"])) == {
+        f"4 microbatches against one, noise on embeddings, fp{bits}" for bits in (32, 64)
+    }
+
+
+@pytest.mark.parametrize("name", ["muon", "schedule_free"])
+def test_an_optimizer_that_forgets_fails(
+    name: str, diagnose: Diagnose, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = optimizer_check.restore
+
+    def forget(folder: Path, model: Any, optimizer: Any) -> Any:
+        state = original(folder, model, optimizer)
+        for kept in optimizer.state.values():
+            for kind in kept.keys() & {"momentum_buffer", "totals"}:
+                kept[kind].zero_()
+        return state
+
+    monkeypatch.setattr(optimizer_check, "restore", forget)
+    found = failed(diagnose("llama", **OPTIONS[name]))
+    assert found == {f"optimizer {name}, saved and continued"}
 
 
 def test_flat_attention_that_ignores_borders_fails(

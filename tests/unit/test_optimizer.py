@@ -1,15 +1,18 @@
-"""AdamW is the paper's, decays matrices only, and takes the rate it is told."""
+"""Each optimizer takes the parameters that are its own, at the rate and decay it is told."""
 
 from __future__ import annotations
 
 import math
+import sys
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from cs336_alignment.config import OptimizerConfig
+from cs336_alignment.errors import UserError
 from cs336_alignment.training.optimizer import build_optimizer, set_learning_rate
+from tests.conftest import build_model
 
 
 class Tied(nn.Module):
@@ -103,3 +106,79 @@ def test_fused_steps_equal_the_formula(dtype: torch.dtype, tolerance: float) -> 
         )
         assert not torch.equal(parameter, start[name])
     assert torch.equal(module.frozen.weight, frozen)
+
+
+def kinds(optimizer: torch.optim.Optimizer, module: nn.Module) -> dict[str, tuple[float, float]]:
+    """Parameter → weight decay and factor of the rate."""
+    names = {parameter: name for name, parameter in module.named_parameters()}
+    return {
+        names[p]: (group["weight_decay"], group["lr"])
+        for group in optimizer.param_groups for p in group["params"]
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2", "gpt2"])
+def test_muon_takes_the_hidden_matrices_alone(name: str) -> None:
+    model = build_model(name, torch.float32)
+    optimizer = build_optimizer(model, OptimizerConfig(name="muon", weight_decay=0.1))
+    muons = {id(p) for g in optimizer.param_groups if "ns_steps" in g for p in g["params"]}
+    all_of = {id(p) for g in optimizer.param_groups for p in g["params"]}
+    assert all_of == {id(p) for p in model.parameters()}
+    hidden = {n for n, p in model.named_parameters() if id(p) in muons}
+    assert hidden == {
+        n for n, p in model.named_parameters()
+        if p.ndim == 2 and not any(word in n for word in ("embed", "lm_head", "wte", "wpe"))
+    }  # fmt: skip
+    assert len(hidden) == (2 * 7 if name != "gpt2" else 2 * 4)
+    assert {decay for decay, _ in kinds(optimizer, model).values()} == {0.1, 0.0}
+
+
+def test_one_rate_moves_muons_matrices_as_far_as_adamw_would() -> None:
+    moved = []
+    for kind in ("adamw", "muon"):
+        model = build_model("llama", torch.float32)
+        optimizer = build_optimizer(model, OptimizerConfig(name=kind))
+        set_learning_rate(optimizer, 1e-3)
+        weight = model.model.layers[0].mlp.up_proj.weight
+        before = weight.detach().clone()
+        torch.manual_seed(0)
+        for p in model.parameters():
+            p.grad = torch.randn(p.shape)
+        optimizer.step()
+        moved.append(float((weight - before).square().mean().sqrt()))
+    assert 0.1 < moved[1] / moved[0] < 0.4  # the paper's 0.2, of a first step of AdamW's
+
+
+def test_muon_without_hidden_matrices_is_an_error() -> None:
+    model = build_model("llama").requires_grad_(False)
+    model.get_input_embeddings().requires_grad_(True)
+    with pytest.raises(UserError, match=r"C160.*none is trained"):
+        build_optimizer(model, OptimizerConfig(name="muon"))
+    model.model.layers.requires_grad_(True)
+    model.get_input_embeddings().requires_grad_(False)
+    build_optimizer(model, OptimizerConfig(name="muon"))
+
+
+@pytest.mark.parametrize("kind", ["adamw", "adafactor", "muon", "schedule_free"])
+@pytest.mark.parametrize("name", ["llama", "qwen2", "gpt2"])
+def test_each_layer_learns_slower_than_the_one_above(name: str, kind: str) -> None:
+    model = build_model(name, torch.float32)
+    optimizer = build_optimizer(model, OptimizerConfig(name=kind, layer_lr_decay=0.5))
+    set_learning_rate(optimizer, 8.0)
+    for parameter, (_, rate) in kinds(optimizer, model).items():
+        if any(word in parameter for word in ("embed", "wte", "wpe")):
+            assert rate == 2.0, parameter
+        else:
+            assert rate == (4.0 if ".0." in parameter else 8.0), parameter
+
+
+def test_a_module_that_names_no_layers_has_no_layer_wise_rates() -> None:
+    with pytest.raises(UserError, match=r"optimizer\.layer_lr_decay=1"):
+        build_optimizer(nn.Linear(3, 3), OptimizerConfig(layer_lr_decay=0.5))
+
+
+def test_without_schedulefree_the_error_names_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "cs336_alignment.training.schedule_free", raising=False)
+    monkeypatch.setitem(sys.modules, "schedulefree", None)
+    with pytest.raises(UserError, match=r"C161[\s\S]*schedulefree"):
+        build_optimizer(nn.Linear(3, 3), OptimizerConfig(name="schedule_free"))
