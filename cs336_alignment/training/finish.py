@@ -14,6 +14,7 @@ from cs336_alignment.errors import ExitStatus, UserError
 from cs336_alignment.files import sha256_of
 from cs336_alignment.model.compile import in_eager
 from cs336_alignment.model.policy import Policy
+from cs336_alignment.sharing.card import CURVES, Card
 from cs336_alignment.tracking.console import Console
 from cs336_alignment.training.best import Judge, Score
 from cs336_alignment.training.checkpoint import (
@@ -25,7 +26,6 @@ from cs336_alignment.training.checkpoint import (
 from cs336_alignment.training.export import export_model
 from cs336_alignment.training.parallel import Processes
 from cs336_alignment.training.reload_check import LIMIT_SECONDS, ReloadResult, check_export
-from cs336_alignment.training.report import write_card
 from cs336_alignment.training.run_folder import EXPORT, MANIFEST, RunFolder
 from cs336_alignment.training.status import StatusFile
 from cs336_alignment.training.stop import StopRequest
@@ -123,11 +123,10 @@ class Finish:
             }
         if score is not None:
             why = f"the best {metric}: {score.value:.4f}"
-        template = self.data.train.template
-        text = "the tokenizer's chat template" if template is None else template.text
-        card = write_card(self.config, state, why, self.folder.path, text)
-        target = self.folder.path / EXPORT
-        export_model(target, self.policy.model, self.tokenizer, card)
+        run, target = self.folder.path, self.folder.path / EXPORT
+        template, trained = self.data.train.template, state.response_tokens_seen
+        card = Card(self.config, run, state.step, why, trained, template, str(target))
+        export_model(target, self.policy.model, self.tokenizer, str(card), [run / CURVES])
         weights = {path.name: sha256_of(path) for path in target.glob("*.safetensors")}
         more = {"export": weights, "export_step": state.step, "best": best}
         self.folder.write_json(MANIFEST, {**manifest, **more})

@@ -20,6 +20,7 @@ from cs336_alignment.evaluation.sampling import doubtful_sampling
 from cs336_alignment.model.loading import check_fits, load_model
 from cs336_alignment.model.policy import Policy
 from cs336_alignment.model.recompute import enable_checkpointing
+from cs336_alignment.sharing.hub import announce, push_run
 from cs336_alignment.tracking.console import Console
 from cs336_alignment.tracking.metrics import MetricsFile
 from cs336_alignment.tracking.report import write_own_report
@@ -93,6 +94,19 @@ def train(
     Raises:
         UserError: as everywhere; `status.json` then holds it too.
     """
+    console = Console(enabled=is_main_process_before_start())
+    announce(config.hub, console.warn)
+    outcome = _train(config, arguments, verb=verb, processes=processes)
+    if outcome == ExitStatus.DONE and console.enabled:
+        again = resume_command(arguments, verb)
+        run = RunFolder(config).path
+        push_run(run, config.hub, again=again, note=console.note, warn=console.warn)
+    return outcome
+
+
+def _train(
+    config: Config, arguments: Sequence[str], *, verb: str, processes: Processes | None
+) -> ExitStatus:
     precision = refuse_launcher_options(config.trainer.precision)
     refuse_other_backends(config.evaluation)
     is_main = is_main_process_before_start()
@@ -264,6 +278,7 @@ class _Run:
                     config, self.folder, self.console, self.processes, self.stop, self.status,
                     tokenizer, self.inputs.data, policy, self.base,
                 )  # fmt: skip
+                tracker.draw(config.run_name or "")  # the card shows the curves
                 fitted, exported = finish(state, judge, manifest)
             outcome = fitted
         finally:

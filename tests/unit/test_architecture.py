@@ -24,11 +24,13 @@ LAYERS = [
      "training.preflight", "training.batching_choice", "training.safetensors_file",
      "training.status", "training.watchdog"},
     {"tracking"}, {"evaluation"},
+    {"sharing.card", "sharing.hub"},
     {"training.earlier_config", "training.held_out", "training.inputs", "training.run_folder", "training.export", "training.manifest", "training.report",
      "training.trainer", "training.run", "training.doctor", "training.invariances",
      "training.token_check", "training.best", "training.finish", "training.reload_check",
      "training.reload_child"},
-    {"data_commands", "chat_command", "report_command"}, {"experiments"}, {"cli", "sft"},
+    {"data_commands", "chat_command", "report_command", "env_command"}, {"sharing"}, {"export_command"},
+    {"experiments"}, {"cli", "sft"},
 ]  # fmt: skip
 OWNERS = {
     "hydra": {"compose", "compose_errors"}, "omegaconf": {"compose", "compose_errors"}, "datasets": {"data.sources"},
