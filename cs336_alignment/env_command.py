@@ -37,7 +37,7 @@ VARIABLES = re.compile(
     r"|SLURM_(NTASKS|PROCID|LOCALID|JOB_NUM_NODES|NTASKS_PER_NODE|CPUS_PER_TASK|GPUS_ON_NODE)"
 )
 HIDDEN = "set, not shown"
-FOLDERS = re.compile(r"(?<![\w:])/[^\s:,'\"]+")
+FOLDERS = re.compile(r"(?<![\w/])/(?!/)[^\s:,'\"]+")  # not what follows a host
 
 
 def env(arguments: Sequence[str]) -> ExitStatus:

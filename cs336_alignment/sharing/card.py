@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCardData, RepoCard, try_to_load_from_cache
+from yaml import YAMLError
 
 from cs336_alignment.config import Config, flatten
 from cs336_alignment.data.layout import ASKING
@@ -166,7 +167,7 @@ def license_of(base: str, revision: str | None) -> str | None:
         path = try_to_load_from_cache(base, "README.md", revision=revision)
     try:
         found = RepoCard.load(Path(path), ignore_metadata_errors=True).data.get("license")
-    except (OSError, TypeError, ValueError):
+    except (OSError, TypeError, ValueError, YAMLError):
         return None
     return found if isinstance(found, str) else None
 
@@ -260,10 +261,11 @@ def _snippet(
             text = PLACEHOLDER.sub(lambda _: QUESTION, template.text)
         lines += [
             f"prompt = {text!r}",
-            f'inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False{special})',
+            f'inputs = tokenizer(prompt, return_tensors="pt"{special})',
         ]
     return [
         *lines,
         f"output = model.generate(**inputs, max_new_tokens={max_new_tokens})",
-        'print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))',
+        'response = output[0, inputs["input_ids"].shape[1] :]',
+        "print(tokenizer.decode(response, skip_special_tokens=True))",
     ]

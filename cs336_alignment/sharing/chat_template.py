@@ -35,7 +35,7 @@ def as_chat_template(
     # Jinja reads the escapes of its strings as Python does.
     text = (
         "{%- if messages | length > 2 or messages[0]['role'] != 'user' %}"
-        "{{- raise_exception('one question, and perhaps its response: it was trained on no more') }}"
+        "{{- raise_exception('trained on one question, and perhaps its response, alone') }}"
         "{%- endif %}"
         f"{{{{- {start + before!a} + messages[0]['content'] + {after!a} }}}}"
         "{%- if messages | length == 2 %}"

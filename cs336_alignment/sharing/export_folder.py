@@ -1,4 +1,4 @@
-"""The folder of an export: it appears whole, says of what it was made, and is never written over."""
+"""The folder of an export: it appears whole, says what it was made of, and is not written over."""
 
 from __future__ import annotations
 

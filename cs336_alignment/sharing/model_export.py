@@ -4,6 +4,7 @@ loaded again before anyone sees it.
 
 from __future__ import annotations
 
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -107,8 +108,8 @@ def _take_chat_template(
         tokenizer.chat_template = made
         console.note(f"chat     a question in the template {template.name}, as trained")
     else:
-        console.warn(f"no chat template makes of a question the tokens that {template.name} made in "
-                     f"training: {own} stays")  # fmt: skip
+        console.warn(f"no chat template makes of a question the tokens that {template.name} made "
+                     f"in training: {own} stays")  # fmt: skip
 
 
 def _probes(
@@ -133,10 +134,10 @@ def _round(model: PreTrainedModel, probes: TokenizedDataset, name: str, console:
     if DTYPES[name] == model.dtype:
         return
     sequences = [probes[i].input_ids.tolist() for i in range(len(probes))]
-    before = log_probs(model, sequences)
+    before = chain.from_iterable(log_probs(model, sequences))
     model.to(DTYPES[name])  # type: ignore[arg-type]  # its decorator hides its type
-    pairs = zip(sum(before, []), sum(log_probs(model, sequences), []), strict=True)
-    gap = max(abs(mine - rounded) for mine, rounded in pairs)
+    after = chain.from_iterable(log_probs(model, sequences))
+    gap = max(abs(mine - rounded) for mine, rounded in zip(before, after, strict=True))
     console.note(f"weights  rounded to {name}: log-probs of text move by at most {gap:.2g} nats")
 
 

@@ -37,7 +37,7 @@ configs:
 
 # The rows of {run}
 
-Every example that the run could train on, and of its evaluation data, as the model saw it: {counts}.
+Every example that the run could train on or was evaluated on, as the model saw it: {counts}.
 
 | column | content |
 |---|---|
@@ -48,7 +48,7 @@ Every example that the run could train on, and of its evaluation data, as the mo
 | `response_mask` | 1 on the tokens that are trained |
 | `token_weights` | what each token weighs in the loss; null: 1 where the mask is 1 |
 | `weight` | what the example weighs |
-| `times_trained` | in how many of the first {steps} steps it was; steps left out for a spike count |
+| `times_trained` | how many of the run's {steps} steps had it, steps left out for a spike too |
 
 `datasets.load_dataset` reads this folder, and `data.format=tokens` trains on it again.
 """
