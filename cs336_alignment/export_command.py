@@ -15,6 +15,7 @@ from cs336_alignment.errors import ExitStatus, UserError
 from cs336_alignment.evaluation.verify import verifying
 from cs336_alignment.files import sha256_of
 from cs336_alignment.model.loading import load_tokenizer, resolve_model
+from cs336_alignment.sharing.chat_template import ALONE
 from cs336_alignment.sharing.export_folder import NOTE, making, read_json
 from cs336_alignment.sharing.gguf import find_tools
 from cs336_alignment.sharing.hub import OFFLINE, announce, push
@@ -105,10 +106,18 @@ def _export_model(run: TrainedRun, options: ExportConfig, console: Console) -> t
     sizes = [path.stat().st_size for path in target.rglob("*") if path.is_file()]
     console.note(f"export   {target}: {len(sizes)} files, {sum(sizes) / 2**20:,.1f} MiB")
     if options.format == "hf":
-        chat = " --apply_chat_template" if (target / "chat_template.jinja").is_file() else ""
-        where = shlex.quote(f"pretrained={target}")
-        console.note(f"lm-eval  lm_eval --model hf --model_args {where} --tasks TASK{chat}")
+        console.note(f"lm-eval  {lm_eval_command(target)}")
     return target, step
+
+
+def lm_eval_command(model: Path) -> str:
+    """Write the line that evaluates an export with lm-eval, asked as it was trained."""
+    template, words = model / "chat_template.jinja", ["--tasks", "TASK"]
+    if template.is_file():
+        words.append("--apply_chat_template")
+        if ALONE in template.read_text(encoding="utf-8"):  # examples would be turns before it
+            words += ["--num_fewshot", "0"]
+    return shlex.join(["lm_eval", "--model", "hf", "--model_args", f"pretrained={model}", *words])
 
 
 def _export_rows(run: TrainedRun, options: ExportConfig, console: Console) -> None:

@@ -7,6 +7,7 @@ from transformers import PreTrainedTokenizerBase
 from cs336_alignment.data.templates import PLACEHOLDER, PromptTemplate
 from cs336_alignment.data.tokenize import special_prefix, tokenize_prompts
 
+ALONE = "trained on one question, and perhaps its response, alone"
 PROBE = "What is {2} + 2?\n"  # with what templates and tokenizers could treat otherwise
 
 
@@ -35,7 +36,7 @@ def as_chat_template(
     # Jinja reads the escapes of its strings as Python does.
     text = (
         "{%- if messages | length > 2 or messages[0]['role'] != 'user' %}"
-        "{{- raise_exception('trained on one question, and perhaps its response, alone') }}"
+        f"{{{{- raise_exception({ALONE!r}) }}}}"
         "{%- endif %}"
         f"{{{{- {start + before!a} + messages[0]['content'] + {after!a} }}}}"
         "{%- if messages | length == 2 %}"

@@ -6,9 +6,11 @@ import contextlib
 import io
 import json
 import os
+import shlex
 import shutil
 import signal
 import stat
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -25,9 +27,10 @@ from cs336_alignment import cli
 from cs336_alignment.data.templates import load_template
 from cs336_alignment.sharing import model_export
 from cs336_alignment.training.reload_check import ReloadResult
-from tests.conftest import TINY, Zygote
+from tests.conftest import TINY, Zygote, clean_environment
 
 STEPS = 12
+LM_EVAL = shutil.which("lm_eval", path=str(Path(sys.executable).parent))
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +84,7 @@ def test_an_export_is_checked_sharded_and_asked_as_it_was_trained(
     folder = home / "outputs/r/exports/step-000004-bf16"
     assert "reload check passed" in printed and "rounded to bf16: log-probs of text move" in printed
     assert f"--model_args pretrained={folder.relative_to(home)} --tasks TASK" in printed
-    assert "--apply_chat_template" in printed
+    assert "--tasks TASK --apply_chat_template --num_fewshot 0" in printed
     assert len(list(folder.glob("model-0000*.safetensors"))) > 1
     model = AutoModelForCausalLM.from_pretrained(folder)
     assert model.dtype == torch.bfloat16
@@ -268,6 +271,46 @@ def test_other_data_than_the_trained_are_refused(
     assert export("r", "export.format=jsonl") == 65
     assert "error[R382]" in capsys.readouterr().err
     assert list((home / "outputs/r/exports").iterdir()) == []
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(LM_EVAL is None, reason="lm-eval is not installed: pip install lm-eval")
+def test_the_line_for_lm_eval_asks_the_model_as_it_was_trained(
+    home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert export("r") == 0
+    (line,) = [x for x in capsys.readouterr().out.splitlines() if x.startswith("lm-eval")]
+    tasks = home / "tasks"
+    tasks.mkdir()
+    questions = [f"{a} + 2 = ?" for a in range(5)]
+    rows = [{"question": q, "answer": str(a + 2)} for a, q in enumerate(questions)]
+    (tasks / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tasks / "local.yaml").write_text(
+        "task: local_sums\ndataset_path: json\ntest_split: test\noutput_type: generate_until\n"
+        f"dataset_kwargs: {{data_files: {{test: {tasks / 'rows.jsonl'}}}}}\n"
+        "doc_to_text: '{{question}}'\ndoc_to_target: '{{answer}}'\n"
+        "generation_kwargs: {until: ['</answer>'], do_sample: false, max_gen_toks: 8}\n"
+        "metric_list: [{metric: exact_match, aggregation: mean, higher_is_better: true}]\n"
+    )
+    words = shlex.split(line.partition(" ")[2].replace("TASK", "local_sums"))
+    more = ["--include_path", str(tasks), "--output_path", str(home / "out"), "--log_samples"]
+    done = subprocess.run(
+        [str(LM_EVAL), *words[1:], *more], cwd=home, env=clean_environment(), text=True,
+        capture_output=True, timeout=280,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "local_sums" in done.stdout and "exact_match" in done.stdout
+    (file,) = (home / "out").rglob("samples_*.jsonl")
+    said = [json.loads(text)["resps"][0][0] for text in file.read_text().splitlines()]
+    folder = home / "outputs/r/exports/step-000004-fp32"
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    template = load_template("r1_zero")
+    assert template is not None
+    for question, response in zip(questions, said, strict=True):
+        ids = tokenizer(template.fill(question), return_tensors="pt")["input_ids"]
+        output = model.generate(ids, max_new_tokens=8, do_sample=False)[0, ids.shape[1] :]
+        assert response == tokenizer.decode(output, skip_special_tokens=True)
 
 
 def test_a_kill_costs_nothing_but_the_time(home: Path, tmp_path: Path, zygote: Zygote) -> None:
