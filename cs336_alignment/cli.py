@@ -130,7 +130,7 @@ def _sweep(arguments: Sequence[str]) -> ExitStatus:
 def _chat(arguments: Sequence[str]) -> ExitStatus:
     from cs336_alignment.compose import run_with_config
 
-    model, overrides = take_model(arguments)
+    model, overrides = take_model(arguments, "chat", "the folder of a run or model, or a hub id")
 
     def job(config: Config) -> ExitStatus:
         from cs336_alignment.chat_command import chat
@@ -141,6 +141,26 @@ def _chat(arguments: Sequence[str]) -> ExitStatus:
     return run_with_config("chat", overrides, job)
 
 
+def _export(arguments: Sequence[str]) -> ExitStatus:
+    from cs336_alignment.compose import run_with_config
+
+    run, overrides = take_model(arguments, "export", "a run, by its folder or name")
+
+    def job(config: Config) -> ExitStatus:
+        from cs336_alignment.export_command import export
+
+        given = [word.split("=", 1)[0].lstrip("+~") for word in overrides if "=" in word]
+        return export(config, run, given)
+
+    return run_with_config("export", overrides, job)
+
+
+def _env(arguments: Sequence[str]) -> ExitStatus:
+    from cs336_alignment.env_command import env
+
+    return env(arguments)
+
+
 def _report(arguments: Sequence[str]) -> ExitStatus:
     from cs336_alignment.report_command import report
 
@@ -148,8 +168,13 @@ def _report(arguments: Sequence[str]) -> ExitStatus:
     return report(words, html)
 
 
-def take_model(arguments: Sequence[str]) -> tuple[str, list[str]]:
+def take_model(arguments: Sequence[str], verb: str, what: str) -> tuple[str, list[str]]:
     """Take the model or run out of a command line: its first word.
+
+    Args:
+        arguments: that follow the verb.
+        verb: the command.
+        what: it needs.
 
     Raises:
         UserError: there is none (2).
@@ -160,10 +185,10 @@ def take_model(arguments: Sequence[str]) -> tuple[str, list[str]]:
     if not first or ("=" in first and not Path(first).expanduser().exists()):
         raise UserError(
             "C152",
-            "chat needs a model",
+            f"{verb} needs {what}",
             ExitStatus.USAGE,
-            expected="the folder of a run or model, or a hub id, before any override",
-            hint="cs336-sft chat outputs/quickstart",
+            expected="it comes before any override",
+            hint=f"cs336-sft {verb} outputs/quickstart",
         )
     return first, list(arguments[1:])
 
@@ -202,6 +227,8 @@ VERBS = (
     Verb("expert-iteration", "sample, keep what is correct, train on it, again", _expert_iteration),
     Verb("sweep", "search over keys with Optuna; each trial is a run", _sweep),
     Verb("chat", "talk to a run's model, a model folder or a hub id", _chat),
+    Verb("export", "a run's model or rows for others: another dtype, GGUF, the hub", _export),
+    Verb("env", "what this machine and environment are, for a bug report", _env),
 )
 
 

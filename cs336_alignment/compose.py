@@ -11,6 +11,7 @@ import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -22,6 +23,7 @@ from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from cs336_alignment.compose_errors import config_folder, no_such_key, presets, translate
 from cs336_alignment.config import ALL_KEYS, DEFAULT_WARMUP_RATIO, Config
@@ -42,6 +44,7 @@ MIXTURE = "mixture"  # stands for the path where data.sources names several
 OPTIONAL_KEYS = {
     "evaluate": ("data.train_path",),
     "chat": ("data.train_path", "model.name_or_path"),
+    "export": ("data.train_path", "model.name_or_path"),
 }
 TRAINING = ("train", "expert-iteration", "sweep")  # verbs that keep a preset's run_name
 Job = Callable[[Config], ExitStatus]
@@ -286,11 +289,39 @@ def to_config(composed: DictConfig, verb: str, overrides: Sequence[str]) -> Conf
         raise warmup_clash()
     if "optimizer.warmup_steps" in given and config.optimizer.warmup_steps is not None:
         config.optimizer.warmup_ratio = DEFAULT_WARMUP_RATIO  # typed, it replaces a preset's
+    if config.hub.push_to_hub and verb in TRAINING[1:]:
+        raise UserError(
+            "C171",
+            f"hub.push_to_hub pushes one run's model, and {verb} makes several",
+            ExitStatus.BAD_CONFIG,
+            hint="push the chosen one afterwards: cs336-sft export RUN hub.push_to_hub=true",
+        )
     if "model.name_or_path" in given and "model.random_init" not in given:
         config.model.random_init = False  # typed, it replaces a preset's model, weights and all
     if config.run_name is None or (verb not in TRAINING and "run_name" not in given):
         config.run_name = _default_run_name(config, verb)
     check(config)
+    return config
+
+
+def config_of_run(path: Path) -> Config:
+    """Read a run's `config.yaml` as the config that it was; what a later release added is at its
+    default.
+
+    Raises:
+        UserError: it cannot be read (74).
+    """
+    try:
+        merged = OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.load(path))
+        config = OmegaConf.to_object(merged)
+    except (OSError, ValueError, YAMLError, OmegaConfBaseException) as failure:
+        raise UserError(
+            "R204",
+            f"cannot read {path}: {failure}",
+            ExitStatus.IO,
+            hint="restore it from a copy; a key that it has may be of another release",
+        ) from failure
+    assert isinstance(config, Config)
     return config
 
 

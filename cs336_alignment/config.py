@@ -234,6 +234,29 @@ class InspectConfig:
 
 
 @dataclass
+class ExportConfig:
+    """What `cs336-sft export` writes of a run, and where."""
+
+    checkpoint: str | None = None
+    format: str = "hf"
+    dtype: str = "fp32"
+    max_shard_size: str = "5GB"
+    chat_template: str = "trained"
+    gguf_type: str | None = None
+    gguf_converter: str | None = None
+    output_dir: str | None = None
+
+
+@dataclass
+class HubConfig:
+    """Where `model/` goes at the end of a run, and what `cs336-sft export` wrote."""
+
+    push_to_hub: bool = False
+    hub_model_id: str | None = None
+    hub_private_repo: bool = True
+
+
+@dataclass
 class ExpertIterationConfig:
     """What `cs336-sft expert-iteration` samples and keeps."""
 
@@ -279,6 +302,8 @@ class Config:
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     logger: LoggerConfig = field(default_factory=LoggerConfig)
     inspect: InspectConfig = field(default_factory=InspectConfig)
+    export: ExportConfig = field(default_factory=ExportConfig)
+    hub: HubConfig = field(default_factory=HubConfig)
     expert_iteration: ExpertIterationConfig = field(default_factory=ExpertIterationConfig)
     sweep: SweepConfig = field(default_factory=SweepConfig)
     run_name: str | None = None  # null: the names of model and data, joined

@@ -32,6 +32,8 @@ OPTIMIZERS = ("adamw", "adafactor", "muon", "schedule_free")
 SCHEDULES = ("cosine", "linear", "constant", "warmup_stable_decay")
 LOGGERS = ("wandb", "none")
 LORA_EXPORTS = ("both", "merged", "adapter")
+EXPORT_FORMATS = ("hf", "gguf", "jsonl", "parquet")
+REPO_ID = re.compile(r"(\w[\w.-]{0,95}/)?\w[\w.-]{0,95}")
 BACKENDS = ("transformers", "server", "vllm")
 SERVER_APIS = ("completions", "chat")
 CUSTOM_REWARD = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*(\.[^\W\d]\w*)*")
@@ -210,6 +212,27 @@ _RULES = (
     _one_of("inspect.select", SELECTIONS),
     _Rule("inspect.num_examples", _at_least(1), "a whole number of at least 1"),
     _Rule("inspect.rows", lambda v: all(row >= 1 for row in v), "numbers of examples from 1"),
+    _Rule(
+        "export.checkpoint",
+        lambda v: v in ("best", "latest") or v.isdecimal(),
+        "best, latest, the number of a step, or null for the step that the run exported",
+    ),
+    _one_of("export.format", EXPORT_FORMATS),
+    _one_of("export.dtype", ("fp32", "bf16", "fp16")),
+    _Rule(
+        "export.max_shard_size",
+        lambda v: bool(re.fullmatch(r"[1-9]\d*[KMGT]B", v)),
+        "a size such as 5GB",
+    ),
+    _one_of("export.chat_template", ("trained", "keep")),
+    _Rule("export.gguf_type", lambda v: bool(re.fullmatch(r"\w+", v)), "Q4_K_M, say, or null"),
+    _Rule("export.gguf_converter", lambda v: bool(v.strip()), "the path of a program, or null"),
+    _Rule("export.output_dir", lambda v: bool(v.strip()), "a folder, or null"),
+    _Rule(
+        "hub.hub_model_id",
+        lambda v: bool(REPO_ID.fullmatch(v)) and "--" not in v and ".." not in v,
+        "a name, or user/name, of letters, digits, '.', '_' and '-'; or null for the run's name",
+    ),
     _Rule("expert_iteration.iterations", _at_least(1), "a whole number of at least 1"),
     _Rule("expert_iteration.num_questions", _at_least(1), "a whole number of at least 1, or null"),
     _Rule("expert_iteration.num_samples", _at_least(1), "a whole number of at least 1"),

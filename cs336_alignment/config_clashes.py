@@ -16,6 +16,7 @@ from cs336_alignment.config import (
     Config,
     DataConfig,
     EvaluationConfig,
+    ExportConfig,
     LoraConfig,
     OptimizerConfig,
 )
@@ -46,6 +47,7 @@ def clashes(config: Config) -> Iterator[UserError]:
     yield from _best_clashes(config)
     yield from _backend_clashes(config)
     yield from _reward_clashes(config.evaluation)
+    yield from _export_clashes(config)
     if (best := config.expert_iteration.metric_for_best_model) and greater_is_better(best) is None:
         near = nearest_metric(best)
         yield UserError(
@@ -144,6 +146,25 @@ def _reward_clashes(evaluation: EvaluationConfig) -> Iterator[UserError]:
             ExitStatus.BAD_CONFIG,
             hint="evaluation.allow_custom_reward=true, if you trust it",
         )
+
+
+def _export_clashes(config: Config) -> Iterator[UserError]:
+    export, default = config.export, ExportConfig()
+    rows = export.format in ("jsonl", "parquet")
+    model, gguf = ("checkpoint", "dtype", "chat_template"), ("gguf_type", "gguf_converter")
+    why = {
+        "hf": (gguf, "export.format=gguf reads it"),
+        "gguf": (("max_shard_size",), "a GGUF file is one file"),
+    }
+    of_rows = (*model, "max_shard_size", *gguf), "the rows are written, and no model"
+    names, reason = of_rows if rows else why.get(export.format, ((), ""))
+    for name in names:
+        if getattr(export, name) != getattr(default, name):
+            yield clash(f"export.{name}", f"export.format={export.format}", reason)
+    if config.hub.hub_model_id is not None and not config.hub.push_to_hub:
+        yield clash("hub.hub_model_id", "hub.push_to_hub", "hub.push_to_hub=true pushes there")
+    if config.hub.push_to_hub and rows:
+        yield clash("hub.push_to_hub", "export.format", "a model is pushed, and rows are not")
 
 
 def _best_clashes(config: Config) -> Iterator[UserError]:

@@ -36,6 +36,33 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
         raise
 
 
+@contextmanager
+def replacing_folder(folder: Path) -> Iterator[Path]:
+    """Make a folder that takes the place of another at once, on the disk, when the block ends well.
+
+    The names are those that the next attempt uses again, so that a kill leaves nothing for ever.
+
+    Raises:
+        OSError: the disk refuses; the old folder is then still there, and nothing else.
+    """
+    temporary = folder.with_name(f".{folder.name}.new")
+    old = folder.with_name(f".{folder.name}.old")
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        yield temporary
+        flush_tree(temporary)
+        if folder.exists():
+            shutil.rmtree(old, ignore_errors=True)
+            folder.rename(old)
+        temporary.rename(folder)
+        flush_folder(folder.parent)  # the new one is there for good before the old one goes
+        shutil.rmtree(old, ignore_errors=True)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
 def write_text(path: Path, text: str) -> None:
     """Replace a text file."""
     with replacing(path) as file:

@@ -47,11 +47,19 @@ class Outcome:
 
 
 def refuse_equal_names(runs: Sequence[SweptRun]) -> None:
-    """Refuse runs that would share a folder.
+    """Refuse runs that would share a folder, or a place on the hub.
 
     Raises:
         UserError: two have the same name (78).
     """
+    pushed = [run.config.hub.hub_model_id for run in runs if run.config.hub.hub_model_id]
+    if len(set(pushed)) < len(pushed):
+        raise UserError(
+            "C172",
+            f"several runs of this multirun would be pushed to {pushed[0]}",
+            ExitStatus.BAD_CONFIG,
+            hint="hub.hub_model_id=null pushes each under its own name",
+        )
     seen: dict[tuple[str, str | None], SweptRun] = {}
     for run in runs:
         other = seen.setdefault((run.config.output_root, run.config.run_name), run)

@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass, replace
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -116,6 +117,20 @@ class PreparedData:
         """Where the row of each example stands."""
         places = [place for source in self.sources for place in source.store.places]
         return [places[number] for number in self.selection.tolist()]
+
+    def iterate_origins(self) -> Iterator[tuple[str, str]]:
+        """Yield source and place of each example's row, in the order of the examples, without
+        holding all.
+        """
+        rows = (
+            (source.ledger.source, place)
+            for source in self.sources
+            for place in source.store.iterate_places()
+        )
+        begin = 0
+        for number in self.selection.tolist():  # ascending: a selection leaves examples out
+            yield next(islice(rows, number - begin, None))
+            begin = number + 1
 
     @property
     def prompt_hashes(self) -> NDArray[np.uint64]:

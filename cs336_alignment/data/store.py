@@ -76,6 +76,11 @@ class Store:
         """Where each example's row stands."""
         return self._column("place")
 
+    def iterate_places(self) -> Iterator[str]:
+        """Yield where each example's row stands, without holding all."""
+        for batch in self._batches:
+            yield from batch.column("place").to_pylist()
+
     @property
     def ground_truths(self) -> list[str | None]:
         """The final answer of each example, or None."""

@@ -51,6 +51,7 @@ class RunTracker:
         rows = [] if metrics is None else read_metrics(metrics.path)
         self.evaluations = [row for row in rows if "eval/loss" in row]
         self._clock = RunClock(rows)
+        self._drawn = False
 
     def step(self, step: int, metrics: Mapping[str, float], *, log: bool) -> None:
         """Take one step's metrics; `log`: into the files too, else only to the progress bar."""
@@ -109,12 +110,11 @@ class RunTracker:
         """Tell whether the metrics hold an evaluation of this step."""
         return any(row["step"] == step for row in self.evaluations)
 
-    def finish(self, exit_code: int, title: str) -> None:
-        """Draw the pictures and close everything."""
-        self.console.stop()
-        if self.metrics is None:
+    def draw(self, title: str) -> None:
+        """Draw the pictures, once, when the last metrics are there."""
+        if self.metrics is None or self._drawn:
             return
-        self.metrics.close()
+        self._drawn = True
         for name, draw, source in (
             ("loss", plot_loss, self.metrics.path),
             ("lengths", plot_lengths, self.folder / "data_ledger.json"),
@@ -126,6 +126,14 @@ class RunTracker:
                 self.console.warn(f"{picture.name} could not be drawn ({failure})")
             else:
                 self.logger.log_image(name, picture)
+
+    def finish(self, exit_code: int, title: str) -> None:
+        """Draw the pictures, if nobody did, and close everything."""
+        self.console.stop()
+        if self.metrics is None:
+            return
+        self.metrics.close()
+        self.draw(title)
         self.logger.finish(exit_code)
 
 

@@ -19,7 +19,10 @@ FREE = frozenset({
     "trainer.watchdog_minutes", "data.eval_path", "data.max_eval_examples", "data.num_workers",
     "data.cache_dir", "parallel.num_processes", "parallel.timeout_minutes", "lora.export",
 })  # fmt: skip
-FREE_SECTIONS = ("evaluation.", "logger.", "inspect.", "data.lint.", "expert_iteration.", "sweep.")
+FREE_SECTIONS = (
+    "evaluation.", "logger.", "inspect.", "export.", "hub.", "data.lint.", "expert_iteration.",
+    "sweep.",
+)  # fmt: skip
 # These are told: the same examples in the same steps, with sums in another order, or a longer run.
 NOTICED = frozenset({
     "trainer.max_steps", "trainer.num_train_epochs", "trainer.microbatch_tokens",

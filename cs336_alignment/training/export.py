@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from cs336_alignment.errors import ExitStatus, UserError
-from cs336_alignment.files import flush_folder, flush_tree, system_error
+from cs336_alignment.files import replacing_folder, system_error
 from cs336_alignment.model.lora import (
     ADAPTER_WEIGHTS,
     adapter_tensors,
@@ -18,6 +19,8 @@ from cs336_alignment.model.lora import (
     save_adapter_config,
 )
 from cs336_alignment.training.safetensors_file import write_safetensors
+
+MAX_SHARD_SIZE = "50GB"
 
 
 def save_sidecars(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -34,7 +37,11 @@ def save_sidecars(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTok
 
 
 def export_model(
-    folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, card: str
+    folder: Path,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    card: str,
+    pictures: Sequence[Path] = (),
 ) -> None:
     """Write the trained model as a folder that plain transformers loads; replaces an older one at
     once.
@@ -44,34 +51,22 @@ def export_model(
         model: trained, not wrapped; if it has adapters, they alone are written.
         tokenizer: as trained with.
         card: the text of its README.md.
+        pictures: of the card.
 
     Raises:
         UserError: the disk is full or failing (74).
     """
-    # Names that the next attempt uses again, so that a kill leaves nothing for ever.
-    temporary = folder.with_name(f".{folder.name}.new")
-    old = folder.with_name(f".{folder.name}.old")
+    with telling_full_disk(folder), replacing_folder(folder) as temporary:
+        write_model(temporary, model, tokenizer, card, pictures)
+
+
+@contextmanager
+def telling_full_disk(folder: Path) -> Iterator[None]:
+    """Make a UserError (74) of a disk that refuses an export."""
     try:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        if is_adapted(model):
-            write_safetensors(temporary / ADAPTER_WEIGHTS, adapter_tensors(model))
-        else:
-            model.generation_config = _generation_config(model, tokenizer)
-            model.save_pretrained(temporary)
-        save_sidecars(temporary, model, tokenizer)
-        (temporary / "README.md").write_text(card, encoding="utf-8")
-        _make_readable(temporary)
-        flush_tree(temporary)
-        if folder.exists():
-            shutil.rmtree(old, ignore_errors=True)
-            folder.rename(old)
-        temporary.rename(folder)
-        flush_folder(folder.parent)  # the new one is there for good before the old one goes
-        shutil.rmtree(old, ignore_errors=True)
+        yield
     except Exception as failure:
-        shutil.rmtree(temporary, ignore_errors=True)
-        if (reason := system_error(failure)) is None:
+        if isinstance(failure, UserError) or (reason := system_error(failure)) is None:
             raise
         raise UserError(
             "R207",
@@ -79,6 +74,28 @@ def export_model(
             ExitStatus.IO,
             hint="make room and run the same command again: only this last step repeats",
         ) from failure
+
+
+def write_model(
+    folder: Path,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    card: str,
+    pictures: Sequence[Path] = (),
+    max_shard_size: str = MAX_SHARD_SIZE,
+) -> None:
+    """Write all files of an exported model into a folder that is there; see `export_model`."""
+    if is_adapted(model):
+        write_safetensors(folder / ADAPTER_WEIGHTS, adapter_tensors(model))
+    else:
+        model.generation_config = _generation_config(model, tokenizer)
+        model.save_pretrained(folder, max_shard_size=max_shard_size)
+    save_sidecars(folder, model, tokenizer)
+    (folder / "README.md").write_text(card, encoding="utf-8")
+    for picture in pictures:
+        if picture.is_file():
+            shutil.copyfile(picture, folder / picture.name)
+    _make_readable(folder)
 
 
 def _generation_config(
@@ -111,46 +128,3 @@ def _make_readable(folder: Path) -> None:
     for path in folder.rglob("*"):
         if path.is_file():
             path.chmod(0o666 & ~umask)
-
-
-def model_card(
-    *,
-    base_model: str,
-    run_name: str,
-    data: str,
-    facts: Mapping[str, str],
-    results: Sequence[tuple[str, float, float]],
-    prompt_template: str,
-    library: str = "transformers",
-) -> str:
-    """Write the README.md of an exported model.
-
-    Args:
-        base_model: what was fine-tuned.
-        run_name: of the run.
-        data: the training source.
-        facts: settings worth knowing, name → value.
-        results: (metric, before, after).
-        prompt_template: the text with its placeholder, since a model is only as good as its prompt.
-        library: that loads it.
-    """
-    lines = ["---", f"library_name: {library}", "pipeline_tag: text-generation", "tags: [sft]"]
-    if not base_model.startswith(("/", ".", "~", "builtin:")) and base_model.count("/") == 1:
-        lines.append(f"base_model: {base_model}")
-    lines += [
-        "---",
-        "",
-        f"# {run_name}",
-        "",
-        f"`{base_model}`, fine-tuned on `{data}` with cs336_alignment.",
-        "",
-    ]
-    if results:
-        lines += ["| metric | before | after |", "|---|---|---|"]
-        lines += [f"| {name} | {before:.4f} | {after:.4f} |" for name, before, after in results] + [
-            ""
-        ]
-    lines += ["| setting | value |", "|---|---|"]
-    lines += [f"| {name} | {value} |" for name, value in facts.items()]
-    lines += ["", "Prompt template:", "", "```", prompt_template, "```", ""]
-    return "\n".join(lines)

@@ -17,6 +17,7 @@ from cs336_alignment.files import sha256_of
 from cs336_alignment.model.compile import in_eager
 from cs336_alignment.model.lora import is_adapted, merge_adapter
 from cs336_alignment.model.policy import Policy
+from cs336_alignment.sharing.card import CURVES, Card
 from cs336_alignment.tracking.console import Console
 from cs336_alignment.training.best import Judge, Score
 from cs336_alignment.training.checkpoint import (
@@ -28,7 +29,6 @@ from cs336_alignment.training.checkpoint import (
 from cs336_alignment.training.export import export_model
 from cs336_alignment.training.parallel import Processes
 from cs336_alignment.training.reload_check import LIMIT_SECONDS, ReloadResult, check_export
-from cs336_alignment.training.report import write_card
 from cs336_alignment.training.run_folder import MANIFEST, RunFolder
 from cs336_alignment.training.status import StatusFile
 from cs336_alignment.training.stop import StopRequest
@@ -143,12 +143,14 @@ class Finish:
             }
         if score is not None:
             why = f"the best {metric}: {score.value:.4f}"
-        template = self.data.train.template
-        text = "the tokenizer's chat template" if template is None else template.text
         if is_adapted(model) and key == "export":
             merge_adapter(model)
-        card = write_card(self.config, state, why, self.folder.path, text, is_adapted(model))
-        export_model(target, model, self.tokenizer, card)
+        run, adapter = self.folder.path, is_adapted(model)
+        template, trained = self.data.train.template, state.response_tokens_seen
+        card = Card(
+            self.config, run, state.step, why, trained, template, str(target), adapter=adapter
+        )
+        export_model(target, model, self.tokenizer, str(card), [run / CURVES])
         weights = {path.name: sha256_of(path) for path in target.glob("*.safetensors")}
         manifest |= {key: weights, "export_step": state.step, "best": best}
         self.folder.write_json(MANIFEST, manifest)

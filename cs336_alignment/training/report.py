@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import shlex
@@ -22,22 +21,21 @@ from cs336_alignment.errors import ExitStatus
 from cs336_alignment.metric_names import greater_is_better
 from cs336_alignment.model.lora import describe_adapter, is_adapted, narrowed_to
 from cs336_alignment.model.policy import Policy
+from cs336_alignment.sharing.card import before_and_after
 from cs336_alignment.tracking.console import Console
 from cs336_alignment.tracking.metrics import read_metrics
 from cs336_alignment.tracking.report import REPORT
 from cs336_alignment.tracking.run_clock import EVALUATION_SECONDS, EVALUATION_SHARE
+from cs336_alignment.tracking.run_record import read_run
 from cs336_alignment.tracking.tracker import show_examples
 from cs336_alignment.training.batching_choice import BatchingChoice, dropout_options
-from cs336_alignment.training.checkpoint import TrainState
-from cs336_alignment.training.export import model_card
 from cs336_alignment.training.parallel import launched_processes
 from cs336_alignment.training.preflight import describe_batches, doubt_about
-from cs336_alignment.training.run_folder import ADAPTER, EXPORT, MANIFEST, METRICS
+from cs336_alignment.training.run_folder import ADAPTER, EXPORT, METRICS
 from cs336_alignment.training.schedule import warmup_length
 from cs336_alignment.training.step import Cut
 
 EXAMPLES_SHOWN = 3
-COMPARED = ("eval/loss", "eval/format_reward", "eval/answer_reward", "eval/stop_rate")
 DTYPE_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float64: "fp64"}
 
 
@@ -172,22 +170,6 @@ def ledger_line(ledger: LedgerEntry) -> str:
     return "; ".join(pieces)
 
 
-def before_and_after(
-    folder: Path, step: int, chosen_by: str | None
-) -> list[tuple[str, float, float]]:
-    """Compare the first evaluation of a run with that of the exported step, metric by metric; only
-    those count that asked the questions of now. The metric that chose the step is among them.
-    """
-    since = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["evaluation_since_step"]
-    rows = [row for row in read_metrics(folder / METRICS) if since <= row["step"] <= step]
-    results = []
-    for name in dict.fromkeys((*COMPARED, *filter(None, [chosen_by]))):
-        found = [(row["step"], row[name]) for row in rows if row.get(name) is not None]
-        if len(found) > 1 and found[-1][0] == step:
-            results.append((name, found[0][1], found[-1][1]))
-    return results
-
-
 def show_metric(name: str, value: float) -> str:
     """Write an evaluation metric as people read it: losses as numbers, shares in percent."""
     return f"{100 * value:.1f} %" if greater_is_better(name) else f"{value:.4f}"
@@ -229,46 +211,6 @@ def evaluation_line(folder: Path) -> str | None:
     return f"evaluation took {seconds:.1f} s, {rows[-1][EVALUATION_SHARE]:.1%} of the run"
 
 
-def write_card(
-    config: Config, state: TrainState, best: str | None, folder: Path, template: str, adapter: bool
-) -> str:
-    """Write the model card of a run that has come to its end.
-
-    Args:
-        config: of the run.
-        state: of the exported step.
-        best: why this step, if it was chosen.
-        folder: of the run.
-        template: the text of its prompt template.
-        adapter: whether it is the card of adapters alone.
-    """
-    optimizer = config.optimizer
-    facts = {
-        "learning rate": f"{optimizer.learning_rate:g}, {optimizer.lr_scheduler_type}",
-        "examples a step": str(config.trainer.global_batch_size),
-        "steps": str(state.step) if best is None else f"{state.step} ({best})",
-        "trained tokens": f"{state.response_tokens_seen:,}",
-        "seed": str(config.seed),
-    }
-    if (lora := config.lora).active:
-        facts["adapters"] = f"rank {lora.r}" if lora.adapter_path is None else lora.adapter_path
-    told = {
-        "optimizer": describe_optimizer(optimizer),
-        "objective": describe_objective(config.trainer),
-        "weights": describe_average(config.trainer, optimizer),
-    }
-    facts |= {name: text for name, text in told.items() if text not in ("", "AdamW")}
-    return model_card(
-        base_model=config.model.name_or_path,
-        run_name=config.run_name or "",
-        data=config.data.train_path,
-        facts=facts,
-        results=before_and_after(folder, state.step, config.trainer.metric_for_best_model),
-        prompt_template=template,
-        library="peft" if adapter else "transformers",
-    )
-
-
 def say_goodbye(
     console: Console,
     folder: Path,
@@ -303,7 +245,7 @@ def say_goodbye(
     if generations:
         console.note(f"\nThe first {EXAMPLES_SHOWN} generations after training:\n")
         show_examples(console, generations, EXAMPLES_SHOWN)
-    if results := before_and_after(folder, exported, chosen_by):
+    if results := before_and_after(read_run(folder), exported, chosen_by):
         cells = [
             [name, show_metric(name, before), show_metric(name, after)]
             for name, before, after in results

@@ -25,6 +25,7 @@ from cs336_alignment.model.lora import copy_adapter, narrow_frozen, narrowed_to
 from cs336_alignment.model.policy import Policy
 from cs336_alignment.model.recompute import enable_checkpointing
 from cs336_alignment.model.trainable import choose_trained
+from cs336_alignment.sharing.hub import announce, push_run
 from cs336_alignment.tracking.console import Console
 from cs336_alignment.tracking.metrics import MetricsFile
 from cs336_alignment.tracking.report import write_own_report
@@ -105,6 +106,19 @@ def train(
     Raises:
         UserError: as everywhere; `status.json` then holds it too.
     """
+    console = Console(enabled=is_main_process_before_start())
+    announce(config.hub, console.warn)
+    outcome = _train(config, arguments, verb=verb, processes=processes)
+    if outcome == ExitStatus.DONE and console.enabled:
+        again = resume_command(arguments, verb)
+        run = RunFolder(config).path
+        push_run(run, config.hub, again=again, note=console.note, warn=console.warn)
+    return outcome
+
+
+def _train(
+    config: Config, arguments: Sequence[str], *, verb: str, processes: Processes | None
+) -> ExitStatus:
     refuse_lone_and_surplus_processes()
     precision = refuse_launcher_options(config.trainer.precision)
     refuse_other_backends(config.evaluation)
@@ -311,6 +325,7 @@ class _Run:
                     tokenizer, self.inputs.data, policy, self.base,
                     whole=lambda: self._whole(policy.model),
                 )  # fmt: skip
+                tracker.draw(config.run_name or "")  # the card shows the curves
                 with average.shown():
                     fitted, exported = finish(state, judge, manifest)
             outcome = fitted
