@@ -34,7 +34,7 @@ OWNERS = {
     "hydra": {"compose", "compose_errors"}, "omegaconf": {"compose", "compose_errors"}, "datasets": {"data.sources"},
     "httpx2": {"evaluation.server_client"}, "vllm": {"evaluation.vllm_backend"},
     "wandb": {"tracking.wandb_logger"}, "matplotlib": {"tracking.plots"}, "accelerate": {"training.parallel"},
-    "optuna": {"experiments.study"},
+    "optuna": {"experiments.study"}, "peft": {"model.lora"},
 }  # fmt: skip
 
 
@@ -176,5 +176,5 @@ def test_size() -> None:
             if name_of(path).split(".")[0] in packages
         )  # fmt: skip
 
-    assert lines("config", "data", "model", "training") <= 9100
+    assert lines("config", "data", "model", "training") <= 9765
     assert lines("evaluation", "tracking", "cli") <= 4950
