@@ -294,7 +294,6 @@ class Config:
     """One run, whole. Functions receive a section or plain values of it, never the root."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
-    lora: LoraConfig = field(default_factory=LoraConfig)
     data: DataConfig = field(default_factory=DataConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
@@ -306,6 +305,7 @@ class Config:
     hub: HubConfig = field(default_factory=HubConfig)
     expert_iteration: ExpertIterationConfig = field(default_factory=ExpertIterationConfig)
     sweep: SweepConfig = field(default_factory=SweepConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
     run_name: str | None = None  # null: the names of model and data, joined
     output_root: str = "outputs"
     seed: int = 42

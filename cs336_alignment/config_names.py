@@ -36,24 +36,17 @@ ALIASES = {
     "report_to": "logger",
     "clip_grad_norm": "optimizer.max_grad_norm",
     "scheduler": "optimizer.lr_scheduler_type",
-    "lora_r": "lora.r",
-    "lora_rank": "lora.r",
     "rank": "lora.r",
+    "target": "lora.target_modules",
+    "model_dir": "lora.adapter_path",
     "use_peft": "lora.r",
     "finetuning_type": "lora.r",
-    "lora_alpha": "lora.alpha",
-    "lora_dropout": "lora.dropout",
-    "lora_target": "lora.target_modules",
-    "lora_target_modules": "lora.target_modules",
-    "lora_target_linear": "lora.target_modules",
-    "lora_modules_to_save": "lora.modules_to_save",
     "additional_target": "lora.modules_to_save",
     "use_dora": "lora.dora",
     "peft_use_dora": "lora.dora",
     "use_rslora": "lora.rslora",
     "load_in_4bit": "lora.quantize",
     "quantization_bit": "lora.quantize",
-    "lora_model_dir": "lora.adapter_path",
     "adapter_name_or_path": "lora.adapter_path",
     "unfrozen_parameters": "model.freeze",
     "freeze_layers": "model.freeze",
@@ -81,7 +74,7 @@ def nearest_key(key: str) -> str | None:
         >>> nearest_key("lr")
         'optimizer.learning_rate'
     """
-    leaf = key.rsplit(".", 1)[-1].replace("-", "_")
+    leaf = key.rsplit(".", 1)[-1].replace("-", "_").removeprefix("lora_")
     if key in ALL_KEYS:
         return key
     if leaf in ALIASES:

@@ -27,14 +27,13 @@ from transformers import (
 )
 
 from cs336_alignment.errors import ExitStatus, UserError
+from cs336_alignment.model.base_model import Base, weights_sha256
 from cs336_alignment.model.lora import (
-    Base,
     is_adapted,
     is_adapter,
     load_adapter,
     merge_adapter,
     read_adapter_config,
-    weights_sha256,
 )
 
 BUILTIN = "builtin:"

@@ -9,27 +9,21 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import hashlib
-import json
 import warnings
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from cs336_alignment.config import LoraConfig
 from cs336_alignment.errors import ExitStatus, Place, UserError
-from cs336_alignment.files import write_json
+from cs336_alignment.model.base_model import ADAPTER_CONFIG, Base, unfit, weights_sha256
 
-ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
-BASE = "base_model.json"
 PREFIX = "base_model.model."  # of every name in peft's files
 SHOWN = 3
 # What an adapter's file may say; another thing that is not at peft's default is refused.
@@ -39,63 +33,6 @@ KNOWN = frozenset({
     "layers_pattern", "fan_in_fan_out", "lora_bias", "base_model_name_or_path", "revision",
     "task_type", "inference_mode", "auto_mapping", "peft_version",
 })  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Base:
-    """The model that an adapter is made for.
-
-    Attributes:
-        name: a folder or hub id.
-        revision: of the hub repository.
-        sha256: of its weights as loaded, see `weights_sha256`.
-        quantize: how they are held, since that changes the hash.
-    """
-
-    name: str
-    revision: str | None
-    sha256: str
-    quantize: str | None = None
-
-    def refuse_another(self, folder: Path, model_name: str | None) -> None:
-        """Refuse an adapter that was made for another model.
-
-        Args:
-            folder: of the adapter.
-            model_name: of the base model by the adapter's own word, for one that has no hash.
-
-        Raises:
-            UserError: it was (78).
-        """
-        found = _read_json(folder / BASE) if (folder / BASE).is_file() else {}
-        if found.get("quantize") == self.quantize and "sha256" in found:
-            same, was = found["sha256"] == self.sha256, f"sha256 {found['sha256'][:16]}"
-        elif found or not model_name:
-            return  # held in other bits: the shapes alone can tell
-        else:  # the place may differ, the name should not
-            same, was = _last(model_name) == _last(self.name), model_name
-        if not same:
-            raise UserError(
-                "M121",
-                f"the adapter was trained on another base model than {self.name}",
-                ExitStatus.BAD_CONFIG,
-                place=Place(folder),
-                expected=was,
-                got=f"sha256 {self.sha256[:16]}" if found else self.name,
-                hint="give the model it was trained on, unchanged, as model.name_or_path"
-                if found
-                else f"if it is the same model, write its name into {folder / ADAPTER_CONFIG}",
-            )
-
-
-def weights_sha256(model: nn.Module) -> str:
-    """Hash the names and bits of all parameters."""
-    digest = hashlib.sha256()
-    for name, parameter in model.named_parameters():
-        digest.update(f"{name} {parameter.dtype} {tuple(parameter.shape)}".encode())
-        data = parameter.detach().cpu().contiguous().reshape(-1)
-        digest.update(data.view(torch.uint8).numpy().data)
-    return digest.hexdigest()
 
 
 def is_adapted(model: nn.Module) -> bool:
@@ -181,9 +118,9 @@ def read_adapter_config(folder: Path) -> Any:
         config: Any = PeftConfig.from_pretrained(str(folder))
     except Exception as failure:
         reason = (str(failure) or type(failure).__name__).strip().splitlines()[0]
-        raise _unfit(folder, f"{ADAPTER_CONFIG} cannot be read: {reason}") from failure
+        raise unfit(folder, f"{ADAPTER_CONFIG} cannot be read: {reason}") from failure
     if not isinstance(config, PeftLora):
-        raise _unfit(folder, f"it is no LoRA: {config.peft_type}")
+        raise unfit(folder, f"it is no LoRA: {config.peft_type}")
     default: Any = PeftLora()
     odd = [
         f.name for f in dataclasses.fields(config)
@@ -191,7 +128,7 @@ def read_adapter_config(folder: Path) -> Any:
         and (f.name, getattr(config, f.name)) != ("init_lora_weights", "gaussian")
     ]  # fmt: skip
     if odd:
-        raise _unfit(folder, f"{ADAPTER_CONFIG} has {', '.join(odd)}, which is not supported here")
+        raise unfit(folder, f"{ADAPTER_CONFIG} has {', '.join(odd)}, which is not supported here")
     return config
 
 
@@ -256,7 +193,7 @@ def _inject(
             inject_adapter_in_model(config, model)
         except ValueError as failure:
             if folder is not None:
-                raise _unfit(folder, str(failure).strip().splitlines()[0]) from failure
+                raise unfit(folder, str(failure).strip().splitlines()[0]) from failure
             raise UserError(
                 "M124",
                 "lora.target_modules finds nothing that can have an adapter",
@@ -316,7 +253,7 @@ def copy_adapter(source: PreTrainedModel, target: PreTrainedModel) -> None:
     own: Any = vars(source)
     config, base = copy.deepcopy(own["peft_config"]["default"]), own["adapter_base"]
     if base.quantize is None and weights_sha256(target) != base.sha256:
-        raise _unfit(Path(base.name), "its weights are not those that the run began with")
+        raise unfit(Path(base.name), "its weights are not those that the run began with")
     rows: Any = source.get_input_embeddings().weight
     _resize(target, len(rows))
     _inject(target, config, base, set(config.modules_to_save or ()), seed=0)
@@ -339,7 +276,7 @@ def _load(folder: Path, model: PreTrainedModel, weights: Mapping[str, Tensor]) -
     for what, names in (("lacks", lacking), ("has besides", other), ("has other shapes:", shapes)):
         if names:
             more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-            raise _unfit(folder, f"it {what} {', '.join(names[:SHOWN])}{more}")
+            raise unfit(folder, f"it {what} {', '.join(names[:SHOWN])}{more}")
     with torch.no_grad():
         for name, tensor in own.items():
             tensor.copy_(weights[name])
@@ -361,7 +298,7 @@ def save_adapter_config(folder: Path, model: nn.Module) -> None:
     if isinstance(config.target_modules, set):  # in one order
         config.target_modules = sorted(config.target_modules)
     config.save_pretrained(str(folder))
-    write_json(folder / BASE, asdict(vars(model)["adapter_base"]))
+    vars(model)["adapter_base"].save(folder)
 
 
 def describe_adapter(model: nn.Module) -> str:
@@ -418,38 +355,6 @@ def changed_by_training(model: nn.Module) -> set[str]:
     return {*(f"{name}.weight" for name in layers), *dict(_trained_whole(model))}
 
 
-class _Narrow(nn.Linear):
-    """A frozen layer held in the dtype that autocast computes in, which takes any input."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        if torch.is_autocast_enabled(input.device.type):
-            return super().forward(input)
-        bias = None if self.bias is None else self.bias.to(input.dtype)
-        return F.linear(input, self.weight.to(input.dtype), bias)
-
-
-def narrow_frozen(model: PreTrainedModel, dtype: torch.dtype) -> None:
-    """Hold the frozen linear layers in the compute dtype: autocast computes with just these
-    numbers, and would make them anew at every use. The head stays, and so do layers with DoRA,
-    which reads their norms.
-    """
-    if vars(model)["peft_config"]["default"].use_dora:
-        return
-    head = model.get_output_embeddings()
-    for module in model.modules():
-        frozen = not any(parameter.requires_grad for parameter in module.parameters())
-        if type(module) is nn.Linear and module is not head and frozen:
-            module.__class__ = _Narrow
-            for parameter in module.parameters():
-                parameter.data = parameter.data.to(dtype)
-
-
-def narrowed_to(model: nn.Module) -> torch.dtype | None:
-    """Give the dtype of `narrow_frozen`; None: all weights are as loaded."""
-    found = (module.weight.dtype for module in model.modules() if isinstance(module, _Narrow))
-    return next(found, None)
-
-
 def _is_called(name: str, wanted: str) -> bool:
     return name == wanted or name.endswith(f".{wanted}")
 
@@ -470,25 +375,3 @@ def _refuse_unknown(model: nn.Module, wanted: Collection[str], key: str) -> None
 def _linear_names(model: nn.Module) -> str:
     names = {name.rpartition(".")[2] for name, m in model.named_modules() if hasattr(m, "weight")}
     return f"its modules are {', '.join(sorted(names))}"
-
-
-def _unfit(folder: Path, reason: str) -> UserError:
-    return UserError(
-        "M127",
-        "the adapter does not fit the model",
-        ExitStatus.BAD_CONFIG,
-        place=Place(folder),
-        got=reason,
-        hint="it belongs to another base model, or another tool's options made it",
-    )
-
-
-def _read_json(path: Path) -> Mapping[str, Any]:
-    try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError) as failure:
-        raise _unfit(path.parent, f"{path.name} cannot be read: {failure}") from failure
-
-
-def _last(name: str) -> str:
-    return name.rstrip("/").rpartition("/")[2].lower()

@@ -11,8 +11,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from cs336_alignment.config import LoraConfig, ModelConfig
 from cs336_alignment.errors import ExitStatus, UserError
+from cs336_alignment.model.base_model import Base
 from cs336_alignment.model.loading import embedding_rows
-from cs336_alignment.model.lora import Base, add_adapter
+from cs336_alignment.model.lora import add_adapter
 
 
 def choose_trained(

@@ -21,7 +21,8 @@ from cs336_alignment.evaluation.evaluator import Evaluator
 from cs336_alignment.evaluation.rewards import code_of
 from cs336_alignment.evaluation.sampling import doubtful_sampling
 from cs336_alignment.model.loading import FourBits, base_of, check_fits, load_model
-from cs336_alignment.model.lora import copy_adapter, narrow_frozen, narrowed_to
+from cs336_alignment.model.lora import copy_adapter
+from cs336_alignment.model.narrow import narrow_frozen, narrowed_to
 from cs336_alignment.model.policy import Policy
 from cs336_alignment.model.recompute import enable_checkpointing
 from cs336_alignment.model.trainable import choose_trained

@@ -15,18 +15,16 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from cs336_alignment.config import LoraConfig, TrainerConfig
 from cs336_alignment.errors import UserError
-from cs336_alignment.model import lora
+from cs336_alignment.model.base_model import Base, weights_sha256
 from cs336_alignment.model.lora import (
-    Base,
     adapter_tensors,
     add_adapter,
     copy_adapter,
     load_adapter,
     merge_adapter,
-    narrow_frozen,
     wake_adapters,
-    weights_sha256,
 )
+from cs336_alignment.model.narrow import narrow_frozen, narrowed_to
 from cs336_alignment.model.policy import Policy
 from cs336_alignment.model.recompute import enable_checkpointing
 from cs336_alignment.model.trainable import freeze
@@ -177,7 +175,7 @@ def test_frozen_layers_in_the_compute_dtype_compute_the_same(processes: Processe
         model = adapted("qwen2", torch.float32)
         if narrow:
             narrow_frozen(model, torch.bfloat16)
-            assert lora.narrowed_to(model) == torch.bfloat16
+            assert narrowed_to(model) == torch.bfloat16
             assert model.lm_head.weight.dtype == torch.float32
         policy = Policy(model, torch.bfloat16)
         choice = choose_batching(policy, "auto", 40)
