@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import schedulefree
 import torch
@@ -29,6 +30,7 @@ DOCUMENT = ROOT / "docs" / "optimizers.md"
 STEPS = [[0, 1, 2, 3, 4, 5, 6, 7], [8, 3, 10], [1, 9, 5, 2]]
 RATES = [1e-2, 5e-3, 8e-3]
 PREFIX = 17
+NUMBER = re.compile(r"\.(\d+)\.")
 
 
 @dataclass(frozen=True)
@@ -96,27 +98,32 @@ def config_of(*overrides: str) -> Config:
     return config
 
 
-def plain_optimizers(model: nn.Module, config: OptimizerConfig) -> list[torch.optim.Optimizer]:
-    """The libraries' own optimizers, each parameter in a group of its own, written out anew.
+def plain_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str, Any]]:
+    """Each parameter in a group of its own, written out anew; those of hidden matrices first.
 
     The layers of tests' models are numbered in their parameters' names.
     """
-    layers = 1 + max(
-        int(m[1]) for n, _ in model.named_parameters() if (m := re.search(r"\.(\d+)\.", n))
-    )
+    layers = 1 + max(int(m[1]) for n, _ in model.named_parameters() if (m := NUMBER.search(n)))
     embedding = {
         id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()
     }
     matrices, others = [], []
     for name, p in model.named_parameters():
-        numbered = re.search(r"\.(\d+)\.", name)
+        numbered = NUMBER.search(name)
         above = layers - 1 - int(numbered[1]) if numbered else layers * (id(p) in embedding)
         group = {
             "params": [p], "weight_decay": config.weight_decay if p.ndim > 1 else 0.0,
             "lr": 1.0, "rate": config.layer_lr_decay**above,
         }  # fmt: skip
         (matrices if numbered and p.ndim == 2 else others).append(group)
-    both = [*matrices, *others]
+    return [*matrices, *others]
+
+
+def plain_optimizers(model: nn.Module, config: OptimizerConfig) -> list[torch.optim.Optimizer]:
+    """The libraries' own optimizers."""
+    both = plain_groups(model, config)
+    hidden = sum(bool(NUMBER.search(n)) and p.ndim == 2 for n, p in model.named_parameters())
+    matrices, others = both[:hidden], both[hidden:]
     options = {"betas": tuple(config.betas), "eps": config.eps}
     if config.name == "adafactor":
         return [torch.optim.Adafactor(both)]
