@@ -140,7 +140,7 @@ def check_launch(
             ExitStatus.BAD_CONFIG,
             expected=f"trainer.global_batch_size of at least {processes.count}",
             got=f"{batch}",
-            hint=f"trainer.global_batch_size={processes.count}, or {batch} processes",
+            hint=f"trainer.global_batch_size={processes.count}, or fewer processes",
         )
     if config.trainer.loss_normalization == "microbatch" and batch % processes.count:
         warn(

@@ -19,6 +19,8 @@ from tests.faults.tally import Tally
 from tests.faults.test_kills import metrics_hold, when
 
 SCRIPT = ROOT / "scripts/slurm/train.sbatch"
+BESIDE = f"{Path(sys.executable).parent}:{os.environ['PATH']}"  # the environment may not be active
+SHELLCHECK = shutil.which("shellcheck", path=BESIDE)
 # As srun does, one task a node; with no scheduler here, every "node" is this machine.
 SRUN = """#!/usr/bin/env bash
 [[ $1 == --kill-on-bad-exit=0 && $SRUN_CPUS_PER_TASK == 3 ]] || exit 99
@@ -73,9 +75,9 @@ def submit(tmp_path: Path, environment: dict[str, str], *words: str) -> tuple[in
     return done.returncode, asked.read_text() if asked.exists() else ""
 
 
-@pytest.mark.skipif(shutil.which("shellcheck") is None, reason="shellcheck is not installed")
+@pytest.mark.skipif(SHELLCHECK is None, reason="shellcheck is not installed")
 def test_the_script_is_clean() -> None:
-    found = subprocess.run(["shellcheck", str(SCRIPT)], text=True, capture_output=True)
+    found = subprocess.run([str(SHELLCHECK), str(SCRIPT)], text=True, capture_output=True)
     assert found.returncode == 0, found.stdout
 
 

@@ -37,6 +37,7 @@ OWNERS = {
     "httpx2": {"evaluation.server_client"}, "vllm": {"evaluation.vllm_backend"},
     "wandb": {"tracking.wandb_logger"}, "matplotlib": {"tracking.plots"}, "accelerate": {"training.parallel"},
     "optuna": {"experiments.study"}, "submitit": {"cluster_job"}, "schedulefree": {"training.schedule_free"},
+    "peft": {"model.lora"},
 }  # fmt: skip
 
 
