@@ -1,0 +1,264 @@
+"""The worst microbatch, tried for real in a process of its own: its peak is its own, and if memory
+does not suffice, nothing else ends with it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import signal
+import time
+from dataclasses import dataclass, replace
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from cs336_alignment.config import Config
+from cs336_alignment.cores import keep_freed_memory
+from cs336_alignment.data.batching import StepPlan, collate
+from cs336_alignment.data.splits import RunData, prepare_run
+from cs336_alignment.errors import ExitStatus, UserError
+from cs336_alignment.evaluation.verify import verifying
+from cs336_alignment.machine_memory import forget_peak, peak_resident_memory, resident_memory
+from cs336_alignment.microbatch import Batching
+from cs336_alignment.model.loading import load_model, load_tokenizer, resolve_model
+from cs336_alignment.model.policy import Policy
+from cs336_alignment.model.recompute import enable_checkpointing
+from cs336_alignment.orphans import end_with
+from cs336_alignment.tracking.console import Console
+from cs336_alignment.training.batching_choice import choose_batching
+from cs336_alignment.training.optimizer import allocate_state, build_optimizer
+from cs336_alignment.training.parallel import set_threads
+from cs336_alignment.training.preflight import (
+    accumulates,
+    choose_cut,
+    choose_precision,
+    largest_microbatch,
+    telling_out_of_memory,
+    try_microbatch,
+    wait_for,
+    warm_up_compiled,
+)
+
+OUT_OF_MEMORY = "R303"
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What a microbatch took.
+
+    Attributes:
+        batching: the layout that a run would choose.
+        base: bytes of the process before the model is loaded; 0 on a GPU.
+        held: bytes with weights and optimizer state.
+        at_microbatch: at the peak of the forward and backward pass.
+        at_step: at the peak of the optimizer's step.
+        tokens: of the microbatch's examples.
+        positions: that are computed for them.
+        seconds: of forward and backward.
+        step_seconds: of clipping and the optimizer.
+    """
+
+    batching: Batching
+    base: int
+    held: int
+    at_microbatch: int
+    at_step: int
+    tokens: int
+    positions: int
+    seconds: float
+    step_seconds: float
+
+    @property
+    def peak(self) -> int:
+        """The larger of the two."""
+        return max(self.at_microbatch, self.at_step)
+
+
+def load_data(config: Config, tokenizer: Any, console: Console) -> RunData:
+    """Prepare the data as a run does, or find them in the cache."""
+    with verifying(config.evaluation) as verify:
+        return prepare_run(
+            config.data, tokenizer, seed=config.seed, progress=console.progress, note=console.note,
+            verify=verify,
+        )  # fmt: skip
+
+
+def plan_of(config: Config, data: RunData) -> tuple[StepPlan, range]:
+    """Give the order of training, and the steps of a whole run."""
+    trainer = config.trainer
+    plan = StepPlan(
+        len(data.train.dataset), trainer.global_batch_size, config.seed, config.data.shuffle,
+        data.train.mixture,
+    )  # fmt: skip
+    return plan, range(plan.total_steps(trainer.num_train_epochs, trainer.max_steps))
+
+
+def measure(config: Config, processes: int, room: int) -> Trial | None:
+    """Try the worst microbatch of a run in a new process.
+
+    Args:
+        config: of the run; data that it names are in the cache.
+        processes: among which a step is divided; one of them is tried, alone.
+        room: bytes that the new process may take.
+
+    Returns:
+        None if memory does not suffice.
+
+    Raises:
+        UserError: whatever else stops it.
+    """
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe(duplex=False)
+    child = context.Process(
+        target=_answer, args=(theirs, config, processes, room, os.getpid()), daemon=True
+    )
+    child.start()
+    theirs.close()
+    try:
+        answer: Trial | UserError = ours.recv()
+    except EOFError:
+        child.join()
+        if child.exitcode == -signal.SIGKILL:
+            return None  # by the system, for want of memory
+        raise UserError(
+            "R307", "the process that tried a microbatch failed", ExitStatus.INTERNAL,
+            got=f"exit status {child.exitcode}",
+        ) from None  # fmt: skip
+    finally:
+        child.kill()
+        child.join()
+    if isinstance(answer, UserError):
+        if answer.code == OUT_OF_MEMORY:
+            return None
+        raise answer
+    return answer
+
+
+def _answer(link: Connection, config: Config, processes: int, room: int, parent: int) -> None:
+    if not end_with(parent):
+        return
+    with contextlib.suppress(OSError):  # should memory run out all the same, this one is to go
+        Path("/proc/self/oom_score_adj").write_text("1000", encoding="ascii")
+    try:
+        answer: Trial | UserError = try_worst(config, processes, room)
+    except UserError as error:
+        answer = error
+    link.send(answer)
+
+
+def try_worst(config: Config, processes: int, room: int | None = None) -> Trial:
+    """Do in this process what a run does up to its first step, with its worst microbatch.
+
+    Args:
+        config: of the run.
+        processes: among which a step is divided.
+        room: bytes that this process may take, from now on; None: no bound.
+
+    Raises:
+        UserError: memory does not suffice (70), or whatever stops a run.
+    """
+    options, trainer = config.model, config.trainer
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    source = resolve_model(options.name_or_path, options.revision, options.trust_remote_code)
+    data = load_data(config, load_tokenizer(source), Console(enabled=False))
+    if device.type == "cpu":
+        keep_freed_memory()
+    meter = _Meter(device)
+    base = meter.now()
+    with telling_out_of_memory(device):
+        if room is not None:
+            _limit(room, device)
+        model = load_model(source, random_init=options.random_init, seed=config.seed)
+        set_threads(processes, model.num_parameters())
+        if recompute := trainer.gradient_checkpointing:
+            enable_checkpointing(model, selective=recompute == "selective")
+        policy = Policy(model, choose_precision(trainer.precision, device)).to(device)
+        dataset = data.train.dataset
+        choice = choose_batching(policy, trainer.batching, int(dataset.lengths.max()))
+        if trainer.compile:
+            warm_up_compiled(policy, choice.batching)
+        cut, (plan, steps) = choose_cut(trainer, choice.batching), plan_of(config, data)
+        ids = largest_microbatch(
+            plan, cut, dataset, steps, num_processes=processes, process_index=0
+        )
+        several = accumulates(plan, cut, dataset, steps, processes)
+        optimizer = build_optimizer(model, config.optimizer)
+        allocate_state(optimizer)
+        batch = collate([dataset[i] for i in ids], batching=cut.batching).to(device)
+        held = meter.now()
+        meter.begin()
+        policy.train()
+        for _ in range(2):  # the second is what the others of a run are like
+            if not several:
+                policy.zero_grad(set_to_none=True)
+            start = time.perf_counter()
+            try_microbatch(policy, batch)
+            wait_for(device)
+            seconds = time.perf_counter() - start
+        at_microbatch = meter.peak()
+        meter.begin()
+        start = time.perf_counter()
+        nn.utils.clip_grad_norm_(policy.parameters(), config.optimizer.max_grad_norm)
+        optimizer.step()
+        wait_for(device)
+        return Trial(
+            choice.batching, base, held, at_microbatch, meter.peak(), int(dataset.lengths[ids].sum()),
+            batch.input_ids.numel(), seconds, time.perf_counter() - start,
+        )  # fmt: skip
+
+
+def _limit(room: int, device: torch.device) -> None:
+    """Have the system refuse what goes beyond: an error that can be told, and nobody is killed."""
+    if device.type == "cuda":
+        total = torch.cuda.get_device_properties(device).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, room / total), device)
+        return
+    with contextlib.suppress(ImportError, ValueError, OSError):  # not on every platform
+        import resource
+
+        limit = max(0, room - resident_memory()) + _reserved()
+        resource.setrlimit(resource.RLIMIT_DATA, (limit, resource.RLIM_INFINITY))
+
+
+def _reserved() -> int:
+    """Bytes of private memory that count for RLIMIT_DATA already, used or not."""
+    for line in Path("/proc/self/status").read_text(encoding="utf-8", errors="replace").splitlines():
+        if line.startswith("VmData:"):
+            return int(line.split()[1]) * 2**10
+    raise OSError("no VmData")
+
+
+@dataclass(frozen=True)
+class _Meter:
+    """Memory of this process: on a GPU what torch's allocator gave out, else what is resident."""
+
+    device: torch.device
+
+    def now(self) -> int:
+        if self.device.type == "cuda":
+            return torch.cuda.memory_allocated(self.device)
+        return resident_memory() or peak_resident_memory()
+
+    def begin(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+        else:
+            forget_peak()
+
+    def peak(self) -> int:
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device)
+        return peak_resident_memory()
+
+
+def with_budget(config: Config, tokens: int) -> Config:
+    """Give the config with another `trainer.microbatch_tokens`."""
+    trainer = replace(
+        config.trainer, microbatch_tokens=tokens, gradient_accumulation_steps=None
+    )
+    return replace(config, trainer=trainer)
