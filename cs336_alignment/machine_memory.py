@@ -86,6 +86,13 @@ def resident_memory() -> int:
     return _of_status("VmRSS")
 
 
+def reserved_memory() -> int:
+    """Give the bytes of private memory that this process asked for, used or not: what counts for
+    RLIMIT_DATA; 0 where the system does not tell.
+    """
+    return _of_status("VmData")
+
+
 def peak_resident_memory() -> int:
     """Give the most that `resident_memory` has been, since `forget_peak`."""
     # Not ru_maxrss if that can be helped: it begins with what the parent had at the fork.

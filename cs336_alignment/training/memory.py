@@ -8,6 +8,7 @@ chooses the same kernels as the device would; what a kernel needs within itself 
 
 from __future__ import annotations
 
+import contextlib
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -60,9 +61,7 @@ class LiveBytes(TorchDispatchMode):
         self._device = device.type
         self._storages: dict[int, tuple[str, int, Any]] = {}
 
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.aten.equal.default:  # of values, which nobody knows: as if foretold
             return True
         result = func(*args, **(kwargs or {}))
@@ -199,15 +198,20 @@ def without_values(source: ModelSource, device: torch.device) -> PreTrainedModel
         return load_model(source, random_init=True, seed=0)
 
 
-def certain_needs(source: ModelSource, optimizer: OptimizerConfig) -> Needs | str:
-    """Count weights, gradients and optimizer state, for one process that holds all of them; or say
-    why that cannot be done before the model is loaded.
+def certain_needs(
+    source: ModelSource, optimizer: OptimizerConfig, strategy: str, processes: int
+) -> Needs | str:
+    """Count weights, gradients and optimizer state of each process, or say why that cannot be done
+    before the model is loaded.
     """
     try:
         model = without_values(source, torch.device("meta"))
     except UserError as failure:
         return failure.message
-    return Needs(*_held(model), state_bytes(model, optimizer))
+    needs = Needs(*_held(model), state_bytes(model, optimizer))
+    if strategy == "ddp":  # its buckets depend on how many microbatches a step has
+        return needs
+    return divided(needs, model, strategy, processes, accumulates=True, compute_bytes=2)
 
 
 def state_bytes(model: nn.Module, config: OptimizerConfig) -> int:
@@ -244,7 +248,7 @@ class Foresight:
     """
 
     policy: Policy
-    mode: FakeTensorMode
+    mode: contextlib.AbstractContextManager[object]
     device: torch.device
     optimizer: OptimizerConfig
 
@@ -282,7 +286,22 @@ class Foresight:
         Args:
             batch: with values, on the CPU.
             accumulates: whether the gradients of another microbatch are there already.
+
+        Raises:
+            UserError: the model's code reads values, and there are none (70).
         """
+        try:
+            return self._watch(batch, accumulates)
+        except (RuntimeError, ValueError, TypeError, IndexError) as failure:
+            raise UserError(
+                "R309",
+                "the memory of this architecture cannot be foretold: its code reads values",
+                ExitStatus.INTERNAL,
+                got=f"{type(failure).__name__}: {str(failure).strip().splitlines()[0]}",
+                hint="`cs336-sft train` tries its largest microbatch before the first step",
+            ) from failure
+
+    def _watch(self, batch: Microbatch, accumulates: bool) -> Needs:
         model = self.policy.model
         with self.mode, LiveBytes(self.device) as live:
             for tensor in (*model.parameters(), *model.buffers()):

@@ -18,6 +18,7 @@ from cs336_alignment.machine_memory import Memory, resident_memory
 from cs336_alignment.microbatch import Batching
 from cs336_alignment.model.loading import check_fits, load_tokenizer, resolve_model
 from cs336_alignment.tracking.console import Console
+from cs336_alignment.training.inputs import load_data
 from cs336_alignment.training.memory import (
     ACTIVATIONS,
     GRADIENTS,
@@ -34,7 +35,6 @@ from cs336_alignment.training.memory import (
 )
 from cs336_alignment.training.memory_trial import (
     Trial,
-    load_data,
     measure,
     plan_of,
     with_budget,
@@ -68,7 +68,7 @@ def report_memory(config: Config) -> ExitStatus:
             "C129", "the doctor works in one process, and the launcher started several",
             ExitStatus.BAD_CONFIG, hint="type cs336-sft doctor --memory parallel.num_processes=…",
         )  # fmt: skip
-    outlook = _Outlook.of(config, console)
+    outlook = Outlook.of(config, console)
     found, whole = outlook.found, outlook.whole(config)
     if found is not None:
         apiece = f" for each of {outlook.processes} processes" if outlook.shares else ""
@@ -137,7 +137,7 @@ def ladder(largest: int) -> list[int]:
 
 
 @dataclass
-class _Outlook:
+class Outlook:
     """What is known of a run before its model is loaded."""
 
     config: Config
@@ -153,7 +153,7 @@ class _Outlook:
     foreseen: dict[int, Needs] = field(default_factory=dict)
 
     @staticmethod
-    def of(config: Config, console: Console) -> _Outlook:
+    def of(config: Config, console: Console) -> Outlook:
         """Prepare the data, and build the model without values."""
         options, processes = config.model, config.parallel.num_processes or 1
         source = resolve_model(options.name_or_path, options.revision, options.trust_remote_code)
@@ -168,7 +168,7 @@ class _Outlook:
         longest = int(data.train.dataset.lengths.max())
         check_fits(foresight.policy.model, data.train.largest_token_id, longest)
         shares = processes > 1 and device.type == "cpu"
-        return _Outlook(
+        return Outlook(
             config, console, data, foresight, foresight.batching(config.trainer.batching, longest),
             *plan_of(config, data), base, device_memory(device, processes if shares else 1), shares,
         )  # fmt: skip

@@ -12,7 +12,6 @@ import time
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -20,10 +19,14 @@ from torch import nn
 from cs336_alignment.config import Config
 from cs336_alignment.cores import keep_freed_memory
 from cs336_alignment.data.batching import StepPlan, collate
-from cs336_alignment.data.splits import RunData, prepare_run
+from cs336_alignment.data.splits import RunData
 from cs336_alignment.errors import ExitStatus, UserError
-from cs336_alignment.evaluation.verify import verifying
-from cs336_alignment.machine_memory import forget_peak, peak_resident_memory, resident_memory
+from cs336_alignment.machine_memory import (
+    forget_peak,
+    peak_resident_memory,
+    reserved_memory,
+    resident_memory,
+)
 from cs336_alignment.microbatch import Batching
 from cs336_alignment.model.loading import load_model, load_tokenizer, resolve_model
 from cs336_alignment.model.policy import Policy
@@ -31,6 +34,7 @@ from cs336_alignment.model.recompute import enable_checkpointing
 from cs336_alignment.orphans import end_with
 from cs336_alignment.tracking.console import Console
 from cs336_alignment.training.batching_choice import choose_batching
+from cs336_alignment.training.inputs import load_data
 from cs336_alignment.training.optimizer import allocate_state, build_optimizer
 from cs336_alignment.training.parallel import set_threads
 from cs336_alignment.training.preflight import (
@@ -77,15 +81,6 @@ class Trial:
     def peak(self) -> int:
         """The larger of the two."""
         return max(self.at_microbatch, self.at_step)
-
-
-def load_data(config: Config, tokenizer: Any, console: Console) -> RunData:
-    """Prepare the data as a run does, or find them in the cache."""
-    with verifying(config.evaluation) as verify:
-        return prepare_run(
-            config.data, tokenizer, seed=config.seed, progress=console.progress, note=console.note,
-            verify=verify,
-        )  # fmt: skip
 
 
 def plan_of(config: Config, data: RunData) -> tuple[StepPlan, range]:
@@ -206,10 +201,11 @@ def try_worst(config: Config, processes: int, room: int | None = None) -> Trial:
         nn.utils.clip_grad_norm_(policy.parameters(), config.optimizer.max_grad_norm)
         optimizer.step()
         wait_for(device)
-        return Trial(
-            choice.batching, base, held, at_microbatch, meter.peak(), int(dataset.lengths[ids].sum()),
-            batch.input_ids.numel(), seconds, time.perf_counter() - start,
-        )  # fmt: skip
+        step_seconds = time.perf_counter() - start
+    return Trial(
+        choice.batching, base, held, at_microbatch, meter.peak(), int(dataset.lengths[ids].sum()),
+        batch.input_ids.numel(), seconds, step_seconds,
+    )  # fmt: skip
 
 
 def _limit(room: int, device: torch.device) -> None:
@@ -221,16 +217,8 @@ def _limit(room: int, device: torch.device) -> None:
     with contextlib.suppress(ImportError, ValueError, OSError):  # not on every platform
         import resource
 
-        limit = max(0, room - resident_memory()) + _reserved()
+        limit = max(0, room - resident_memory()) + reserved_memory()
         resource.setrlimit(resource.RLIMIT_DATA, (limit, resource.RLIM_INFINITY))
-
-
-def _reserved() -> int:
-    """Bytes of private memory that count for RLIMIT_DATA already, used or not."""
-    for line in Path("/proc/self/status").read_text(encoding="utf-8", errors="replace").splitlines():
-        if line.startswith("VmData:"):
-            return int(line.split()[1]) * 2**10
-    raise OSError("no VmData")
 
 
 @dataclass(frozen=True)
@@ -258,7 +246,5 @@ class _Meter:
 
 def with_budget(config: Config, tokens: int) -> Config:
     """Give the config with another `trainer.microbatch_tokens`."""
-    trainer = replace(
-        config.trainer, microbatch_tokens=tokens, gradient_accumulation_steps=None
-    )
+    trainer = replace(config.trainer, microbatch_tokens=tokens, gradient_accumulation_steps=None)
     return replace(config, trainer=trainer)

@@ -293,7 +293,7 @@ def foretell(tokens: float, steps: int, tokens_per_second: float) -> str:
     text = f"{hours:,} h {minutes:02d} min" if hours else f"{minutes} min"
     if hours + minutes == 0:
         text = "less than a minute"
-    return f"{text} for {steps:,} steps of {tokens:,.0f} tokens, at {tokens_per_second:,.0f} a second"
+    return f"{text} for {steps:,} steps, {tokens:,.0f} tokens at {tokens_per_second:,.0f} a second"
 
 
 @contextlib.contextmanager
