@@ -5,7 +5,6 @@ runs.
 from __future__ import annotations
 
 import difflib
-import logging
 import os
 import sys
 import traceback
@@ -17,12 +16,11 @@ from cs336_alignment.config import Config
 from cs336_alignment.config_names import FLAGS, VALUE_FLAGS, nearest_key
 from cs336_alignment.errors import ExitStatus, UserError
 from cs336_alignment.multirun import Outcome
+from cs336_alignment.quiet import silence
 from cs336_alignment.training.stop import StopNow, StopRequest, end_with_launcher
 
 MEMORY = "--memory"  # the doctor's
 FILE_FLAGS = {"--config", "--config_file", "--config-file", "--yaml"}
-# transformers imports torchao where it is installed, and that warns of its kernels for other GPUs.
-NOISY = ("torchao", "torch.utils._pytree")
 
 
 @dataclass(frozen=True)
@@ -299,8 +297,7 @@ def run(arguments: list[str]) -> ExitStatus:
         The exit status; errors have been printed.
     """
     speaks = os.environ.get("LOCAL_RANK", "0") == "0"  # one process of each machine
-    for name in NOISY:
-        logging.getLogger(name).setLevel(logging.ERROR)
+    silence()
     debug = "--debug" in arguments
     arguments = [argument for argument in arguments if argument != "--debug"]
     if not arguments or arguments[0] in ("--help", "-h", "help"):

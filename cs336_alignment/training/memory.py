@@ -12,7 +12,7 @@ import contextlib
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any
 
 import torch
@@ -236,6 +236,20 @@ def _held(model: nn.Module) -> tuple[int, int]:
     return sum(t.nbytes for t in (*model.parameters(), *model.buffers())), gradients
 
 
+def _copied(record: Any, device: torch.device) -> Any:
+    """Copy the tensors of a microbatch, or of a record in it; within a `FakeTensorMode` the copies
+    have no values.
+    """
+    copies: dict[str, Any] = {}
+    for item in fields(record):
+        value = getattr(record, item.name)
+        if isinstance(value, Tensor):
+            copies[item.name] = value.to(device, copy=True)
+        elif is_dataclass(value):
+            copies[item.name] = _copied(value, device)
+    return replace(record, **copies)
+
+
 @dataclass(frozen=True)
 class Foresight:
     """A policy without values, to try microbatches on.
@@ -309,15 +323,17 @@ class Foresight:
             weights, gradients = live.now.total(), _held(model)[1]
             stepping, state = self._at_step(live, weights + gradients)
             live.forget_peak()
+            given = _copied(batch, self.device)
             handles = list(self._name_parts(live))
             try:
                 for _ in range(2 if accumulates else 1):
-                    try_microbatch(self.policy, batch)
+                    try_microbatch(self.policy, given)
             finally:
                 for handle in handles:
                     handle.remove()
                 self.policy.zero_grad(set_to_none=True)
         parts = live.peak - Counter({WEIGHTS: weights})
+        parts.pop(STATE, None)  # not all of it goes with the optimizer
         return Needs(weights, gradients, state, 0, parts, stepping)
 
     def _at_step(self, live: LiveBytes, before: int) -> tuple[int, int]:

@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from cs336_alignment import quiet
 from cs336_alignment.config import Config
 from cs336_alignment.cores import keep_freed_memory
 from cs336_alignment.data.batching import StepPlan, collate
@@ -41,14 +42,13 @@ from cs336_alignment.training.preflight import (
     accumulates,
     choose_cut,
     choose_precision,
+    is_out_of_memory,
     largest_microbatch,
     telling_out_of_memory,
     try_microbatch,
     wait_for,
     warm_up_compiled,
 )
-
-OUT_OF_MEMORY = "R303"
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,6 @@ class Trial:
     Attributes:
         batching: the layout that a run would choose.
         base: bytes of the process before the model is loaded; 0 on a GPU.
-        held: bytes with weights and optimizer state.
         at_microbatch: at the peak of the forward and backward pass.
         at_step: at the peak of the optimizer's step.
         tokens: of the microbatch's examples.
@@ -69,7 +68,6 @@ class Trial:
 
     batching: Batching
     base: int
-    held: int
     at_microbatch: int
     at_step: int
     tokens: int
@@ -109,13 +107,12 @@ def measure(config: Config, processes: int, room: int) -> Trial | None:
     """
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe(duplex=False)
-    child = context.Process(
-        target=_answer, args=(theirs, config, processes, room, os.getpid()), daemon=True
-    )
+    request = (__name__, "answer", theirs, config, processes, room, os.getpid())
+    child = context.Process(target=quiet.call, args=request, daemon=True)
     child.start()
     theirs.close()
     try:
-        answer: Trial | UserError = ours.recv()
+        result: Trial | UserError | None = ours.recv()
     except EOFError:
         child.join()
         if child.exitcode == -signal.SIGKILL:
@@ -127,23 +124,22 @@ def measure(config: Config, processes: int, room: int) -> Trial | None:
     finally:
         child.kill()
         child.join()
-    if isinstance(answer, UserError):
-        if answer.code == OUT_OF_MEMORY:
-            return None
-        raise answer
-    return answer
+    if isinstance(result, UserError):
+        raise result
+    return result
 
 
-def _answer(link: Connection, config: Config, processes: int, room: int, parent: int) -> None:
+def answer(link: Connection, config: Config, processes: int, room: int, parent: int) -> None:
+    """Answer a request of `measure`, in the process that it started."""
     if not end_with(parent):
         return
     with contextlib.suppress(OSError):  # should memory run out all the same, this one is to go
         Path("/proc/self/oom_score_adj").write_text("1000", encoding="ascii")
     try:
-        answer: Trial | UserError = try_worst(config, processes, room)
+        result: Trial | UserError | None = try_worst(config, processes, room)
     except UserError as error:
-        answer = error
-    link.send(answer)
+        result = None if is_out_of_memory(error.__cause__) else error
+    link.send(result)
 
 
 def try_worst(config: Config, processes: int, room: int | None = None) -> Trial:
@@ -183,9 +179,10 @@ def try_worst(config: Config, processes: int, room: int | None = None) -> Trial:
         )
         several = accumulates(plan, cut, dataset, steps, processes)
         optimizer = build_optimizer(model, config.optimizer)
-        allocate_state(optimizer)
+        meter.begin()
+        allocate_state(optimizer)  # by a step, while no microbatch has made the process larger
+        at_step = meter.peak()
         batch = collate([dataset[i] for i in ids], batching=cut.batching).to(device)
-        held = meter.now()
         meter.begin()
         policy.train()
         for _ in range(2):  # the second is what the others of a run are like
@@ -196,14 +193,13 @@ def try_worst(config: Config, processes: int, room: int | None = None) -> Trial:
             wait_for(device)
             seconds = time.perf_counter() - start
         at_microbatch = meter.peak()
-        meter.begin()
         start = time.perf_counter()
         nn.utils.clip_grad_norm_(policy.parameters(), config.optimizer.max_grad_norm)
         optimizer.step()
         wait_for(device)
         step_seconds = time.perf_counter() - start
     return Trial(
-        choice.batching, base, held, at_microbatch, meter.peak(), int(dataset.lengths[ids].sum()),
+        choice.batching, base, at_microbatch, at_step, int(dataset.lengths[ids].sum()),
         batch.input_ids.numel(), seconds, step_seconds,
     )  # fmt: skip
 

@@ -296,6 +296,12 @@ def foretell(tokens: float, steps: int, tokens_per_second: float) -> str:
     return f"{text} for {steps:,} steps, {tokens:,.0f} tokens at {tokens_per_second:,.0f} a second"
 
 
+def is_out_of_memory(failure: BaseException | None) -> bool:
+    """Tell want of memory from other failures."""
+    signs = ("can't allocate memory", "out of memory")
+    return isinstance(failure, MemoryError) or any(sign in str(failure) for sign in signs)
+
+
 @contextlib.contextmanager
 def telling_out_of_memory(device: torch.device) -> Iterator[None]:
     """Turn what torch raises for want of memory into an error that says what to do (70)."""
@@ -303,9 +309,7 @@ def telling_out_of_memory(device: torch.device) -> Iterator[None]:
         yield
     except (RuntimeError, MemoryError) as failure:  # torch.OutOfMemoryError is a RuntimeError
         text = str(failure)
-        if not isinstance(failure, torch.OutOfMemoryError | MemoryError) and not any(
-            sign in text for sign in ("can't allocate memory", "out of memory")
-        ):
+        if not is_out_of_memory(failure):
             raise
         raise UserError(
             "R303",

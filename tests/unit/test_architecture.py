@@ -17,7 +17,7 @@ PACKAGE = ROOT / "cs336_alignment"
 FILES = sorted(PACKAGE.rglob("*.py"))
 # Lower layers first; a module imports from its own package and from lower layers alone.
 LAYERS = [
-    {"cores", "errors", "files", "html_page", "machine_memory", "microbatch", "orphans"}, {"config"}, {"multirun"}, {"config_check", "config_clashes", "config_names", "metric_names"},
+    {"cores", "errors", "files", "html_page", "machine_memory", "microbatch", "orphans", "quiet"}, {"config"}, {"multirun"}, {"config_check", "config_clashes", "config_names", "metric_names"},
     {"compose_errors", "compose", "data", "model", "training.loss"},
     {"training.parallel", "training.optimizer", "training.schedule", "training.checkpoint",
      "training.checkpoint_writer", "training.step", "training.stop", "training.spike",

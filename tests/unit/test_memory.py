@@ -23,6 +23,7 @@ from cs336_alignment.model.recompute import enable_checkpointing
 from cs336_alignment.training import memory
 from cs336_alignment.training.memory import (
     GRADIENTS,
+    WEIGHTS,
     Foresight,
     LiveBytes,
     Needs,
@@ -117,11 +118,8 @@ def test_state_in_8_bits_is_exact() -> None:
 def test_what_the_forward_pass_leaves_is_what_autograd_saved(name: str) -> None:
     policy, dataset = Policy(build_model(name, torch.float32)), build_dataset()
     batch = collate([dataset[i] for i in range(5)], batching="flat")
-    given = {
-        t.untyped_storage()._cdata
-        for t in (*policy.parameters(), *policy.buffers(), batch.input_ids, batch.labels,
-                  batch.position_ids, batch.response_index)
-    }  # fmt: skip
+    given = (*policy.parameters(), *policy.buffers(), batch.input_ids, batch.labels,
+             batch.position_ids, batch.response_index)  # fmt: skip
     saved: dict[int, Tensor] = {}
 
     def pack(tensor: Tensor) -> Tensor:
@@ -129,10 +127,14 @@ def test_what_the_forward_pass_leaves_is_what_autograd_saved(name: str) -> None:
         return tensor
 
     with LiveBytes(CPU) as live, torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        for tensor in given:
+            live.add(tensor, WEIGHTS)
         log_probs = policy(batch)[0]
-    kept = {key: t.untyped_storage().nbytes() for key, t in saved.items() if key not in given}
-    kept[log_probs.untyped_storage()._cdata] = log_probs.untyped_storage().nbytes()
-    assert live.now.total() == sum(kept.values()) > 0
+    saved[log_probs.untyped_storage()._cdata] = log_probs
+    for tensor in given:
+        saved.pop(tensor.untyped_storage()._cdata, None)
+    kept = sum(tensor.untyped_storage().nbytes() for tensor in saved.values())
+    assert live.now.total() - live.now[WEIGHTS] == kept > 0
 
 
 def test_processes_divide_what_they_share() -> None:
@@ -176,7 +178,7 @@ def test_a_model_beyond_all_memory_is_refused_before_it_is_loaded(
 ) -> None:
     """Terabytes of parameters in a config.json, and no weights."""
     LlamaConfig(
-        hidden_size=32768, intermediate_size=131072, num_hidden_layers=80, num_attention_heads=64,
+        hidden_size=131072, intermediate_size=524288, num_hidden_layers=4, num_attention_heads=64,
         vocab_size=128256,
     ).save_pretrained(tmp_path / "large")  # fmt: skip
     tokenizer = load_tokenizer(resolve_model("builtin:arithmetic", None, False))
