@@ -19,7 +19,6 @@ from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
 
-from rich.progress import track
 from transformers import AutoTokenizer, LlamaConfig, Qwen2Config
 
 from cs336_alignment.config import Config, DataConfig, LoggerConfig, ModelConfig, TrainerConfig
@@ -99,9 +98,8 @@ def main() -> None:
             arms[name] = (str(place), True, long if "rows" in name else options.data)
         columns = ["model", "parameters", "`microbatch_tokens`", "predicted, GiB", "measured, GiB"]
         columns += ["predicted / measured", *(["`train`, GiB"] if options.train else [])]
-        lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
-        turns = [(name, budget) for name in arms for budget in options.budgets]
-        for name, budget in track(turns, "measuring"):
+        print(f"| {' | '.join(columns)} |", "|---" * len(columns) + "|", sep="\n", flush=True)
+        for name, budget in ((name, budget) for budget in options.budgets for name in arms):
             model, random_init, data = arms[name]
             config = Config(
                 ModelConfig(model, random_init=random_init),
@@ -121,8 +119,7 @@ def main() -> None:
             if options.train:
                 with tempfile.TemporaryDirectory(dir=folder) as run:
                     cells.append(f"{train_one_step(config, Path(run)):.2f}")
-            lines.append(f"| {' | '.join(cells)} |")
-    print("\n".join(lines))
+            print(f"| {' | '.join(cells)} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ chooses the same kernels as the device would; what a kernel needs within itself 
 from __future__ import annotations
 
 import contextlib
+import math
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -34,6 +35,7 @@ from cs336_alignment.training.batching_choice import dropout_options
 from cs336_alignment.training.optimizer import allocate_state, build_optimizer
 from cs336_alignment.training.preflight import try_microbatch
 
+SHARDED = "fsdp2"  # parallel.strategy
 WEIGHTS, GRADIENTS, STATE = "weights", "gradients", "optimizer state"
 ACTIVATIONS, HEAD, PASSING = "activations", "LM head", "in passing"
 # torchao (optim/quant_utils.py): smaller tensors, and those that no block divides, stay float32.
@@ -164,7 +166,7 @@ def divided(
     if processes == 1:
         return needs
     parts = needs.microbatch.copy()
-    if strategy == "ddp":
+    if strategy != SHARDED:
         if not accumulates:
             parts.pop(GRADIENTS, None)
             return replace(needs, gradients=0, shared=needs.gradients, microbatch=parts)
@@ -206,10 +208,10 @@ def certain_needs(
     """
     try:
         model = without_values(source, torch.device("meta"))
+        needs = Needs(*_held(model), state_bytes(model, optimizer))
     except UserError as failure:
         return failure.message
-    needs = Needs(*_held(model), state_bytes(model, optimizer))
-    if strategy == "ddp":  # its buckets depend on how many microbatches a step has
+    if strategy != SHARDED:  # DDP's buckets depend on how many microbatches a step has
         return needs
     return divided(needs, model, strategy, processes, accumulates=True, compute_bytes=2)
 
@@ -412,6 +414,9 @@ def refuse_too_large(
         ways.append(f"optimizer.state_bits=8 (about {gib(less)})")
     if "lora.r" in ALL_KEYS:
         ways.append(f"lora.r=16 (little more than the weights' {gib(needs.weights)})")
+    if "parallel.reshard_after_forward" in ALL_KEYS:
+        count = math.ceil(needs.certain / found.total)
+        ways.append(f"parallel={SHARDED} with {count} times the processes or more")
     share = found.total / needs.certain
     ways += [f"a model of {share:.0%} of its size", f"a {device.type} with more memory"]
     raise UserError(

@@ -25,6 +25,7 @@ from cs336_alignment.training.memory import (
     GRADIENTS,
     HEAD,
     PASSING,
+    SHARDED,
     STATE,
     WEIGHTS,
     Foresight,
@@ -79,7 +80,7 @@ def report_memory(config: Config) -> ExitStatus:
     warning = refuse_too_large(needs, found, outlook.device, config.optimizer)
     if warning is not None:
         console.warn(warning)
-    if config.parallel.strategy != "ddp" and outlook.processes > 1:
+    if config.parallel.strategy == SHARDED and outlook.processes > 1:
         console.note("not measured: one process alone would hold the whole model")
         return ExitStatus.DONE
     console.note("measuring  the worst microbatch, in a process of its own")
@@ -226,7 +227,7 @@ class Outlook:
         model, parts = self.foresight.policy.model, needs.microbatch
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
         of_all = {
-            "DDP's buckets" if self.config.parallel.strategy == "ddp" else "gathered by FSDP2":
+            "gathered by FSDP2" if self.config.parallel.strategy == SHARDED else "DDP's buckets":
             needs.shared
         }  # fmt: skip
         rows: list[tuple[str, float, float]] = [
@@ -258,7 +259,7 @@ class Outlook:
             ("with model, optimizer's step", needs.at_step, trial.at_step),
         ]
         self.console.table(
-            f"{trial.tokens:,} tokens at {trial.positions:,} positions (GiB)",
+            f"{trial.tokens:,} tokens, tried (GiB)",
             ["peak", "estimate", "measured", "ratio"],
             [
                 [name, f"{(self.base + size) / 2**30:.2f}", f"{measured / 2**30:.2f}",

@@ -14,12 +14,11 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 
 import torch
-from torch import nn
 
 from cs336_alignment import quiet
 from cs336_alignment.config import Config
 from cs336_alignment.cores import keep_freed_memory
-from cs336_alignment.data.batching import StepPlan, collate
+from cs336_alignment.data.batching import StepPlan
 from cs336_alignment.data.splits import RunData
 from cs336_alignment.errors import ExitStatus, UserError
 from cs336_alignment.machine_memory import (
@@ -44,8 +43,8 @@ from cs336_alignment.training.preflight import (
     choose_precision,
     is_out_of_memory,
     largest_microbatch,
+    rehearse_microbatch,
     telling_out_of_memory,
-    try_microbatch,
     wait_for,
     warm_up_compiled,
 )
@@ -58,12 +57,11 @@ class Trial:
     Attributes:
         batching: the layout that a run would choose.
         base: bytes of the process before the model is loaded; 0 on a GPU.
-        at_microbatch: at the peak of the forward and backward pass.
-        at_step: at the peak of the optimizer's step.
+        at_microbatch: bytes at the peak of the forward and backward pass.
+        at_step: bytes at the peak of the optimizer's step.
         tokens: of the microbatch's examples.
-        positions: that are computed for them.
         seconds: of forward and backward.
-        step_seconds: of clipping and the optimizer.
+        step_seconds: of an optimizer's step, its first.
     """
 
     batching: Batching
@@ -71,7 +69,6 @@ class Trial:
     at_microbatch: int
     at_step: int
     tokens: int
-    positions: int
     seconds: float
     step_seconds: float
 
@@ -177,31 +174,19 @@ def try_worst(config: Config, processes: int, room: int | None = None) -> Trial:
         ids = largest_microbatch(
             plan, cut, dataset, steps, num_processes=processes, process_index=0
         )
-        several = accumulates(plan, cut, dataset, steps, processes)
         optimizer = build_optimizer(model, config.optimizer)
         meter.begin()
+        start = time.perf_counter()
         allocate_state(optimizer)  # by a step, while no microbatch has made the process larger
-        at_step = meter.peak()
-        batch = collate([dataset[i] for i in ids], batching=cut.batching).to(device)
+        wait_for(device)
+        step_seconds, at_step = time.perf_counter() - start, meter.peak()
         meter.begin()
         policy.train()
-        for _ in range(2):  # the second is what the others of a run are like
-            if not several:
-                policy.zero_grad(set_to_none=True)
-            start = time.perf_counter()
-            try_microbatch(policy, batch)
-            wait_for(device)
-            seconds = time.perf_counter() - start
-        at_microbatch = meter.peak()
-        start = time.perf_counter()
-        nn.utils.clip_grad_norm_(policy.parameters(), config.optimizer.max_grad_norm)
-        optimizer.step()
-        wait_for(device)
-        step_seconds = time.perf_counter() - start
-    return Trial(
-        choice.batching, base, at_microbatch, at_step, int(dataset.lengths[ids].sum()),
-        batch.input_ids.numel(), seconds, step_seconds,
-    )  # fmt: skip
+        _, seconds = rehearse_microbatch(
+            policy, dataset, ids, cut, accumulated=accumulates(plan, cut, dataset, steps, processes)
+        )
+    tokens = int(dataset.lengths[ids].sum())
+    return Trial(choice.batching, base, meter.peak(), at_step, tokens, seconds, step_seconds)
 
 
 def _limit(room: int, device: torch.device) -> None:
