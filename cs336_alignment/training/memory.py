@@ -38,6 +38,12 @@ from cs336_alignment.training.preflight import try_microbatch
 SHARDED = "fsdp2"  # parallel.strategy
 WEIGHTS, GRADIENTS, STATE = "weights", "gradients", "optimizer state"
 ACTIVATIONS, HEAD, PASSING = "activations", "LM head", "in passing"
+# Small things settle in the holes of large ones, so that in one microbatch or another the largest
+# block finds none of its size, and glibc's heap grows by it. What was measured says: once.
+GAPS = "gaps between blocks"
+# logsumexp keeps `exp(x - max)` for its sum (aten/src/ATen/native/ReduceOps.cpp), and a product of
+# many rows with a vector each copies what does not lie as MKL wants it (LinearAlgebra.cpp).
+COPYING = {torch.ops.aten.logsumexp.default, torch.ops.aten.bmm.default}
 # torchao (optim/quant_utils.py): smaller tensors, and those that no block divides, stay float32.
 EIGHT_BIT_BLOCK, EIGHT_BIT_LEAST, EIGHT_BIT_MAP = 256, 4096, 256 * 4
 EIGHT_BIT_PASSING = 16  # bytes a value of the largest tensor: moments and quotients in float32
@@ -51,6 +57,7 @@ class LiveBytes(TorchDispatchMode):
 
     Attributes:
         part: what those are for that are made from now on.
+        largest: bytes of the largest that was made since the peak began.
         now: by part, what is alive.
         peak: by part, when most was alive.
     """
@@ -58,6 +65,7 @@ class LiveBytes(TorchDispatchMode):
     def __init__(self, device: torch.device) -> None:
         super().__init__()
         self.part = PASSING
+        self.largest = 0
         self.now: Counter[str] = Counter()
         self.peak: Counter[str] = Counter()
         self._device = device.type
@@ -66,11 +74,23 @@ class LiveBytes(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.aten.equal.default:  # of values, which nobody knows: as if foretold
             return True
+        scratch = self._scratch(func, args)
         result = func(*args, **(kwargs or {}))
         for value in tree_leaves(result):
             if isinstance(value, Tensor) and value.device.type == self._device:
                 self.add(value, self.part)
+        del scratch
         return result
+
+    def _scratch(self, func: Any, args: Any) -> Tensor | None:
+        """Make what a CPU's kernel makes within itself, where that is as large as its argument."""
+        if self._device != "cpu" or func not in COPYING:
+            return None
+        if func is torch.ops.aten.bmm.default and args[1].shape[2] > 1:
+            return None
+        scratch = torch.empty_like(args[0])
+        self.add(scratch, self.part)
+        return scratch
 
     def add(self, tensor: Tensor, part: str) -> None:
         """Count a tensor's storage as of this part, if it is not counted yet."""
@@ -78,7 +98,9 @@ class LiveBytes(TorchDispatchMode):
         key, size = storage._cdata, storage.nbytes()
         if key in self._storages:
             return
-        self._storages[key] = (part, size, weakref.ref(storage, lambda _: self._drop(key)))
+        reference = weakref.ref(storage, lambda _: self._drop(key))
+        self._storages[key] = (part, size, reference)
+        self.largest = max(self.largest, size)
         self.now[part] += size
         if self.now.total() > self.peak.total():
             self.peak = self.now.copy()
@@ -87,14 +109,14 @@ class LiveBytes(TorchDispatchMode):
         """Count a tensor's storage as of another part."""
         self.add(tensor, part)
         key = tensor.untyped_storage()._cdata
-        old, size, reference = self._storages[key]
-        self._storages[key] = (part, size, reference)
+        old, size, *rest = self._storages[key]
+        self._storages[key] = (part, size, *rest)
         self.now[old] -= size
         self.now[part] += size
 
     def forget_peak(self) -> None:
         """Let the peak begin anew, from what is alive now."""
-        self.peak = self.now.copy()
+        self.peak, self.largest = self.now.copy(), 0
 
     def _drop(self, key: int) -> None:
         part, size, _ = self._storages.pop(key)
@@ -336,6 +358,8 @@ class Foresight:
                 self.policy.zero_grad(set_to_none=True)
         parts = live.peak - Counter({WEIGHTS: weights})
         parts.pop(STATE, None)  # not all of it goes with the optimizer
+        if self.device.type == "cpu":
+            parts[GAPS] = live.largest
         return Needs(weights, gradients, state, 0, parts, stepping)
 
     def _at_step(self, live: LiveBytes, before: int) -> tuple[int, int]:

@@ -22,6 +22,7 @@ from cs336_alignment.tracking.console import Console
 from cs336_alignment.training.inputs import load_data
 from cs336_alignment.training.memory import (
     ACTIVATIONS,
+    GAPS,
     GRADIENTS,
     HEAD,
     PASSING,
@@ -240,6 +241,7 @@ class Outlook:
             (f"{ACTIVATIONS}, {self.batching} rows", parts[ACTIVATIONS], 0),
             (f"{HEAD}, a chunk and its gradients", parts[HEAD], 0),
             (PASSING, parts[PASSING], needs.stepping),
+            *([(GAPS, parts[GAPS], 0)] if parts[GAPS] else []),
             ("sum", self.base + needs.at_microbatch, self.base + needs.at_step),
         ]  # fmt: skip
         self.console.table(
