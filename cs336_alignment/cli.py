@@ -5,7 +5,6 @@ runs.
 from __future__ import annotations
 
 import difflib
-import logging
 import os
 import sys
 import traceback
@@ -18,11 +17,11 @@ from cs336_alignment.config import Config
 from cs336_alignment.config_names import FLAGS, VALUE_FLAGS, nearest_key
 from cs336_alignment.errors import ExitStatus, UserError
 from cs336_alignment.multirun import Outcome
+from cs336_alignment.quiet import silence
 from cs336_alignment.training.stop import StopNow, StopRequest, end_with_launcher
 
+MEMORY = "--memory"  # the doctor's
 FILE_FLAGS = {"--config", "--config_file", "--config-file", "--yaml"}
-# transformers imports torchao where it is installed, and that warns of its kernels for other GPUs.
-NOISY = ("torchao", "torch.utils._pytree")
 
 
 @dataclass(frozen=True)
@@ -88,12 +87,18 @@ def _inspect(arguments: Sequence[str]) -> ExitStatus:
 def _doctor(arguments: Sequence[str]) -> ExitStatus:
     from cs336_alignment.compose import run_with_config
 
+    words = [word for word in arguments if word != MEMORY]
+
     def job(config: Config) -> ExitStatus:
+        if len(words) < len(arguments):
+            from cs336_alignment.training.memory_report import report_memory
+
+            return report_memory(config)
         from cs336_alignment.training.doctor import doctor
 
         return doctor(config)
 
-    return run_with_config("doctor", arguments, job)
+    return run_with_config("doctor", words, job)
 
 
 def _expert_iteration(arguments: Sequence[str]) -> ExitStatus:
@@ -221,7 +226,9 @@ VERBS = (
         "prepare", "tokenize the data into the cache, and count what becomes of the rows", _prepare
     ),
     Verb("inspect", "see what is trained, token by token (--html FILE: a page)", _inspect),
-    Verb("doctor", "prove the invariances on this model, tokenizer and data", _doctor),
+    Verb(
+        "doctor", "prove the invariances on this model and data (--memory: what it takes)", _doctor
+    ),
     Verb("evaluate", "loss, generations and rewards of a model, checkpoint or export", _evaluate),
     Verb("report", "a page and plots of a run, or of several side by side", _report),
     Verb("expert-iteration", "sample, keep what is correct, train on it, again", _expert_iteration),
@@ -318,8 +325,7 @@ def run(arguments: list[str]) -> ExitStatus:
         The exit status; errors have been printed.
     """
     speaks = os.environ.get("LOCAL_RANK", "0") == "0"  # one process of each machine
-    for name in NOISY:
-        logging.getLogger(name).setLevel(logging.ERROR)
+    silence()
     debug = "--debug" in arguments
     arguments = [argument for argument in arguments if argument != "--debug"]
     if not arguments or arguments[0] in ("--help", "-h", "help"):
@@ -335,7 +341,8 @@ def run(arguments: list[str]) -> ExitStatus:
                 expected="one of " + ", ".join(verb.name for verb in VERBS),
                 hint=_verb_hint(arguments),
             )
-        refuse_foreign_flags(arguments[1:])
+        own = {MEMORY} if verb.name == "doctor" else set()
+        refuse_foreign_flags([word for word in arguments[1:] if word not in own])
         return verb.run(arguments[1:])
     except UserError as error:
         if speaks:

@@ -14,7 +14,7 @@ model/       loading · attention (flat rows, shared prefix) · lm_head (chunked
 training/    loss · step (one step's gradient) · trainer (the loop) · run (a run, whole)
              optimizer · schedule · parallel · checkpoint · status · stop
              run_folder, earlier_config (may a command go on?) · held_out (when it is evaluated)
-             preflight · report · manifest · export · doctor (invariances)
+             preflight · memory · report · manifest · export · doctor (invariances)
              best (which step) · finish (the end of a run) · reload_check (the export, loaded anew)
 evaluation/  loss · generate (sampling) · log_generations · evaluator · run (`cs336-sft evaluate`:
              arms, kept_responses, statistics, summary, categories) · chat, chat_session

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import atexit
 import json
-import logging
 import os
 import shutil
 import socket
@@ -30,10 +29,9 @@ if "HF_HOME" not in os.environ:
     atexit.register(remove_cache, os.environ["HF_HOME"], os.getpid())
 CACHE = os.environ["HF_HOME"]
 
-from cs336_alignment.cli import NOISY
+from cs336_alignment.quiet import silence
 
-for name in NOISY:  # before transformers is imported
-    logging.getLogger(name).setLevel(logging.ERROR)
+silence()  # before transformers is imported
 
 import pytest
 import torch

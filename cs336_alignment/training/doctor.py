@@ -15,9 +15,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 
 from cs336_alignment.config import Config
 from cs336_alignment.data.batching import MIN_SHARED_TOKENS, collate, shared_prefix
-from cs336_alignment.data.splits import RunData, prepare_run
 from cs336_alignment.errors import ExitStatus, UserError
-from cs336_alignment.evaluation.verify import verifying
 from cs336_alignment.microbatch import Batching
 from cs336_alignment.model.attention import FLAT_ATTENTION, why_not_flat
 from cs336_alignment.model.compile import compile_layers
@@ -37,6 +35,7 @@ from cs336_alignment.tracking.console import Console
 from cs336_alignment.training.batching_choice import choose_batching
 from cs336_alignment.training.checkpoint import Snapshot, TrainState, restore, save_checkpoint
 from cs336_alignment.training.export import export_model, save_sidecars
+from cs336_alignment.training.inputs import load_data
 from cs336_alignment.training.invariances import (
     Finding,
     Gradient,
@@ -104,7 +103,7 @@ def examine(config: Config, processes: Processes, console: Console) -> Iterator[
     options = config.model
     source = resolve_model(options.name_or_path, options.revision, options.trust_remote_code)
     tokenizer = load_tokenizer(source, options.new_tokens)
-    data = _load_data(config, tokenizer, console)
+    data = load_data(config, tokenizer, console)
     yield from guarded(
         "text and tokens", lambda: check_tokens(data.train, tokenizer, config, NUM_EXAMPLES)
     )
@@ -162,17 +161,6 @@ def _load(
     base = base_of(source, model) if lora.active else None
     choose_trained(model, tokenizer, options, lora, base, seed=seed)
     return model
-
-
-def _load_data(config: Config, tokenizer: PreTrainedTokenizerBase, console: Console) -> RunData:
-    with verifying(config.evaluation) as verify:
-        data = prepare_run(
-            config.data, tokenizer, seed=config.seed, progress=console.progress, note=console.note,
-            verify=verify,
-        )  # fmt: skip
-    for line in data.warnings:
-        console.warn(line)
-    return data
 
 
 def _check_gradients(

@@ -50,14 +50,23 @@ def load_inputs(config: Config, console: Console) -> Inputs:
         console.note(describe_reward(evaluation, reward))
     source = resolve_model(model.name_or_path, model.revision, model.trust_remote_code)
     tokenizer = load_tokenizer(source, model.new_tokens)
-    with verifying(evaluation) as verify:
+    return Inputs(source, tokenizer, load_data(config, tokenizer, console), reward)
+
+
+def load_data(config: Config, tokenizer: PreTrainedTokenizerBase, console: Console) -> RunData:
+    """Prepare the data, or find them in the cache, and say what became of the rows.
+
+    Raises:
+        UserError: they cannot be found or are bad.
+    """
+    with verifying(config.evaluation) as verify:
         data = prepare_run(
             config.data, tokenizer, seed=config.seed, progress=console.progress, note=console.note,
             verify=verify,
         )  # fmt: skip
     for line in data.warnings:
         console.warn(line)
-    return Inputs(source, tokenizer, data, reward)
+    return data
 
 
 def refuse_other_backends(options: EvaluationConfig) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
@@ -18,7 +18,8 @@ from cs336_alignment.data.batching import (
 )
 from cs336_alignment.data.dataset import TokenizedDataset
 from cs336_alignment.errors import ExitStatus, UserError
-from cs336_alignment.microbatch import Batching
+from cs336_alignment.machine_memory import peak_resident_memory
+from cs336_alignment.microbatch import Batching, Microbatch
 from cs336_alignment.model.compile import compile_layers
 from cs336_alignment.model.policy import Policy
 from cs336_alignment.training.batching_choice import probe_rows
@@ -26,6 +27,7 @@ from cs336_alignment.training.step import Cut
 
 STEPS_LOOKED_AT = 20_000
 MICROBATCHES_LOOKED_INTO = 200
+SHORT_SECONDS = 1.0  # a first time as short as this is mostly what is done but once
 
 
 def choose_precision(wanted: str, device: torch.device) -> torch.dtype | None:
@@ -196,28 +198,108 @@ def _largest_after_sharing(
     return largest
 
 
+def accumulates(
+    plan: StepPlan, cut: Cut, dataset: TokenizedDataset, steps: range, num_processes: int
+) -> bool:
+    """Tell whether a step has several microbatches, by the first steps: a gradient is then there
+    while the next one is computed.
+    """
+    return any(
+        len(
+            plan_microbatches(
+                plan.example_ids(step), dataset.lengths, num_processes=num_processes,
+                process_index=0, microbatch_tokens=cut.microbatch_tokens,
+                gradient_accumulation_steps=cut.gradient_accumulation_steps, batching=cut.batching,
+            )
+        ) > 1
+        for step in steps[:MICROBATCHES_LOOKED_INTO]
+    )  # fmt: skip
+
+
+def count_tokens(plan: StepPlan, dataset: TokenizedDataset, steps: range) -> float:
+    """Count the tokens of the examples of these steps, of very many by the first ones."""
+    looked = steps[:STEPS_LOOKED_AT]
+    found = sum(int(dataset.lengths[list(plan.example_ids(step))].sum()) for step in looked)
+    return found * len(steps) / max(1, len(looked))
+
+
+def try_microbatch(policy: Policy, batch: Microbatch) -> None:
+    """Calls backward on a microbatch, as a step does that is logged."""
+    dtype = torch.promote_types(torch.float32, next(policy.parameters()).dtype)
+    slopes = torch.ones(batch.labels.shape, dtype=dtype, device=batch.labels.device)
+    policy(batch, True, slopes)[0].sum().backward()
+
+
 def rehearse_microbatch(
-    policy: Policy, dataset: TokenizedDataset, ids: Sequence[int], cut: Cut
-) -> str:
-    """Run a microbatch forward and backward and throw its gradient away; returns what it took.
+    policy: Policy,
+    dataset: TokenizedDataset,
+    ids: Sequence[int],
+    cut: Cut,
+    *,
+    accumulated: bool = False,
+) -> tuple[str, float]:
+    """Run a microbatch forward and backward and throw its gradient away.
+
+    Args:
+        policy: not wrapped.
+        dataset: all examples.
+        ids: of the microbatch.
+        cut: its layout is read.
+        accumulated: whether the gradient of another microbatch is to be there.
+
+    Returns:
+        What it took, in words, and its seconds.
 
     Raises:
         UserError: there is not enough memory (70).
     """
     device = next(policy.parameters()).device
     batch = collate([dataset[i] for i in ids], batching=cut.batching).to(device)
-    torch.manual_seed(0)  # dropout; every step seeds anew
+    seconds = 0.0
     try:
         with telling_out_of_memory(device):
-            log_probs, _ = policy(batch, True)
-            log_probs.sum().backward()
+            for parameter in policy.parameters():
+                if accumulated and parameter.requires_grad:
+                    parameter.grad = torch.zeros_like(parameter)
+            for _ in range(2):
+                start = time.perf_counter()
+                torch.manual_seed(0)  # dropout; every step seeds anew
+                try_microbatch(policy, batch)
+                wait_for(device)
+                seconds = time.perf_counter() - start
+                if seconds > SHORT_SECONDS:
+                    break
+                if not accumulated:
+                    policy.zero_grad(set_to_none=True)
     finally:
         policy.zero_grad(set_to_none=True)
     tokens = batch.input_ids.numel()
-    return (
+    text = (
         f"{tokens:,} tokens in the largest microbatch, tried with weights, gradients and "
         f"optimizer: peak {peak_memory_gib(device):.2f} GiB"
     )
+    return text, seconds
+
+
+def wait_for(device: torch.device) -> None:
+    """Wait for what a device still computes."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def foretell(tokens: float, steps: int, tokens_per_second: float) -> str:
+    """Say how long a run will take."""
+    hours, minutes = divmod(round(tokens / tokens_per_second / 60), 60)
+    text = f"{hours:,} h {minutes:02d} min" if hours else f"{minutes} min"
+    if hours + minutes == 0:
+        text = "less than a minute"
+    return f"{text} for {steps:,} steps, {tokens:,.0f} tokens at {tokens_per_second:,.0f} a second"
+
+
+def is_out_of_memory(failure: BaseException | None) -> bool:
+    """Tell want of memory from other failures."""
+    signs = ("can't allocate memory", "out of memory")
+    return isinstance(failure, MemoryError) or any(sign in str(failure) for sign in signs)
 
 
 @contextlib.contextmanager
@@ -227,9 +309,7 @@ def telling_out_of_memory(device: torch.device) -> Iterator[None]:
         yield
     except (RuntimeError, MemoryError) as failure:  # torch.OutOfMemoryError is a RuntimeError
         text = str(failure)
-        if not isinstance(failure, torch.OutOfMemoryError | MemoryError) and not any(
-            sign in text for sign in ("can't allocate memory", "out of memory")
-        ):
+        if not is_out_of_memory(failure):
             raise
         raise UserError(
             "R303",
@@ -245,7 +325,4 @@ def peak_memory_gib(device: torch.device) -> float:
     """Give this process's peak memory in GiB: of the GPU, or resident on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
-    import resource  # not on every platform
-
-    unit = 1 if sys.platform == "darwin" else 2**10  # macOS counts in bytes, Linux in KiB
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+    return peak_resident_memory() / 2**30

@@ -26,6 +26,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from cs336_alignment.data.dataset import TokenizedDataset
+from cs336_alignment.machine_memory import found_memory
 from cs336_alignment.model.loading import eos_ids
 from cs336_alignment.model.lora import changed_by_training, is_adapted
 from cs336_alignment.training import reload_child
@@ -143,14 +144,10 @@ def check_export(
 
 def _no_room(model: PreTrainedModel) -> str | None:
     """Say that memory is too short for a second copy; None where it is not, or nobody knows."""
-    try:
-        text = Path("/proc/meminfo").read_text(encoding="ascii")
-    except OSError:
-        return None
-    found = re.search(r"^MemAvailable:\s*(\d+) kB", text, re.MULTILINE)
+    found = found_memory()
     size = sum(p.numel() * p.element_size() for p in model.state_dict().values())
     needed = PYTHON_MIB + 1.3 * size / 2**20
-    if found is None or (free := int(found[1]) / 2**10) >= needed:
+    if found is None or (free := found.free / 2**20) >= needed:
         return None
     return f"it takes {needed:,.0f} MiB of memory and {free:,.0f} MiB are free"
 

@@ -48,6 +48,7 @@ from cs336_alignment.training.launch_check import (
     refuse_lone_and_surplus_processes,
 )
 from cs336_alignment.training.manifest import build_manifest
+from cs336_alignment.training.memory import certain_needs, device_memory, refuse_too_large
 from cs336_alignment.training.optimizer import allocate_state, build_optimizer
 from cs336_alignment.training.parallel import (
     Processes,
@@ -56,8 +57,11 @@ from cs336_alignment.training.parallel import (
     set_threads,
 )
 from cs336_alignment.training.preflight import (
+    accumulates,
     choose_cut,
     choose_precision,
+    count_tokens,
+    foretell,
     largest_microbatch,
     rehearse_microbatch,
     telling_out_of_memory,
@@ -205,6 +209,7 @@ class _Run:
         config, data, held_out = self.config, self.inputs.data.train, self.inputs.data.held_out
         if self.processes.device.type == "cpu":
             keep_freed_memory()
+        self._refuse_too_large()
         self.console.note(f"loading {config.model.name_or_path}")
         dtype = choose_precision(precision, self.processes.device)
         model = self._load(dtype)
@@ -261,6 +266,20 @@ class _Run:
         fresh = load_model(self.inputs.source, random_init=False, seed=self.config.seed)
         copy_adapter(model, fresh)
         return fresh
+
+    def _refuse_too_large(self) -> None:
+        """Refuse before it is loaded what cannot be trained in the memory found."""
+        processes, config = self.processes, self.config
+        needs = certain_needs(
+            self.inputs.source, config.optimizer, config.parallel.strategy, processes.count
+        )
+        if isinstance(needs, str):
+            self.console.note(f"{'memory':<10} not foretold: {needs}")
+            return
+        found = device_memory(processes.device, processes.local_count)
+        warning = refuse_too_large(needs, found, processes.device, config.optimizer)
+        if warning is not None:
+            self.console.warn(warning)
 
     def _fit(self, policy: Policy, plan: StepPlan, cut: Cut, total_steps: int) -> ExitStatus:
         config, tokenizer = self.config, self.inputs.tokenizer
@@ -393,8 +412,15 @@ class _Run:
             num_processes=self.processes.count, process_index=self.processes.index,
         )  # fmt: skip
         if steps:
-            text = rehearse_microbatch(policy, data, ids, cut)
+            count = self.processes.count
+            text, seconds = rehearse_microbatch(
+                policy, data, ids, cut, accumulated=accumulates(plan, cut, data, steps, count)
+            )
             self.console.note(f"{'memory':<10} {text}")
+            rate = count * int(data.lengths[ids].sum()) / seconds if ids else 0.0
+            if rate:
+                text = foretell(count_tokens(plan, data, steps), len(steps), rate)
+                self.console.note(f"{'time':<10} about {text}, by this microbatch")
 
     def _rehearse_saving(
         self, writer: CheckpointWriter, policy: Policy, optimizer: Optimizer, steps: int

@@ -17,18 +17,18 @@ PACKAGE = ROOT / "cs336_alignment"
 FILES = sorted(PACKAGE.rglob("*.py"))
 # Lower layers first; a module imports from its own package and from lower layers alone.
 LAYERS = [
-    {"cores", "errors", "files", "html_page", "microbatch", "orphans"}, {"config"}, {"multirun"}, {"config_check", "config_clashes", "config_names", "metric_names"},
+    {"cores", "errors", "files", "html_page", "machine_memory", "microbatch", "orphans", "quiet"}, {"config"}, {"multirun"}, {"config_check", "config_clashes", "config_names", "metric_names"},
     {"compose_errors", "compose", "data", "model", "training.loss"},
     {"training.parallel", "training.optimizer", "training.schedule_free", "training.averaging", "training.schedule", "training.checkpoint",
      "training.checkpoint_writer", "training.step", "training.stop", "training.spike",
-     "training.preflight", "training.batching_choice", "training.safetensors_file",
+     "training.preflight", "training.memory", "training.batching_choice", "training.safetensors_file",
      "training.status", "training.watchdog"},
     {"tracking"}, {"evaluation"},
     {"sharing.card", "sharing.hub"},
     {"training.earlier_config", "training.held_out", "training.inputs", "training.run_folder", "training.export", "training.manifest", "training.report",
      "training.trainer", "training.run", "training.doctor", "training.optimizer_check", "training.invariances",
      "training.token_check", "training.best", "training.finish", "training.reload_check",
-     "training.reload_child", "training.launch_check"},
+     "training.reload_child", "training.launch_check", "training.memory_trial", "training.memory_report"},
     {"data_commands", "chat_command", "report_command", "env_command", "cluster_job"}, {"sharing"}, {"export_command"},
     {"experiments"}, {"cli", "sft"},
 ]  # fmt: skip

@@ -73,8 +73,12 @@ def positions(dataset: TokenizedDataset, ids: list[int], batching: Batching) -> 
 def test_a_rehearsed_microbatch_leaves_no_trace() -> None:
     policy, dataset = Policy(build_model("llama")), build_dataset()
     before = copy.deepcopy(policy.state_dict())
-    text = rehearse_microbatch(policy, dataset, [0, 3, 5], Cut(None, 1, batching="flat"))
-    assert f"{int(dataset.lengths[[0, 3, 5]].sum()) - 3:,} tokens" in text and "GiB" in text
+    for accumulated in (False, True):
+        text, seconds = rehearse_microbatch(
+            policy, dataset, [0, 3, 5], Cut(None, 1, batching="flat"), accumulated=accumulated
+        )
+        assert f"{int(dataset.lengths[[0, 3, 5]].sum()) - 3:,} tokens" in text and "GiB" in text
+        assert seconds > 0
     assert all(torch.equal(value, before[name]) for name, value in policy.state_dict().items())
     assert all(parameter.grad is None for parameter in policy.parameters())
 

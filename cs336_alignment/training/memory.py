@@ -1,0 +1,458 @@
+"""What training will take of memory, known before anything is loaded: the program itself runs on
+tensors that have shapes and no values, and what is alive at each moment is added up.
+
+No table of constants per architecture: what a layer keeps for the backward pass, with and without
+recomputation, in every layout and precision, is what its own code keeps. torch's `FakeTensorMode`
+chooses the same kernels as the device would; what a kernel needs within itself is not seen.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import weakref
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, fields, is_dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import PreTrainedModel
+
+from cs336_alignment.config import ALL_KEYS, OptimizerConfig, TrainerConfig
+from cs336_alignment.errors import ExitStatus, UserError
+from cs336_alignment.machine_memory import Memory, found_memory
+from cs336_alignment.microbatch import Batching, Microbatch
+from cs336_alignment.model.attention import FLAT_ATTENTION, why_not_flat
+from cs336_alignment.model.loading import ModelSource, load_model
+from cs336_alignment.model.policy import Policy
+from cs336_alignment.model.recompute import enable_checkpointing
+from cs336_alignment.training.batching_choice import dropout_options
+from cs336_alignment.training.optimizer import allocate_state, build_optimizer
+from cs336_alignment.training.preflight import try_microbatch
+
+SHARDED = "fsdp2"  # parallel.strategy
+WEIGHTS, GRADIENTS, STATE = "weights", "gradients", "optimizer state"
+ACTIVATIONS, HEAD, PASSING = "activations", "LM head", "in passing"
+# Small things settle in the holes of large ones, so that in one microbatch or another the largest
+# block finds none of its size, and glibc's heap grows by it. What was measured says: once.
+GAPS = "gaps between blocks"
+# logsumexp keeps `exp(x - max)` for its sum (aten/src/ATen/native/ReduceOps.cpp), and a product of
+# many rows with a vector each copies what does not lie as MKL wants it (LinearAlgebra.cpp).
+COPYING = {torch.ops.aten.logsumexp.default, torch.ops.aten.bmm.default}
+# torchao (optim/quant_utils.py): smaller tensors, and those that no block divides, stay float32.
+EIGHT_BIT_BLOCK, EIGHT_BIT_LEAST, EIGHT_BIT_MAP = 256, 4096, 256 * 4
+EIGHT_BIT_PASSING = 16  # bytes a value of the largest tensor: moments and quotients in float32
+
+
+class LiveBytes(TorchDispatchMode):
+    """Adds up the tensors that are made within its block and are still alive, by what they are for.
+
+    Args:
+        device: whose tensors count.
+
+    Attributes:
+        part: what those are for that are made from now on.
+        largest: bytes of the largest that was made since the peak began.
+        now: by part, what is alive.
+        peak: by part, when most was alive.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__()
+        self.part = PASSING
+        self.largest = 0
+        self.now: Counter[str] = Counter()
+        self.peak: Counter[str] = Counter()
+        self._device = device.type
+        self._storages: dict[int, tuple[str, int, Any]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.equal.default:  # of values, which nobody knows: as if foretold
+            return True
+        scratch = self._scratch(func, args)
+        result = func(*args, **(kwargs or {}))
+        for value in tree_leaves(result):
+            if isinstance(value, Tensor) and value.device.type == self._device:
+                self.add(value, self.part)
+        del scratch
+        return result
+
+    def _scratch(self, func: Any, args: Any) -> Tensor | None:
+        """Make what a CPU's kernel makes within itself, where that is as large as its argument."""
+        if self._device != "cpu" or func not in COPYING:
+            return None
+        if func is torch.ops.aten.bmm.default and args[1].shape[2] > 1:
+            return None
+        scratch = torch.empty_like(args[0])
+        self.add(scratch, self.part)
+        return scratch
+
+    def add(self, tensor: Tensor, part: str) -> None:
+        """Count a tensor's storage as of this part, if it is not counted yet."""
+        storage = tensor.untyped_storage()
+        key, size = storage._cdata, storage.nbytes()
+        if key in self._storages:
+            return
+        reference = weakref.ref(storage, lambda _: self._drop(key))
+        self._storages[key] = (part, size, reference)
+        self.largest = max(self.largest, size)
+        self.now[part] += size
+        if self.now.total() > self.peak.total():
+            self.peak = self.now.copy()
+
+    def move(self, tensor: Tensor, part: str) -> None:
+        """Count a tensor's storage as of another part."""
+        self.add(tensor, part)
+        key = tensor.untyped_storage()._cdata
+        old, size, *rest = self._storages[key]
+        self._storages[key] = (part, size, *rest)
+        self.now[old] -= size
+        self.now[part] += size
+
+    def forget_peak(self) -> None:
+        """Let the peak begin anew, from what is alive now."""
+        self.peak, self.largest = self.now.copy(), 0
+
+    def _drop(self, key: int) -> None:
+        part, size, _ = self._storages.pop(key)
+        self.now[part] -= size
+
+
+@dataclass(frozen=True)
+class Needs:
+    """Bytes that one process needs.
+
+    Attributes:
+        weights: parameters and buffers.
+        gradients: of what is trained.
+        state: the optimizer's.
+        shared: what dividing the work among processes adds.
+        microbatch: by part, what else is alive at the worst moment of a forward and backward pass;
+            of the gradients those that are there by then.
+        stepping: what the optimizer needs in passing.
+    """
+
+    weights: int
+    gradients: int
+    state: int
+    shared: int = 0
+    microbatch: Counter[str] = field(default_factory=Counter)
+    stepping: int = 0
+
+    @property
+    def certain(self) -> int:
+        """What there must be room for, whatever the microbatch."""
+        return self.weights + self.gradients + self.state + self.shared
+
+    @property
+    def at_microbatch(self) -> int:
+        """All that is alive at the worst moment of a forward and backward pass."""
+        return self.weights + self.state + self.shared + self.microbatch.total()
+
+    @property
+    def at_step(self) -> int:
+        """All that is alive at the worst moment of the optimizer's step."""
+        return self.certain + self.stepping
+
+    @property
+    def peak(self) -> int:
+        """The larger of the two."""
+        return max(self.at_microbatch, self.at_step)
+
+
+def divided(
+    needs: Needs, model: PreTrainedModel, strategy: str, processes: int, *, accumulates: bool,
+    compute_bytes: int,
+) -> Needs:  # fmt: skip
+    """Give what each of several processes needs, from what one alone would.
+
+    DDP (Li and others, arXiv 2006.15704) keeps buckets as large as all gradients; `.grad` is a view
+    of them once a step's last microbatch has been reduced, and apart from them in those before.
+    FSDP2 (`fully_shard`) divides weights, gradients and state; gathered at a time are what lies
+    outside the blocks, with its gradient, and of blocks the one that is computed, the next one,
+    and one's gradient. Activations are each process's own.
+
+    Args:
+        needs: of one process, of the microbatch that each of them takes.
+        model: its blocks are looked at, not its values.
+        strategy: `parallel.strategy`.
+        processes: how many.
+        accumulates: whether a step has several microbatches.
+        compute_bytes: of a number in the compute dtype, in which parameters are gathered.
+    """
+    if processes == 1:
+        return needs
+    parts = needs.microbatch.copy()
+    if strategy != SHARDED:
+        if not accumulates:
+            parts.pop(GRADIENTS, None)
+            return replace(needs, gradients=0, shared=needs.gradients, microbatch=parts)
+        return replace(needs, shared=needs.gradients)
+    names = set(getattr(model, "_no_split_modules", None) or ())
+    blocks = [
+        sum(p.numel() for p in module.parameters())
+        for module in model.modules()
+        if type(module).__name__ in names
+    ]
+    root = sum(p.numel() for p in model.parameters()) - sum(blocks)
+    parts[GRADIENTS] //= processes
+    return replace(
+        needs,
+        weights=needs.weights // processes,
+        gradients=needs.gradients // processes,
+        state=needs.state // processes,
+        shared=compute_bytes * (2 * root + 3 * max(blocks, default=0)),
+        microbatch=parts,
+    )
+
+
+def without_values(source: ModelSource, device: torch.device) -> PreTrainedModel:
+    """Build a model whose tensors have no values, from its config alone, in no time.
+
+    Args:
+        source: of the model; its weights need not be there.
+        device: that the tensors seem to be on, within a `FakeTensorMode`; or `meta`.
+    """
+    with device:
+        return load_model(source, random_init=True, seed=0)
+
+
+def certain_needs(
+    source: ModelSource, optimizer: OptimizerConfig, strategy: str, processes: int
+) -> Needs | str:
+    """Count weights, gradients and optimizer state of each process, or say why that cannot be done
+    before the model is loaded.
+    """
+    try:
+        model = without_values(source, torch.device("meta"))
+        needs = Needs(*_held(model), state_bytes(model, optimizer))
+    except UserError as failure:
+        return failure.message
+    if strategy != SHARDED:  # DDP's buckets depend on how many microbatches a step has
+        return needs
+    return divided(needs, model, strategy, processes, accumulates=True, compute_bytes=2)
+
+
+def state_bytes(model: nn.Module, config: OptimizerConfig) -> int:
+    """Count what the optimizer keeps of a model that has no values."""
+    if config.state_bits == 8:  # torchao compiles its step, which takes tensors with values
+        return sum(_eight_bit_state(p.numel()) for p in model.parameters() if p.requires_grad)
+    optimizer = build_optimizer(model, config)
+    allocate_state(optimizer)
+    states = (value for state in optimizer.state.values() for value in state.values())
+    return sum(value.nbytes for value in states if isinstance(value, Tensor))
+
+
+def _eight_bit_state(numel: int) -> int:
+    if numel < EIGHT_BIT_LEAST or numel % EIGHT_BIT_BLOCK:
+        return 2 * numel * 4 + 4
+    return 2 * (numel + numel // EIGHT_BIT_BLOCK * 4 + EIGHT_BIT_MAP) + 4
+
+
+def _held(model: nn.Module) -> tuple[int, int]:
+    """Count the bytes of weights and of gradients."""
+    gradients = sum(p.nbytes for p in model.parameters() if p.requires_grad)
+    return sum(t.nbytes for t in (*model.parameters(), *model.buffers())), gradients
+
+
+def _copied(record: Any, device: torch.device) -> Any:
+    """Copy the tensors of a microbatch, or of a record in it; within a `FakeTensorMode` the copies
+    have no values.
+    """
+    copies: dict[str, Any] = {}
+    for item in fields(record):
+        value = getattr(record, item.name)
+        if isinstance(value, Tensor):
+            copies[item.name] = value.to(device, copy=True)
+        elif is_dataclass(value):
+            copies[item.name] = _copied(value, device)
+    return replace(record, **copies)
+
+
+@dataclass(frozen=True)
+class Foresight:
+    """A policy without values, to try microbatches on.
+
+    Attributes:
+        policy: the module that would be trained.
+        mode: within which its tensors live.
+        device: that they seem to be on.
+        optimizer: the section.
+    """
+
+    policy: Policy
+    mode: contextlib.AbstractContextManager[object]
+    device: torch.device
+    optimizer: OptimizerConfig
+
+    @staticmethod
+    def of(
+        source: ModelSource,
+        trainer: TrainerConfig,
+        optimizer: OptimizerConfig,
+        device: torch.device,
+        autocast_dtype: torch.dtype | None,
+    ) -> Foresight:
+        """Build the policy as a run does.
+
+        Raises:
+            UserError: there is no such model, or it cannot recompute its layers.
+        """
+        with (mode := FakeTensorMode(allow_non_fake_inputs=True)):
+            model = without_values(source, device)
+            if recompute := trainer.gradient_checkpointing:
+                enable_checkpointing(model, selective=recompute == "selective")
+            return Foresight(Policy(model, autocast_dtype), mode, device, optimizer)
+
+    def batching(self, wanted: str, longest: int) -> Batching:
+        """Say which layout a run would choose if the model computes what its config says."""
+        if wanted != "auto":
+            return wanted  # type: ignore[return-value]  # checked with the config
+        model = self.policy.model
+        if why_not_flat(model, longest) or model.config._attn_implementation != FLAT_ATTENTION:
+            return "padded"
+        return "flat" if dropout_options(self.policy) else "flat_shared_prefix"
+
+    def needs(self, batch: Microbatch, *, accumulates: bool) -> Needs:
+        """Calls backward: train on a microbatch, and see what is alive.
+
+        Args:
+            batch: with values, on the CPU.
+            accumulates: whether the gradients of another microbatch are there already.
+
+        Raises:
+            UserError: the model's code reads values, and there are none (70).
+        """
+        try:
+            return self._watch(batch, accumulates)
+        except (RuntimeError, ValueError, TypeError, IndexError) as failure:
+            raise UserError(
+                "R309",
+                "the memory of this architecture cannot be foretold: its code reads values",
+                ExitStatus.INTERNAL,
+                got=f"{type(failure).__name__}: {str(failure).strip().splitlines()[0]}",
+                hint="`cs336-sft train` tries its largest microbatch before the first step",
+            ) from failure
+
+    def _watch(self, batch: Microbatch, accumulates: bool) -> Needs:
+        model = self.policy.model
+        with self.mode, LiveBytes(self.device) as live:
+            for tensor in (*model.parameters(), *model.buffers()):
+                live.add(tensor, WEIGHTS)
+            weights, gradients = live.now.total(), _held(model)[1]
+            stepping, state = self._at_step(live, weights + gradients)
+            live.forget_peak()
+            given = _copied(batch, self.device)
+            handles = list(self._name_parts(live))
+            try:
+                for _ in range(2 if accumulates else 1):
+                    try_microbatch(self.policy, given)
+            finally:
+                for handle in handles:
+                    handle.remove()
+                self.policy.zero_grad(set_to_none=True)
+        parts = live.peak - Counter({WEIGHTS: weights})
+        parts.pop(STATE, None)  # not all of it goes with the optimizer
+        if self.device.type == "cpu":
+            parts[GAPS] = live.largest
+        return Needs(weights, gradients, state, 0, parts, stepping)
+
+    def _at_step(self, live: LiveBytes, before: int) -> tuple[int, int]:
+        """Give what the optimizer's step needs in passing, and its state."""
+        if self.optimizer.state_bits == 8:
+            largest = max(p.numel() for p in self.policy.parameters() if p.requires_grad)
+            return EIGHT_BIT_PASSING * largest, state_bytes(self.policy.model, self.optimizer)
+        live.part = STATE
+        optimizer = build_optimizer(self.policy.model, self.optimizer)
+        allocate_state(optimizer)
+        state = live.now[STATE]
+        return live.peak.total() - before - state, state
+
+    def _name_parts(self, live: LiveBytes) -> Iterable[Any]:
+        """Hook into the policy what each tensor is for."""
+
+        def begin(part: str) -> Callable[..., None]:
+            def hook(*_: Any) -> None:
+                live.part = part
+
+            return hook
+
+        base = self.policy.model.base_model
+        yield base.register_forward_pre_hook(begin(ACTIVATIONS))
+        yield base.register_forward_hook(begin(HEAD))
+        yield self.policy.register_forward_hook(begin(PASSING))
+        for parameter in self.policy.parameters():
+            if parameter.requires_grad:
+                yield parameter.register_post_accumulate_grad_hook(
+                    lambda p: live.move(p.grad, GRADIENTS)
+                )
+
+
+def device_memory(device: torch.device, local_processes: int) -> Memory | None:
+    """Find the memory that each process has where it computes; None where nobody tells.
+
+    Args:
+        device: a CPU's memory is divided, a GPU is each process's own.
+        local_processes: on this machine.
+    """
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+        return Memory(total, free)
+    found = found_memory()
+    return None if found is None else found.share(local_processes)
+
+
+def refuse_too_large(
+    needs: Needs, found: Memory | None, device: torch.device, optimizer: OptimizerConfig
+) -> str | None:
+    """Refuse what cannot fit, whatever the microbatch.
+
+    Args:
+        needs: of each process.
+        found: what each has.
+        device: where.
+        optimizer: the section.
+
+    Returns:
+        A warning if it would fit, and there is too little now; else None.
+
+    Raises:
+        UserError: it cannot (78).
+    """
+    if found is None or needs.certain <= found.free:
+        return None
+    text = (
+        f"{gib(needs.certain)} = {gib(needs.weights)} of weights + {gib(needs.gradients)} of "
+        f"gradients + {gib(needs.state)} of optimizer state"
+    ) + (f" + {gib(needs.shared)} between processes" if needs.shared else "")
+    if needs.certain <= found.total:
+        return f"training takes {text}, and {gib(found.free)} of {gib(found.total)} are free now"
+    ways = []
+    if optimizer.state_bits != 8:
+        less = needs.certain - needs.state + needs.state // 4
+        ways.append(f"optimizer.state_bits=8 (about {gib(less)})")
+    if "lora.r" in ALL_KEYS:
+        ways.append(f"lora.r=16 (little more than the weights' {gib(needs.weights)})")
+    if "parallel.reshard_after_forward" in ALL_KEYS:
+        count = math.ceil(needs.certain / found.total)
+        ways.append(f"parallel={SHARDED} with {count} times the processes or more")
+    share = found.total / needs.certain
+    ways += [f"a model of {share:.0%} of its size", f"a {device.type} with more memory"]
+    raise UserError(
+        "R308",
+        f"the model is too large to be trained in the memory of this {device.type}",
+        ExitStatus.BAD_CONFIG,
+        expected=f"at most {gib(found.total)} for each process",
+        got=text,
+        hint=", or ".join(ways),
+    )
+
+
+def gib(size: float) -> str:
+    """Write bytes down for people."""
+    return f"{size / 2**30:,.2f} GiB"

@@ -1,0 +1,289 @@
+"""What is foretold of memory is what a run takes, part by part; what cannot fit is refused at once."""
+
+from __future__ import annotations
+
+import contextlib
+from collections import Counter
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import LlamaConfig
+
+from cs336_alignment.config import Config, DataConfig, ModelConfig, OptimizerConfig, TrainerConfig
+from cs336_alignment.data.batching import collate
+from cs336_alignment.errors import ExitStatus, UserError
+from cs336_alignment.machine_memory import Memory, found_memory, peak_resident_memory
+from cs336_alignment.microbatch import Batching
+from cs336_alignment.model.loading import ModelSource, load_tokenizer, resolve_model
+from cs336_alignment.model.policy import Policy
+from cs336_alignment.model.recompute import enable_checkpointing
+from cs336_alignment.training import memory
+from cs336_alignment.training.memory import (
+    GRADIENTS,
+    WEIGHTS,
+    Foresight,
+    LiveBytes,
+    Needs,
+    certain_needs,
+    divided,
+    refuse_too_large,
+    state_bytes,
+)
+from cs336_alignment.training.memory_report import ladder, largest_that_fits
+from cs336_alignment.training.memory_trial import measure
+from cs336_alignment.training.optimizer import allocate_state, build_optimizer
+from tests.conftest import Sft, build_dataset, build_model
+
+CPU = torch.device("cpu")
+GIB = 2**30
+
+
+def source_of(name: str, folder: Path) -> ModelSource:
+    build_model(name).config.save_pretrained(folder)
+    return ModelSource(str(folder), None, False)
+
+
+def foresee(
+    name: str, folder: Path, trainer: TrainerConfig, compute: torch.dtype | None = None
+) -> tuple[Foresight, Foresight]:
+    """Give the policy without values, and the same with them."""
+    optimizer = OptimizerConfig()
+    fake = Foresight.of(source_of(name, folder), trainer, optimizer, CPU, compute)
+    model = build_model(name, torch.float32)
+    if trainer.gradient_checkpointing:
+        enable_checkpointing(model, selective=trainer.gradient_checkpointing == "selective")
+    real = Foresight(Policy(model, compute), contextlib.nullcontext(), CPU, optimizer)
+    return fake, real
+
+
+@pytest.mark.parametrize("batching", get_args(Batching))
+@pytest.mark.parametrize("recompute", [False, True, "selective"])
+@pytest.mark.parametrize(
+    ("name", "compute"), [("llama", None), ("llama", torch.bfloat16), ("qwen2", None), ("gpt2", None)]
+)  # fmt: skip
+def test_without_values_as_much_is_alive_as_with_them(
+    name: str, compute: torch.dtype | None, recompute: Any, batching: Batching, tmp_path: Path
+) -> None:
+    trainer = TrainerConfig(gradient_checkpointing=recompute)
+    fake, real = foresee(name, tmp_path, trainer, compute)
+    dataset = build_dataset(prefix=17)
+    batch = collate([dataset[i] for i in range(7)], batching=batching)
+    for accumulates in (False, True):
+        foretold = fake.needs(batch, accumulates=accumulates)
+        assert foretold == real.needs(batch, accumulates=accumulates)
+        assert foretold.microbatch[GRADIENTS] <= foretold.gradients
+        if accumulates:
+            assert foretold.microbatch[GRADIENTS] == foretold.gradients
+    assert not any(isinstance(p, torch._subclasses.FakeTensor) for p in real.policy.parameters())
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "phi"])
+def test_weights_gradients_and_state_are_exact(name: str, tmp_path: Path) -> None:
+    fake, real = foresee(name, tmp_path, TrainerConfig())
+    dataset, model = build_dataset(), real.policy.model
+    needs = fake.needs(collate([dataset[0]], batching="padded"), accumulates=False)
+    tensors = {id(t): t for t in (*model.parameters(), *model.buffers())}
+    assert needs.weights == sum(t.nbytes for t in tensors.values())
+    assert needs.gradients == sum(p.nbytes for p in model.parameters())
+    optimizer = build_optimizer(model, OptimizerConfig())
+    allocate_state(optimizer)
+    kept = sum(v.nbytes for s in optimizer.state.values() for v in s.values())
+    assert needs.state == kept == state_bytes(model, OptimizerConfig())
+    certain = certain_needs(source_of(name, tmp_path), OptimizerConfig(), "ddp", 1)
+    assert isinstance(certain, Needs) and certain.certain == needs.certain
+
+
+def test_state_in_8_bits_is_exact() -> None:
+    torchao = pytest.importorskip("torchao.optim")
+    module = torch.nn.ParameterList(
+        [torch.zeros(size) for size in (4095, 4096, 4097, 8192, 10, 256 * 100)]
+    )
+    optimizer = torchao.AdamW8bit(module.parameters())
+    kept = 0
+    for parameter in module.parameters():
+        for signed in (True, False):
+            buffer = optimizer._new_buffer(parameter, signed)
+            inner = (
+                [buffer.codes, buffer.scale, buffer.qmap] if hasattr(buffer, "codes") else [buffer]
+            )
+            kept += sum(tensor.nbytes for tensor in inner)
+        kept += torch.tensor(0.0).nbytes  # the number of its steps
+    assert state_bytes(module, OptimizerConfig(state_bits=8)) == kept
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2", "gpt2"])
+def test_what_the_forward_pass_leaves_is_what_autograd_saved(name: str) -> None:
+    policy, dataset = Policy(build_model(name, torch.float32)), build_dataset()
+    batch = collate([dataset[i] for i in range(5)], batching="flat")
+    given = (*policy.parameters(), *policy.buffers(), batch.input_ids, batch.labels,
+             batch.position_ids, batch.response_index)  # fmt: skip
+    saved: dict[int, Tensor] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        saved[tensor.untyped_storage()._cdata] = tensor
+        return tensor
+
+    with LiveBytes(CPU) as live, torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        for tensor in given:
+            live.add(tensor, WEIGHTS)
+        log_probs = policy(batch)[0]
+    saved[log_probs.untyped_storage()._cdata] = log_probs
+    for tensor in given:
+        saved.pop(tensor.untyped_storage()._cdata, None)
+    kept = sum(tensor.untyped_storage().nbytes() for tensor in saved.values())
+    assert live.now.total() - live.now[WEIGHTS] == kept > 0
+
+
+def test_processes_divide_what_they_share() -> None:
+    model = build_model("llama", torch.float32)
+    needs = Needs(1000, 800, 1600, 0, Counter({GRADIENTS: 800, "activations": 500}), 7)
+    common: dict[str, Any] = {"compute_bytes": 2}
+    assert divided(needs, model, "ddp", 1, accumulates=True, **common) == needs
+    # Where a step is one microbatch its gradients lie in the buckets alone.
+    buckets = divided(needs, model, "ddp", 4, accumulates=False, **common)
+    assert buckets.certain == needs.certain
+    assert buckets.at_microbatch == 1000 + 1600 + 800 + 500
+    several = divided(needs, model, "ddp", 4, accumulates=True, **common)
+    assert several.at_microbatch == needs.at_microbatch + 800
+    sharded = divided(needs, model, "fsdp2", 4, accumulates=True, **common)
+    block = sum(p.numel() for p in model.model.layers[0].parameters())
+    root = sum(p.numel() for p in model.parameters()) - 2 * block
+    assert (sharded.weights, sharded.gradients, sharded.state) == (250, 200, 400)
+    assert sharded.shared == 2 * (2 * root + 3 * block)
+    assert sharded.microbatch == Counter({GRADIENTS: 200, "activations": 500})
+
+
+def test_refusal_and_warning() -> None:
+    needs = Needs(4 * GIB, 4 * GIB, 8 * GIB)
+    options = OptimizerConfig()
+    for found, words in (
+        (None, None), (Memory(32 * GIB, 17 * GIB), None), (Memory(32 * GIB, 15 * GIB), "free now")
+    ):  # fmt: skip
+        warning = refuse_too_large(needs, found, CPU, options)
+        assert warning is None if words is None else words in str(warning)
+    with pytest.raises(UserError) as caught:
+        refuse_too_large(needs, Memory(15 * GIB, 15 * GIB), CPU, options)
+    assert (caught.value.code, caught.value.status) == ("R308", ExitStatus.BAD_CONFIG)
+    assert "16.00 GiB" in str(caught.value) and "optimizer.state_bits=8" in str(caught.value)
+    with pytest.raises(UserError) as caught:
+        refuse_too_large(needs, Memory(15 * GIB, 9), CPU, OptimizerConfig(state_bits=8))
+    assert "state_bits" not in str(caught.value)
+
+
+def test_a_model_beyond_all_memory_is_refused_before_it_is_loaded(
+    tmp_path: Path, rows: Path, sft: Sft
+) -> None:
+    """Terabytes of parameters in a config.json, and no weights."""
+    LlamaConfig(
+        hidden_size=131072, intermediate_size=524288, num_hidden_layers=4, num_attention_heads=64,
+        vocab_size=128256,
+    ).save_pretrained(tmp_path / "large")  # fmt: skip
+    tokenizer = load_tokenizer(resolve_model("builtin:arithmetic", None, False))
+    tokenizer.save_pretrained(tmp_path / "large")
+    before = peak_resident_memory()
+    common = (f"model.name_or_path={tmp_path / 'large'}", f"data.train_path={rows}", "logger=none")
+    for verb in (("train",), ("doctor", "--memory")):
+        done = sft(*verb, *common)
+        assert done.returncode == ExitStatus.BAD_CONFIG, done.stderr
+        assert "error[R308]" in done.stderr and "state_bits=8" in done.stderr
+    assert peak_resident_memory() == before  # the commands ran in processes of their own
+
+
+def write(folder: Path, files: dict[str, str]) -> None:
+    for name, text in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text)
+
+
+MEMINFO = {
+    "proc/meminfo": "MemTotal: 1000 kB\nMemFree: 1 kB\nMemAvailable: 600 kB\nSwapTotal: 50 kB\n"
+}
+V2 = "sys/fs/cgroup"
+V1 = "sys/fs/cgroup/memory"
+
+
+@pytest.mark.parametrize(
+    ("files", "total", "free"),
+    [
+        ({}, 1050, 600),
+        (  # version 2: the limit of a group around this one counts, too
+            {"proc/self/cgroup": "0::/job/step\n", f"{V2}/job/memory.max": f"{400 * 1024}\n",
+             f"{V2}/job/memory.current": f"{300 * 1024}\n",
+             f"{V2}/job/memory.stat": f"anon 1\ninactive_file {100 * 1024}\n",
+             f"{V2}/job/step/memory.max": "max\n", f"{V2}/job/step/memory.current": "9\n"},
+            450, 200,
+        ),
+        (  # version 1, within a container: the path is the host's
+            {"proc/self/cgroup": "9:cpu:/\n4:memory:/docker/0abc\n0::/\n",
+             f"{V1}/memory.limit_in_bytes": f"{500 * 1024}\n",
+             f"{V1}/memory.usage_in_bytes": f"{450 * 1024}\n",
+             f"{V1}/memory.stat": f"inactive_file 3\ntotal_inactive_file {10 * 1024}\n"},
+            550, 60,
+        ),
+        (  # version 1 writes a large number for no limit
+            {"proc/self/cgroup": "4:memory:/\n", f"{V1}/memory.limit_in_bytes": f"{2**63 - 4096}\n",
+             f"{V1}/memory.usage_in_bytes": f"{450 * 1024}\n"},
+            1050, 600,
+        ),
+    ],
+)  # fmt: skip
+def test_memory_is_the_machine_s_or_the_control_group_s(
+    files: dict[str, str], total: int, free: int, tmp_path: Path
+) -> None:
+    write(tmp_path, MEMINFO | files)
+    assert found_memory(tmp_path) == Memory(total * 1024, free * 1024)
+
+
+def test_memory_of_systems_that_tell_nothing(tmp_path: Path) -> None:
+    assert found_memory(tmp_path) is None
+
+
+@pytest.mark.parametrize("room", [50, 400, 1000, 5000, 10**6])
+@pytest.mark.parametrize("foretold", [0.6, 0.9, 1.0, 1.2, 2.0])
+def test_the_search_ends_at_the_largest_budget_that_fits(room: int, foretold: float) -> None:
+    budgets, tries = ladder(20_000), []
+
+    def takes(tokens: int) -> float:
+        return 100 + 0.7 * tokens
+
+    def tried(tokens: int) -> float | None:
+        tries.append(tokens)
+        return takes(tokens) if takes(tokens) <= 1.3 * room else None  # killed
+
+    best = largest_that_fits(budgets, lambda tokens: foretold * takes(tokens), tried, room)
+    fitting = [tokens for tokens in budgets if takes(tokens) <= room]
+    assert best == (fitting[-1] if fitting else None)
+    assert len(tries) <= 4
+
+
+def test_a_trial_that_memory_ends_is_told_and_ends_nothing_else(tmp_path: Path) -> None:
+    config = Config(
+        ModelConfig("builtin:arithmetic", random_init=True),
+        DataConfig("builtin:arithmetic", max_train_examples=64, cache_dir=str(tmp_path)),
+        TrainerConfig(global_batch_size=64, batching="padded"),
+    )
+    memory_of_children = 2**20  # less than what is there before the model is loaded
+    assert measure(config, 1, memory_of_children) is None
+
+
+def test_the_doctor_foretells_measures_and_proposes(sft: Sft) -> None:
+    done = sft("doctor", "--memory", "experiment=quickstart", "data.max_train_examples=32",
+               "data.eval_path=null", "trainer.max_steps=2", "logger=none")  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    for words in ("estimate", "optimizer state", "measured", "ratio", "proposed", "is a whole step",
+                  "for 2 steps"):  # fmt: skip
+        assert words in done.stdout, done.stdout
+
+
+def test_a_model_that_cannot_be_built_without_values_is_no_reason_to_stop(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def fail(*_: Any) -> None:
+        raise UserError("M103", "its code reads a value", ExitStatus.NOT_FOUND)
+
+    monkeypatch.setattr(memory, "without_values", fail)
+    source = source_of("llama", tmp_path)
+    assert certain_needs(source, OptimizerConfig(), "ddp", 1) == "its code reads a value"
