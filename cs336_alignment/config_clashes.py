@@ -155,6 +155,7 @@ def _export_clashes(config: Config) -> Iterator[UserError]:
     why = {
         "hf": (gguf, "export.format=gguf reads it"),
         "gguf": (("max_shard_size",), "a GGUF file is one file"),
+        "adapter": (("dtype", "max_shard_size", *gguf), "an adapter stays as it was trained"),
     }
     of_rows = (*model, "max_shard_size", *gguf), "the rows are written, and no model"
     names, reason = of_rows if rows else why.get(export.format, ((), ""))

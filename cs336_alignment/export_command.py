@@ -92,11 +92,14 @@ def _export_model(run: TrainedRun, options: ExportConfig, console: Console) -> t
     tools = None
     if options.format == "gguf":
         tools = find_tools(options.gguf_converter, options.gguf_type is not None)
-    source, step = find_weights(run, console.warn)
-    form = f"{options.gguf_type or options.dtype}{'-gguf' if tools else ''}"
+    adapter = options.format == "adapter"
+    source, step = find_weights(run, console.warn, adapter=adapter)
+    form = (
+        "adapter" if adapter else f"{options.gguf_type or options.dtype}{'-gguf' if tools else ''}"
+    )
     target = _target(run, options, f"step-{step:06d}-{form}")
     console.note(f"run      {run.folder}, step {step}")
-    weights = sorted(source.glob("model*.safetensors"))
+    weights = sorted(source.glob("*model*.safetensors"))
     made_of = _made_of(run, step, options, {path.name: sha256_of(path) for path in weights})
     with making(target, made_of, console) as folder:
         if folder is not None:

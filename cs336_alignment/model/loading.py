@@ -239,11 +239,22 @@ def _base_of(source: ModelSource) -> ModelSource:
 
 def _load_merged(source: ModelSource, *, random_init: bool, seed: int) -> PreTrainedModel:
     """Load the base model of an adapter's folder and merge the adapter."""
-    of_base, folder = _base_of(source), Path(source.location)
-    model = load_model(of_base, random_init=random_init, seed=seed)
-    if not random_init:
-        load_adapter(folder, model, base_of(of_base, model))
-        merge_adapter(model)
+    if random_init:
+        return load_model(_base_of(source), random_init=True, seed=seed)
+    model = load_adapted(source)
+    merge_adapter(model)
+    return model
+
+
+def load_adapted(source: ModelSource) -> PreTrainedModel:
+    """Load the base model of an adapter's folder and put the adapter in.
+
+    Raises:
+        UserError: the base model cannot be loaded (66), or is another one by now (78).
+    """
+    of_base = _base_of(source)
+    model = load_model(of_base, random_init=False, seed=0)
+    load_adapter(Path(source.location), model, base_of(of_base, model))
     return model
 
 

@@ -28,7 +28,7 @@ from cs336_alignment.training.checkpoint import STATE, folder_of
 from cs336_alignment.training.export import write_model
 from cs336_alignment.training.reload_check import check_export
 from cs336_alignment.training.reload_child import log_probs
-from cs336_alignment.training.run_folder import EXPORT
+from cs336_alignment.training.run_folder import ADAPTER, EXPORT
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 CONVERSATIONS = ("messages", "sharegpt")  # formats of rows
@@ -59,7 +59,8 @@ def fill_folder(
         UserError: it does not load as it was written, or the converter fails (70).
     """
     console.note(f"loading  {source}")
-    model, tokenizer = load_trained(source, run.config)
+    adapter = options.format == "adapter"
+    model, tokenizer = load_trained(source, run.config, adapter=adapter)
     template = load_template(run.config.data.prompt_template)
     if options.chat_template == "trained":
         _take_chat_template(run, tokenizer, template, console)
@@ -69,7 +70,7 @@ def fill_folder(
     file = f"{run.config.run_name}-{kind}.gguf" if tools else None
     card = str(Card(
         run.config, run.folder, step, _why(run, source), _trained_tokens(run, step), template, name,
-        form=kind, gguf=file,
+        form=kind, gguf=file, adapter=adapter,
     ))  # fmt: skip
     plain = folder / ".plain" if tools else folder
     plain.mkdir(exist_ok=True)
@@ -143,7 +144,7 @@ def _round(model: PreTrainedModel, probes: TokenizedDataset, name: str, console:
 
 def _why(run: TrainedRun, source: Path) -> str | None:
     best: dict[str, Any] = run.manifest.get("best") or {}
-    if source.name != EXPORT or best.get("value") is None:
+    if source.name not in (EXPORT, ADAPTER) or best.get("value") is None:
         return None
     return f"the best {best['metric']}: {best['value']:.4f}"
 

@@ -12,11 +12,23 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from cs336_alignment.compose import config_of_run
 from cs336_alignment.config import Config
 from cs336_alignment.errors import ExitStatus, UserError
-from cs336_alignment.model.loading import load_model, load_tokenizer, resolve_model
+from cs336_alignment.model.loading import (
+    load_adapted,
+    load_model,
+    load_tokenizer,
+    resolve_model,
+)
 from cs336_alignment.report_command import find_run
 from cs336_alignment.sharing.export_folder import read_json
 from cs336_alignment.training.checkpoint import INDEX, STATE, find_latest, folder_of, verify
-from cs336_alignment.training.run_folder import CONFIG, EXPORT, LEDGER, MANIFEST, RunFolder
+from cs336_alignment.training.run_folder import (
+    ADAPTER,
+    CONFIG,
+    EXPORT,
+    LEDGER,
+    MANIFEST,
+    RunFolder,
+)
 
 
 @dataclass(frozen=True)
@@ -67,20 +79,34 @@ def open_run(name: str, root: Path, checkpoint: str | None) -> TrainedRun:
     return TrainedRun(folder, checkpoint, config, manifest, ledger)
 
 
-def find_weights(run: TrainedRun, warn: Callable[[str], None]) -> tuple[Path, int]:
+def find_weights(
+    run: TrainedRun, warn: Callable[[str], None], *, adapter: bool = False
+) -> tuple[Path, int]:
     """Find the folder of the weights that are meant, and their step: without a checkpoint's name
     the run's own export, or the best or latest checkpoint of a run that has none yet.
 
     Args:
         run: the run.
         warn: is told of checkpoints that are passed over.
+        adapter: whether those of adapters alone are meant.
 
     Raises:
-        UserError: there are none (66), or they are damaged (74).
+        UserError: there are none (66), they are damaged (74), or the run trained no adapters (78).
     """
-    checkpoints, own, wanted = run.folder / "checkpoints", run.folder / EXPORT, run.checkpoint
+    if adapter and not run.config.lora.active:
+        raise UserError(
+            "C175",
+            f"{run.folder} trained all weights, and no adapter",
+            ExitStatus.BAD_CONFIG,
+            got="export.format=adapter",
+            hint="export.format=hf",
+        )
+    checkpoints, wanted = run.folder / "checkpoints", run.checkpoint
+    own = run.folder / (ADAPTER if adapter else EXPORT)
     if wanted is None and own.is_dir():
-        if (reason := RunFolder(run.config).damage(own)) is not None:
+        if (
+            reason := RunFolder(run.config).damage(own, "adapter" if adapter else "export")
+        ) is not None:
             raise UserError(
                 "R203",
                 f"the model of the run is damaged: {reason}",
@@ -111,15 +137,21 @@ def find_weights(run: TrainedRun, warn: Callable[[str], None]) -> tuple[Path, in
     return folder, int(read_json(folder / STATE)["progress"]["step"])
 
 
-def load_trained(folder: Path, config: Config) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def load_trained(
+    folder: Path, config: Config, *, adapter: bool = False
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Make a model, in float32, and its tokenizer of a run's export or checkpoint.
 
     Args:
         folder: of either.
         config: of the run.
+        adapter: leave adapters as they are; else they are merged.
 
     Raises:
         UserError: they cannot be loaded (66).
     """
     source = resolve_model(str(folder), None, config.model.trust_remote_code)
-    return load_model(source, random_init=False, seed=config.seed), load_tokenizer(source)
+    tokenizer = load_tokenizer(source)
+    if adapter:
+        return load_adapted(source), tokenizer
+    return load_model(source, random_init=False, seed=config.seed), tokenizer

@@ -260,3 +260,32 @@ def test_two_processes_train_the_same_adapter(
     losses = [[row["train/loss"] for row in without_times(tmp_path / f"outputs/{n}/metrics.jsonl")]
               for n in ("one", "two")]  # fmt: skip
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+def test_adapters_are_exported_as_they_are_and_merged(
+    sft: Sft, base: Path, rows: Path, tmp_path: Path
+) -> None:
+    command = overrides(base, rows, "lora.r=4", "trainer.max_steps=6", "trainer.save_steps=3")
+    assert sft("train", *command, "run_name=r").returncode == 0
+    for step in (3, 6):
+        for form in ("adapter", "hf"):
+            done = sft("export", "r", f"export.format={form}", f"export.checkpoint={step}")
+            assert done.returncode == 0 and "reload check passed" in done.stdout, done.stderr
+    exports = tmp_path / "outputs/r/exports"
+    plain = AutoModelForCausalLM.from_pretrained(base)
+    found = []
+    for step in (3, 6):
+        merged = AutoModelForCausalLM.from_pretrained(exports / f"step-{step:06d}-fp32")
+        fresh = AutoModelForCausalLM.from_pretrained(base)
+        unmerged = PeftModel.from_pretrained(fresh, str(exports / f"step-{step:06d}-adapter"))
+        torch.testing.assert_close(log_probs(merged), log_probs(unmerged), rtol=0, atol=1e-5)
+        found.append(log_probs(merged))
+    assert not torch.allclose(found[0], found[1], atol=1e-3)
+    assert not torch.allclose(found[0], log_probs(plain), atol=1e-3)
+    card = (exports / "step-000006-adapter/README.md").read_text()
+    assert "library_name: peft" in card
+    own = (tmp_path / "outputs/r/adapter/adapter_model.safetensors").read_bytes()
+    assert (exports / "step-000006-adapter/adapter_model.safetensors").read_bytes() == own
+    assert sft("train", *overrides(base, rows, "trainer.max_steps=1"), "run_name=w").returncode == 0
+    refused = sft("export", "w", "export.format=adapter")
+    assert refused.returncode == 78 and "error[C175]" in refused.stderr
