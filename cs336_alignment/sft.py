@@ -11,6 +11,7 @@ data/        sources (json_rows, table_rows) → layout → formats, templates
              token_view, token_page: what is trained, to look at
 model/       loading · attention (flat rows, shared prefix) · lm_head (chunked) · policy · log_probs
              slots, padded_decoder: decoding with a cache
+             trainable (what is trained) → lora (adapters, by peft) → base_model, narrow
 training/    loss · step (one step's gradient) · trainer (the loop) · run (a run, whole)
              optimizer · schedule · parallel · checkpoint · status · stop
              run_folder, earlier_config (may a command go on?) · held_out (when it is evaluated)

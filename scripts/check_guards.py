@@ -47,6 +47,7 @@ class Guard:
 
 WRITER = "tests/faults/test_writer.py"
 STOPS = "tests/faults/test_stops.py"
+LORA = "tests/unit/test_lora.py"
 GUARDS = (
     Guard("finite loss and gradient", "training/trainer.py",
           "if sums.not_finite:", "if False:", f"{STOPS} -k finite"),
@@ -87,6 +88,18 @@ GUARDS = (
     Guard("gradients reduced once", "training/step.py",
           "loss.backward()", "loss.backward(retain_graph=True); loss.backward()",
           "tests/integration/test_cuts.py -k dense_gradient"),
+    Guard("adapter of another base model", "model/base_model.py",
+          "if not same:", "if False:", f"{LORA} -k goes_on"),
+    Guard("adapter of another shape or name", "model/lora.py",
+          "        if names:\n            more", "        if False:\n            more", f"{LORA} -k goes_on"),
+    Guard("adapter's tied weights saved by each name", "model/lora.py",
+          "named_parameters(remove_duplicate=False)", "named_parameters()", f"{LORA} -k read_an"),
+    Guard("adapter's dropout is not shared", "training/batching_choice.py",
+          "of_adapters = adapter_dropout(policy.model)", "of_adapters = 0", f"{LORA} -k dropout"),
+    Guard("adapter of the base model's own weights merged", "model/lora.py",
+          "layer.merge(safe_merge=True)", "pass", f"{LORA} -k merged_gives"),
+    Guard("adapter's frozen layers widened outside autocast", "model/narrow.py",
+          "self.weight.to(input.dtype)", "self.weight", f"{LORA} -k compute_the_same"),
     Guard("sha256 of every file", "training/checkpoint.py",
           'if sha256_of(path) != entry.get("sha256"):', "if False:", f"{WRITER} -k flipped"),
     Guard("entries stay inside the checkpoint", "training/checkpoint.py",

@@ -13,10 +13,13 @@ from pathlib import Path
 from typing import get_args
 
 import torch
+from transformers import PreTrainedModel
 
-from cs336_alignment.config import ParallelConfig, TrainerConfig
+from cs336_alignment.config import LoraConfig, ParallelConfig, TrainerConfig
 from cs336_alignment.evaluation.loss import evaluate_loss
 from cs336_alignment.microbatch import Batching
+from cs336_alignment.model.base_model import Base
+from cs336_alignment.model.lora import add_adapter, wake_adapters
 from cs336_alignment.model.policy import Policy
 from cs336_alignment.model.recompute import enable_checkpointing
 from cs336_alignment.training.parallel import Processes, start_processes
@@ -47,7 +50,26 @@ def combinations(processes: Processes) -> dict[str, float]:
             )  # fmt: skip
             case = f"{name} torch.float64 checkpointing {checkpointing} {batching}"
             errors[case] = relative_error(gradient(policy.model), gradient(reference))
+    reference, adapted = adapt(build_model("llama")), adapt(build_model("llama"))
+    dense_loss(reference, dataset, STEPS["full"], "token").backward()
+    policy = Policy(adapted)
+    wrapped = processes.wrap(policy.train())
+    for batching in get_args(Batching):
+        policy.zero_grad(set_to_none=True)
+        accumulate_gradients(
+            wrapped, dataset, STEPS["full"], cut=Cut(None, 2, batching), trainer=TrainerConfig(),
+            processes=processes, seed=0, step=0,
+        )  # fmt: skip
+        case = f"adapters torch.float64 {batching}"
+        errors[case] = relative_error(gradient(adapted), gradient(reference))
     return errors
+
+
+def adapt(model: PreTrainedModel) -> PreTrainedModel:
+    """Put adapters that compute something into a model."""
+    add_adapter(model, LoraConfig(r=4), Base("m", None, ""), seed=0)
+    wake_adapters(model)
+    return model
 
 
 def main(path: str) -> None:
