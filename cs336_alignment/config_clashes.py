@@ -37,6 +37,7 @@ def clashes(config: Config) -> Iterator[UserError]:
             "trainer.loss_normalization",
             "the constant is read only by trainer.loss_normalization=constant",
         )
+    yield from _parallel_clashes(config)
     yield from _source_clashes(config.data)
     yield from _best_clashes(config)
     yield from _backend_clashes(config)
@@ -55,6 +56,20 @@ def clashes(config: Config) -> Iterator[UserError]:
             "model.revision",
             "code from the hub runs only at a pinned commit: model.revision=<40 hex digits>",
         )
+
+
+def _parallel_clashes(config: Config) -> Iterator[UserError]:
+    parallel = config.parallel
+    if parallel.strategy != "fsdp2":
+        for name in ("reshard_after_forward", "shard_gradients"):
+            if not getattr(parallel, name):
+                yield clash(f"parallel.{name}", "parallel.strategy", "parallel=fsdp2 reads it")
+    elif config.optimizer.state_bits == 8:
+        yield clash(
+            "optimizer.state_bits", "parallel.strategy",
+            "8-bit state is not sharded; parallel=ddp, or optimizer.state_bits=32, of which each "
+            "process holds a part",
+        )  # fmt: skip
 
 
 def _backend_clashes(config: Config) -> Iterator[UserError]:

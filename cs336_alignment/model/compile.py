@@ -5,9 +5,17 @@ from __future__ import annotations
 import contextlib
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
 from cs336_alignment.errors import ExitStatus, UserError
+
+
+def repeated_layers(model: PreTrainedModel) -> list[nn.Module]:
+    """Find the modules that the architecture repeats; none if it does not name them."""
+    names = set(getattr(model, "_no_split_modules", None) or ())
+    # A sharded layer is of a class made for it, below its own.
+    return [m for m in model.modules() if names & {kind.__name__ for kind in type(m).__mro__}]
 
 
 def compile_layers(model: PreTrainedModel) -> int:
@@ -18,8 +26,7 @@ def compile_layers(model: PreTrainedModel) -> int:
     Raises:
         UserError: the architecture does not name its layers (78).
     """
-    names = set(getattr(model, "_no_split_modules", None) or ())
-    layers = [module for module in model.modules() if type(module).__name__ in names]
+    layers = repeated_layers(model)
     if not layers:
         raise UserError(
             "C106",

@@ -4,6 +4,8 @@ config.
 
 from __future__ import annotations
 
+import contextlib
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import resources
@@ -151,6 +153,37 @@ def load_model(source: ModelSource, *, random_init: bool, seed: int) -> PreTrain
         raise _cannot_load("model", source, failure) from failure
     finally:
         transformers.logging.set_verbosity(level)
+
+
+def build_model(source: ModelSource) -> PreTrainedModel:
+    """Build a model of its config, for weights that come later; see `load_model`.
+
+    Raises:
+        UserError: there is no config, or no such architecture (66).
+    """
+    common = {"revision": source.revision, "trust_remote_code": source.trust_remote_code}
+    try:
+        config = AutoConfig.from_pretrained(source.location, **common)
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(
+            config, dtype=torch.float32, trust_remote_code=source.trust_remote_code
+        )
+    except Exception as failure:
+        raise _cannot_load("model", source, failure) from failure
+    with contextlib.suppress(OSError):  # not every model has one
+        model.generation_config = GenerationConfig.from_pretrained(
+            source.location, revision=source.revision
+        )
+    return model
+
+
+def weight_files(source: ModelSource) -> list[Path]:
+    """Name the safetensors files of a local folder; none if it has no weights in that form."""
+    folder = Path(source.location)
+    index = folder / "model.safetensors.index.json"
+    names = {"model.safetensors"}
+    if index.is_file():
+        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    return sorted(folder / name for name in names if (folder / name).is_file())
 
 
 def _refuse_drawn_weights(source: ModelSource, info: Mapping[str, Any]) -> None:

@@ -49,7 +49,12 @@ from cs336_alignment.training.invariances import (
     relative_difference,
     some,
 )
-from cs336_alignment.training.parallel import Processes, set_threads, start_processes
+from cs336_alignment.training.parallel import (
+    Processes,
+    refuse_sharding,
+    set_threads,
+    start_processes,
+)
 from cs336_alignment.training.token_check import check_tokens
 
 NUM_EXAMPLES = 4
@@ -73,6 +78,7 @@ def doctor(config: Config) -> ExitStatus:
         UserError: model or data cannot be loaded, as in training; several processes (78).
     """
     start, console = time.perf_counter(), Console()
+    refuse_sharding(config.parallel, "doctor")
     processes = Processes(start_processes(config.parallel))
     try:
         if processes.count > 1:

@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from cs336_alignment.errors import ExitStatus, UserError
@@ -22,7 +23,11 @@ def save_sidecars(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTok
 
 
 def export_model(
-    folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, card: str
+    folder: Path,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    card: str,
+    weights: dict[str, Tensor] | None = None,
 ) -> None:
     """Write the trained model as a folder that plain transformers loads; replaces an older one at
     once.
@@ -32,6 +37,7 @@ def export_model(
         model: trained, not wrapped.
         tokenizer: as trained with.
         card: the text of its README.md.
+        weights: name → tensor; None: those that the model holds.
 
     Raises:
         UserError: the disk is full or failing (74).
@@ -43,7 +49,7 @@ def export_model(
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
         model.generation_config = _generation_config(model, tokenizer)
-        model.save_pretrained(temporary)
+        model.save_pretrained(temporary, state_dict=weights)
         save_sidecars(temporary, model, tokenizer)
         (temporary / "README.md").write_text(card, encoding="utf-8")
         _make_readable(temporary)

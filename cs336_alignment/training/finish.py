@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from cs336_alignment.config import Config
@@ -15,10 +16,12 @@ from cs336_alignment.files import sha256_of
 from cs336_alignment.model.compile import in_eager
 from cs336_alignment.model.policy import Policy
 from cs336_alignment.tracking.console import Console
+from cs336_alignment.training import reload_child
 from cs336_alignment.training.best import Judge, Score
 from cs336_alignment.training.checkpoint import (
     TrainState,
     folder_of,
+    module_tensors,
     restore_weights,
     verify,
 )
@@ -27,6 +30,7 @@ from cs336_alignment.training.parallel import Processes
 from cs336_alignment.training.reload_check import LIMIT_SECONDS, ReloadResult, check_export
 from cs336_alignment.training.report import write_card
 from cs336_alignment.training.run_folder import EXPORT, MANIFEST, RunFolder
+from cs336_alignment.training.shards import whole_tensors
 from cs336_alignment.training.status import StatusFile
 from cs336_alignment.training.stop import StopRequest
 
@@ -78,25 +82,37 @@ class Finish:
             UserError: the disk refuses (74); the export is not what was trained (70).
         """
 
-        def export() -> None:
-            nonlocal state
-            state, score = self._choose(state, judge)
-            self._export(state, score, judge, manifest)
+        chosen: Score | None = None
 
-        self.processes.on_main(export)
-        state = self.processes.agree(state)
+        def choose() -> None:
+            nonlocal chosen
+            chosen = self._choose(state, judge)
+
+        self.processes.on_main(choose)
+        score = self.processes.agree(chosen)
+        if score is not None and score.step != state.step:
+            folder, given = folder_of(self.folder.checkpoints, score.step), state
+
+            def restore() -> None:
+                nonlocal given
+                given = restore_weights(folder, self.policy.model)
+
+            self.processes.on_each(restore)
+            state = given
+        weights: dict[str, Tensor] | None = None
+        if self.processes.shards:  # a tensor at a time on the device, all of them in main's memory
+            tensors = whole_tensors(module_tensors(self.policy.model).items())
+            keep = self.processes.is_main
+            weights = {name: tensor.cpu() for name, tensor in tensors if keep}
+        self.processes.on_main(lambda: self._export(state, score, judge, manifest, weights))
         return self._check(state), state.step
 
-    def _choose(self, state: TrainState, judge: Judge) -> tuple[TrainState, Score | None]:
-        """Bring the weights of the best step into the model, if one is chosen."""
+    def _choose(self, state: TrainState, judge: Judge) -> Score | None:
+        """Find the best step whose weights are there, if one is to be chosen."""
         metric = self.config.trainer.metric_for_best_model
         for score in judge.choices(state.step):
             folder = folder_of(self.folder.checkpoints, score.step)
-            if score.step == state.step:
-                chosen = state
-            elif (reason := verify(folder)) is None:
-                chosen = restore_weights(folder, self.policy.model)
-            else:
+            if score.step != state.step and (reason := verify(folder)) is not None:
                 self.console.warn(
                     f"{folder} has the best {metric} and is damaged ({reason}): the next best is "
                     "exported"
@@ -105,13 +121,18 @@ class Finish:
             self.console.note(
                 f"exporting step {score.step} of {state.step}: the best {metric}, {score.value:.4f}"
             )
-            return chosen, score
+            return score
         if metric is not None:
             self.console.warn(f"no step has a {metric} to choose by: the last one is exported")
-        return state, None
+        return None
 
     def _export(
-        self, state: TrainState, score: Score | None, judge: Judge, manifest: Mapping[str, Any]
+        self,
+        state: TrainState,
+        score: Score | None,
+        judge: Judge,
+        manifest: Mapping[str, Any],
+        weights: dict[str, Tensor] | None,
     ) -> None:
         metric, best, why = self.config.trainer.metric_for_best_model, None, None
         if metric is not None:
@@ -127,9 +148,9 @@ class Finish:
         text = "the tokenizer's chat template" if template is None else template.text
         card = write_card(self.config, state, why, self.folder.path, text)
         target = self.folder.path / EXPORT
-        export_model(target, self.policy.model, self.tokenizer, card)
-        weights = {path.name: sha256_of(path) for path in target.glob("*.safetensors")}
-        more = {"export": weights, "export_step": state.step, "best": best}
+        export_model(target, self.policy.model, self.tokenizer, card, weights)
+        hashes = {path.name: sha256_of(path) for path in target.glob("*.safetensors")}
+        more = {"export": hashes, "export_step": state.step, "best": best}
         self.folder.write_json(MANIFEST, {**manifest, **more})
 
     def _check(self, state: TrainState) -> ExitStatus:
@@ -137,10 +158,14 @@ class Finish:
         if not self.config.trainer.reload_check:
             return ExitStatus.DONE
         result: ReloadResult | None = None
+        checksums = None
+        if self.processes.shards:
+            tensors = whole_tensors(self.policy.model.state_dict().items())
+            checksums = reload_child.checksums(tensors)
         if self.processes.is_main:
             self.console.note(f"loading {self.folder.path / EXPORT} in a fresh process")
             with in_eager():
-                result = self._compare(state)
+                result = self._compare(state, checksums)
         result, asked = self.processes.agree((result, self.stop.status))
         assert result is not None
         if result.outcome == "stopped":
@@ -163,7 +188,9 @@ class Finish:
         self.processes.on_main(refuse)
         return ExitStatus.DONE
 
-    def _compare(self, state: TrainState) -> ReloadResult:
+    def _compare(
+        self, state: TrainState, checksums: Mapping[str, list[Any]] | None
+    ) -> ReloadResult:
         config, template = self.config, self.data.train.template
         still = config.optimizer.learning_rate == 0 or state.skipped_steps >= state.step
         limit = LIMIT_SECONDS
@@ -180,4 +207,5 @@ class Finish:
             limit_seconds=limit,
             # The time limit ended the steps; a check of seconds would only be put off.
             asked=lambda: self.stop.status is not None and not self.stop.out_of_time,
+            checksums=checksums,
         )

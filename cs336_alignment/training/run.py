@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch.optim import Optimizer
 
 from cs336_alignment.config import DEFAULT_MICROBATCH_TOKENS, Config
@@ -33,7 +34,7 @@ from cs336_alignment.training.export import save_sidecars
 from cs336_alignment.training.finish import Finish
 from cs336_alignment.training.held_out import HeldOutEvaluation
 from cs336_alignment.training.inputs import Inputs, load_inputs, refuse_other_backends
-from cs336_alignment.training.manifest import build_manifest
+from cs336_alignment.training.manifest import build_manifest, count_parameters
 from cs336_alignment.training.optimizer import allocate_state, build_optimizer
 from cs336_alignment.training.parallel import (
     Processes,
@@ -61,6 +62,7 @@ from cs336_alignment.training.run_folder import (
     Decision,
     RunFolder,
 )
+from cs336_alignment.training.sharded_loading import load_sharded
 from cs336_alignment.training.status import StatusFile
 from cs336_alignment.training.step import Cut
 from cs336_alignment.training.stop import StopNow, StopRequest
@@ -93,7 +95,7 @@ def train(
     Raises:
         UserError: as everywhere; `status.json` then holds it too.
     """
-    precision = refuse_launcher_options(config.trainer.precision)
+    precision = refuse_launcher_options(config)
     refuse_other_backends(config.evaluation)
     is_main = is_main_process_before_start()
     folder, console = RunFolder(config), Console(enabled=is_main)
@@ -113,7 +115,7 @@ def train(
                 status.running()
             # Before the processes wait for each other: one tokenizes, and that can take long.
             inputs = None if decision.complete else load_inputs(config, console)
-            own = None if processes else Processes(start_processes(config.parallel))
+            own = None if processes else Processes(start_processes(config.parallel), config.parallel)
             joined = processes or own
             assert joined is not None
             try:
@@ -176,19 +178,16 @@ class _Run:
         if self.processes.device.type == "cpu":
             keep_freed_memory()
         self.console.note(f"loading {config.model.name_or_path}")
-        model = load_model(
-            self.inputs.source, random_init=config.model.random_init, seed=config.seed
-        )
+        policy = self._load(choose_precision(precision, self.processes.device))
+        model = policy.model
         set_threads(self.processes.local_count, model.num_parameters())
-        if config.trainer.reload_check and self.processes.is_main:
+        if config.trainer.reload_check and (self.processes.is_main or self.processes.shards):
             self.base = bit_sums(model)
         parts = [part for part in (data, held_out) if part is not None]
         longest = max(int(part.dataset.lengths.max()) for part in parts)
         check_fits(model, max(part.largest_token_id for part in parts), longest)
         if recompute := config.trainer.gradient_checkpointing:
             enable_checkpointing(model, selective=recompute == "selective")
-        device = self.processes.device
-        policy = Policy(model, choose_precision(precision, device)).to(device)
         choice = choose_batching(policy, config.trainer.batching, longest)
         if config.trainer.compile:
             self.console.note("compiling the layers")
@@ -205,6 +204,20 @@ class _Run:
         ):  # fmt: skip
             self.console.note(line)
         return self._fit(policy, plan, cut, total_steps)
+
+    def _load(self, compute_dtype: torch.dtype | None) -> Policy:
+        """Load the model onto the device: whole, or this process's part of it."""
+        source, options, seed = self.inputs.source, self.config.model, self.config.seed
+        if not self.processes.shards:
+            model = load_model(source, random_init=options.random_init, seed=seed)
+            return Policy(model, compute_dtype).to(self.processes.device)
+        policy, who = load_sharded(
+            source, self.processes, compute_dtype, random_init=options.random_init, seed=seed,
+            reshard_after_forward=self.config.parallel.reshard_after_forward,
+        )  # fmt: skip
+        held = count_parameters(policy.model)["local_parameters"]
+        self.console.note(f"{'sharded':<10} {held:,} parameters a process; {who}")
+        return policy
 
     def _fit(self, policy: Policy, plan: StepPlan, cut: Cut, total_steps: int) -> ExitStatus:
         config, tokenizer = self.config, self.inputs.tokenizer
@@ -224,6 +237,7 @@ class _Run:
             self.folder.checkpoints, extra={"manifest": manifest},
             save_sidecars=sidecars, keep=config.trainer.save_total_limit,
             asynchronous=config.trainer.async_save, damaged=self.decision.damaged,
+            team=self.processes.aside() if self.processes.shards and self.processes.count > 1 else None,
         )  # fmt: skip
         watchdog = Watchdog(
             self.folder.path, self.processes.index, config.trainer.watchdog_minutes,
@@ -282,7 +296,7 @@ class _Run:
         manifest = build_manifest(
             config, old=old, model=policy.model, tokenizer=self.inputs.tokenizer, train=data.train,
             held_out=data.held_out, num_processes=self.processes.count,
-            precision=str(policy.autocast_dtype or policy.model.dtype).removeprefix("torch."),
+            precision=str(policy.compute_dtype or policy.model.dtype).removeprefix("torch."),
             step=state.step, reward_sha256=code_of(self.inputs.reward),
         )  # fmt: skip
         since = state.step if self.decision.more_steps else old.get("patient_since_step", 0)
@@ -344,7 +358,9 @@ class _Run:
             if warning is not None:
                 self.console.warn(warning)
 
-        if steps:
+        if steps and writer.team is not None:
+            rehearse()
+        elif steps:
             self.processes.on_main(rehearse)
 
     def _evaluation(
@@ -374,6 +390,13 @@ class _Run:
             reward=self.inputs.reward, choices=held_out.choices,
             groups=held_out.groups, asked=poll, warn=self.console.warn,
         )  # fmt: skip
+        if generation_steps is not None and self.processes.shards:
+            dtype = policy.compute_dtype or policy.model.dtype
+            gib = policy.model.num_parameters() * dtype.itemsize / 2**30
+            self.console.note(
+                f"while it generates each process holds the whole model, {gib:.2f} GiB; without "
+                "that: evaluation.generation_steps=null, and `cs336-sft evaluate` on model/ later"
+            )
         if generation_steps is not None:
             lines = evaluator.check(policy.model, held_out.template)
             for line in (*lines, *doubtful_sampling(self.config.evaluation)):
