@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from cs336_alignment.errors import ExitStatus, UserError
 from cs336_alignment.files import (
@@ -91,7 +92,7 @@ def optimizer_tensors(module: nn.Module, optimizer: torch.optim.Optimizer) -> di
 
 def _parts(value: Tensor) -> Iterator[tuple[str, Tensor]]:
     """Take a tensor of several (8-bit codes and their scales, say) apart."""
-    if not hasattr(value, "__tensor_flatten__"):
+    if isinstance(value, DTensor) or not hasattr(value, "__tensor_flatten__"):
         yield "", value
         return
     for part in value.__tensor_flatten__()[0]:

@@ -49,7 +49,7 @@ def test_sharded_steps_are_those_of_one_process(
     report = json.loads(result.read_text())
     assert report["world"] == 2
     assert report["gathers"] == 3  # one a microbatch
-    assert len(report["errors"]) == 4 * 3 * 2 * 3 * 3 * 3
+    assert len(report["errors"]) == (2 * (3 + 2 + 2) + 3) * 3 * 3
     for case, error in report["errors"].items():
         assert error <= bounds_of(case)[0], (case, error)
     for case, steps in report["steps"].items():
