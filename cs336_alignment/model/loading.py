@@ -170,9 +170,8 @@ def build_model(source: ModelSource) -> PreTrainedModel:
     except Exception as failure:
         raise _cannot_load("model", source, failure) from failure
     with contextlib.suppress(OSError):  # not every model has one
-        model.generation_config = GenerationConfig.from_pretrained(
-            source.location, revision=source.revision
-        )
+        revision = {} if source.revision is None else {"revision": source.revision}
+        model.generation_config = GenerationConfig.from_pretrained(source.location, **revision)
     return model
 
 

@@ -17,6 +17,7 @@ from accelerate.utils import (
     InitProcessGroupKwargs,
 )
 from torch import Tensor, nn
+from torch.distributed import HashStore  # type: ignore[attr-defined]
 
 from cs336_alignment.config import Config, ParallelConfig
 from cs336_alignment.cores import count_cores
@@ -175,7 +176,7 @@ def start_processes(config: ParallelConfig) -> Accelerator:
     if config.strategy == "fsdp2" and not torch.distributed.is_initialized():
         torch.distributed.init_process_group(
             "nccl" if accelerator.device.type == "cuda" else "gloo",
-            store=torch.distributed.HashStore(), rank=0, world_size=1,
+            store=HashStore(), rank=0, world_size=1,
         )  # fmt: skip
     return accelerator
 
@@ -221,6 +222,11 @@ def set_threads(local_processes: int, parameters: int) -> int:
     elif local_processes > 1 or "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, count_cores() // local_processes))
     return torch.get_num_threads()
+
+
+def join(config: ParallelConfig) -> Processes:
+    """Join the process group that the launcher set up; see `start_processes`."""
+    return Processes(start_processes(config), config)
 
 
 class Processes:
@@ -288,8 +294,12 @@ class Processes:
             return contextlib.nullcontext()
         return held_whole(module, self._config.reshard_after_forward)
 
-    def aside(self) -> Processes:
-        """Give the same processes with a group of their own, for a thread beside the training."""
+    def team(self) -> Processes | None:
+        """Give the processes that must write a checkpoint together, with a group of their own, for
+        a thread beside the training; None where the main process has all of it.
+        """
+        if not self.shards or self.count == 1:
+            return None
         other = copy.copy(self)
         other._group = torch.distributed.new_group(
             backend="gloo", timeout=timedelta(minutes=self._config.timeout_minutes)

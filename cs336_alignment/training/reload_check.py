@@ -131,8 +131,8 @@ def check_export(
     reasons = [*_differences(want, got, model), *_unchanged(base, want["checksums"])]
     if reasons:
         return ReloadResult("failed", tuple(reasons))
-    said = () if checksums is None else ("every bit of its weights; log-probs were not compared",)
-    return ReloadResult("passed", said, tuple(_doubts(want, request, tokenizer, stop_ids)))
+    seen = () if checksums is None else ("every bit of its weights; log-probs were not compared",)
+    return ReloadResult("passed", seen, tuple(_doubts(want, request, tokenizer, stop_ids)))
 
 
 def _no_room(model: PreTrainedModel) -> str | None:

@@ -39,9 +39,9 @@ from cs336_alignment.training.optimizer import allocate_state, build_optimizer
 from cs336_alignment.training.parallel import (
     Processes,
     is_main_process_before_start,
+    join,
     refuse_launcher_options,
     set_threads,
-    start_processes,
 )
 from cs336_alignment.training.preflight import (
     choose_cut,
@@ -115,7 +115,7 @@ def train(
                 status.running()
             # Before the processes wait for each other: one tokenizes, and that can take long.
             inputs = None if decision.complete else load_inputs(config, console)
-            own = None if processes else Processes(start_processes(config.parallel), config.parallel)
+            own = None if processes else join(config.parallel)
             joined = processes or own
             assert joined is not None
             try:
@@ -237,7 +237,7 @@ class _Run:
             self.folder.checkpoints, extra={"manifest": manifest},
             save_sidecars=sidecars, keep=config.trainer.save_total_limit,
             asynchronous=config.trainer.async_save, damaged=self.decision.damaged,
-            team=self.processes.aside() if self.processes.shards and self.processes.count > 1 else None,
+            team=self.processes.team(),
         )  # fmt: skip
         watchdog = Watchdog(
             self.folder.path, self.processes.index, config.trainer.watchdog_minutes,

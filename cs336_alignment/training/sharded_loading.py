@@ -83,7 +83,10 @@ def _readable(source: ModelSource, own: Mapping[str, Tensor]) -> Pieces | None:
     return pieces if all(shapes.get(n) == tuple(t.shape) for n, t in own.items()) else None
 
 
-def _hand_out(own: Mapping[str, Tensor], values: Mapping[str, Tensor], device: torch.device) -> None:
+def _hand_out(
+    own: Mapping[str, Tensor], values: Mapping[str, Tensor], device: torch.device
+) -> None:
+    """Give every process its rows of the main process's tensors, one after the other."""
     for name, tensor in own.items():
         whole = torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
         if name in values:

@@ -102,8 +102,8 @@ class Pieces:
             pieces.sort(key=lambda piece: piece.start)
 
     @cached_property
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """The shapes of the whole tensors; of one that lacks rows, or has some twice, ()."""
+    def shapes(self) -> dict[str, tuple[int, ...] | None]:
+        """The shapes of the whole tensors; None for one that lacks rows, or has some twice."""
         return {name: _shape(pieces) for name, pieces in self._pieces.items()}
 
     @torch.no_grad()
@@ -120,11 +120,11 @@ class Pieces:
                 part.rows[start - first : end - first].copy_(rows)
 
 
-def _shape(pieces: Sequence[_Piece]) -> tuple[int, ...]:
+def _shape(pieces: Sequence[_Piece]) -> tuple[int, ...] | None:
     head = pieces[0].shape
     rows = 0
     for piece in pieces:
         if piece.start != rows or piece.shape[1:] != head[1:]:
-            return ()
+            return None
         rows += piece.shape[0] if head else 0
     return (rows, *head[1:]) if head else ()

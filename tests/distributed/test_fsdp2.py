@@ -49,7 +49,7 @@ def test_sharded_steps_are_those_of_one_process(
     report = json.loads(result.read_text())
     assert report["world"] == 2
     assert report["gathers"] == 3  # one a microbatch
-    assert len(report["errors"]) == (2 * (3 + 2 + 2) + 3) * 3 * 3
+    assert len(report["errors"]) == (2 * (3 + 2 + 2) + 3) * 3 * 3 + 2
     for case, error in report["errors"].items():
         assert error <= bounds_of(case)[0], (case, error)
     for case, steps in report["steps"].items():
@@ -107,6 +107,7 @@ def overrides(rows: Path) -> tuple[str, ...]:
     return (
         *TINY, f"data.train_path={rows}", f"data.eval_path={rows}", "trainer.max_steps=8",
         "trainer.microbatch_tokens=60", "trainer.eval_steps=4", "trainer.reload_check=true",
+        "optimizer.lr_scheduler_type=constant", "optimizer.warmup_ratio=0",  # of any length
     )  # fmt: skip
 
 
@@ -132,14 +133,14 @@ def test_a_sharded_run_is_the_run_of_one_process_and_goes_on_bit_for_bit(
         json.loads(line)["response"] for line in texts[1].read_text().splitlines()
     ]
     AutoModelForCausalLM.from_pretrained(outputs / "whole/model")
-    # about 0.02 seconds: at least one step, and far from eight
     cut = (*overrides, *generating, *SHARDED, "run_name=cut")
-    start((*cut, "trainer.max_hours=0.000001"), 2, tmp_path).communicate(timeout=280)
-    status = read(outputs / "cut/status.json")
-    assert (status["state"], status["exit_code"]) == ("preempted", 75)
-    assert 0 < status["step"] < 8
+    train((*cut, "trainer.max_steps=3"), 2, tmp_path)
     train(cut, 2, tmp_path)
-    assert without_times(outputs / "cut/metrics.jsonl") == two
+    steps = [
+        [row for row in without_times(outputs / name / "metrics.jsonl") if "train/loss" in row]
+        for name in ("cut", "whole")
+    ]
+    assert steps[0] == steps[1]
     assert weights(outputs / "cut") == weights(outputs / "whole")
 
 
@@ -165,9 +166,13 @@ def test_weights_are_read_row_by_row_and_any_number_of_processes_goes_on(
     train((*overrides, "parallel=ddp", "trainer.max_steps=5", "run_name=r"), 2, tmp_path)
     said = train((*overrides, *SHARDED, "trainer.max_steps=6", "run_name=r"), 2, tmp_path)
     assert "parallel was ddp and is fsdp2" in said
-    # The schedule follows each length, so the learning rates are not those of one whole run.
-    rows = without_times(outputs / "r/metrics.jsonl")
-    assert [row["step"] for row in rows if "train/loss" in row] == [1, 2, 3, 4, 5, 6]
+    two, one = (
+        [row for row in without_times(outputs / name / "metrics.jsonl") if "train/loss" in row]
+        for name in ("r", "whole")
+    )
+    assert len(one) == len(two) == 6
+    for a, b in zip(two, one, strict=True):
+        assert a == pytest.approx(b, rel=1e-5)
 
 
 @pytest.mark.slow
@@ -198,5 +203,7 @@ def test_a_sharded_run_that_is_ended_goes_on_bit_for_bit(
     train((*overrides, "run_name=cut"), 2, tmp_path)
     assert without_times(run / "metrics.jsonl") == without_times(outputs / "whole/metrics.jsonl")
     assert weights(run) == weights(outputs / "whole")
-    names = [sorted(p.name for p in (outputs / n / "checkpoints").iterdir()) for n in ("cut", "whole")]
+    names = [
+        sorted(p.name for p in (outputs / n / "checkpoints").iterdir()) for n in ("cut", "whole")
+    ]
     assert names[0] == names[1]

@@ -44,8 +44,13 @@ CUTS = (Cut(None, 1, "flat"), Cut(None, 3, "padded"), Cut(60, None, "flat_shared
 
 
 def build(
-    name: str, dtype: torch.dtype, processes: Processes, *, reshard: bool = True,
-    compute: torch.dtype | None = None, checkpointing: bool | str = False,
+    name: str,
+    dtype: torch.dtype,
+    processes: Processes,
+    *,
+    reshard: bool = True,
+    compute: torch.dtype | None = None,
+    checkpointing: bool | str = False,
 ) -> Policy:
     policy = Policy(build_model(name, dtype), compute)
     shard(policy, processes.device, processes.count, reshard_after_forward=reshard)
@@ -112,7 +117,26 @@ def one_step(processes: Processes) -> dict[str, float]:
             case = f"{name} {dtype} {step} {cut} {checkpointing} {reshard} {sharded}"
             got = whole_gradient(policy.model)
             errors[case] = relative_error(got, wanted[name, dtype, step])
+    for checkpointing in (False, True):
+        errors[f"llama torch.float64 frozen {checkpointing}"] = frozen(processes, checkpointing)
     return errors
+
+
+def frozen(processes: Processes, checkpointing: bool) -> float:
+    """Train two matrices alone, as adapters do: no input of a layer then needs a gradient."""
+    reference, policy = build_model("llama"), Policy(build_model("llama"))
+    for model in (reference, policy.model):
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_("q_proj" in name)
+    shard(policy, processes.device, processes.count, reshard_after_forward=True)
+    if checkpointing:
+        enable_checkpointing(policy.model)
+    dense_loss(reference, build_dataset(), range(8), "token").backward()
+    accumulate_gradients(
+        policy.train(), build_dataset(), range(8), cut=Cut(None, 2, "flat"), processes=processes,
+        trainer=TrainerConfig(), seed=0, step=0,
+    )  # fmt: skip
+    return relative_error(whole_gradient(policy.model), gradient(reference))
 
 
 def many_steps(policy: Policy, processes: Processes) -> list[tuple[float, float]]:
@@ -142,7 +166,7 @@ def checkpoints(processes: Processes) -> dict[str, Any]:
         processes=processes, seed=0, step=0,
     )  # fmt: skip
     optimizer.step()
-    team = processes.aside()
+    team = processes.team()
     folder = Path(processes.agree(tempfile.mkdtemp()))
     snapshot = Snapshot.of(TrainState(1), policy.model, optimizer, processes.index)
     saved = save_checkpoint(
@@ -188,9 +212,7 @@ def main(path: str) -> None:
     stay_in_float64()
     report["errors"] = one_step(processes)
     report["steps"], report["losses"] = {}, {}
-    for dtype, checkpointing in itertools.product(
-        (torch.float64, torch.float32), (False, True)
-    ):
+    for dtype, checkpointing in itertools.product((torch.float64, torch.float32), (False, True)):
         policy = build("llama", dtype, processes, checkpointing=checkpointing)
         report["steps"][f"{dtype} {checkpointing}"] = many_steps(policy, processes)
         report["local"] = count_parameters(policy.model)

@@ -22,6 +22,7 @@ LAYERS = [
     {"training.parallel", "training.optimizer", "training.schedule", "training.checkpoint",
      "training.checkpoint_writer", "training.step", "training.stop", "training.spike",
      "training.preflight", "training.batching_choice", "training.safetensors_file",
+     "training.sharding", "training.sharded_loading", "training.shards",
      "training.status", "training.watchdog"},
     {"tracking"}, {"evaluation"},
     {"training.earlier_config", "training.held_out", "training.inputs", "training.run_folder", "training.export", "training.manifest", "training.report",
