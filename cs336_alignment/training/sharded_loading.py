@@ -70,7 +70,7 @@ def load_sharded(
 
         processes.on_main(load)
         _hand_out(own, values, device)
-    return policy, "the main process reads the weights and hands out rows"
+    return policy, "the main process loads the weights and hands out rows"
 
 
 def _readable(source: ModelSource, own: Mapping[str, Tensor]) -> Pieces | None:

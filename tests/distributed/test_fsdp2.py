@@ -49,7 +49,7 @@ def test_sharded_steps_are_those_of_one_process(
     report = json.loads(result.read_text())
     assert report["world"] == 2
     assert report["gathers"] == 3  # one a microbatch
-    assert len(report["errors"]) == (2 * (3 + 2 + 2) + 3) * 3 * 3 + 2
+    assert len(report["errors"]) == (2 * (3 + 1 + 1) + 3) * 3 * 3 + 2
     for case, error in report["errors"].items():
         assert error <= bounds_of(case)[0], (case, error)
     for case, steps in report["steps"].items():
@@ -111,14 +111,14 @@ def overrides(rows: Path) -> tuple[str, ...]:
     )  # fmt: skip
 
 
-def test_a_sharded_run_is_the_run_of_one_process_and_goes_on_bit_for_bit(
+def test_a_sharded_run_is_the_run_of_one_process(
     overrides: tuple[str, ...], sft: Sft, tmp_path: Path
 ) -> None:
     outputs = tmp_path / "outputs"
     generating = ("evaluation.generation_steps=0", "evaluation.max_new_tokens=4")
     assert sft("train", *overrides, *generating, "run_name=alone").returncode == 0
     said = train((*overrides, *generating, *SHARDED, "run_name=whole"), 2, tmp_path)
-    assert "the main process reads the weights" in said  # random_init=true
+    assert "the main process loads the weights" in said  # random_init=true
     assert "each process holds the whole model" in said
     manifest, status = read(outputs / "whole/manifest.json"), read(outputs / "whole/status.json")
     assert manifest["parallel"] == "fsdp2" and manifest["num_processes"] == 2
@@ -133,18 +133,10 @@ def test_a_sharded_run_is_the_run_of_one_process_and_goes_on_bit_for_bit(
         json.loads(line)["response"] for line in texts[1].read_text().splitlines()
     ]
     AutoModelForCausalLM.from_pretrained(outputs / "whole/model")
-    cut = (*overrides, *generating, *SHARDED, "run_name=cut")
-    train((*cut, "trainer.max_steps=3"), 2, tmp_path)
-    train(cut, 2, tmp_path)
-    steps = [
-        [row for row in without_times(outputs / name / "metrics.jsonl") if "train/loss" in row]
-        for name in ("cut", "whole")
-    ]
-    assert steps[0] == steps[1]
-    assert weights(outputs / "cut") == weights(outputs / "whole")
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_weights_are_read_row_by_row_and_any_number_of_processes_goes_on(
     overrides: tuple[str, ...], sft: Sft, tmp_path: Path
 ) -> None:
@@ -176,6 +168,7 @@ def test_weights_are_read_row_by_row_and_any_number_of_processes_goes_on(
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("sign", [signal.SIGKILL, signal.SIGTERM])
 @pytest.mark.parametrize("asynchronous", ["false", "true"])
 def test_a_sharded_run_that_is_ended_goes_on_bit_for_bit(
@@ -183,13 +176,13 @@ def test_a_sharded_run_that_is_ended_goes_on_bit_for_bit(
 ) -> None:
     outputs = tmp_path / "outputs"
     overrides = (
-        *overrides, *SHARDED, "trainer.max_steps=40", "trainer.num_train_epochs=99",
+        *overrides, *SHARDED, "trainer.max_steps=16", "trainer.num_train_epochs=99",
         "trainer.save_steps=3", f"trainer.async_save={asynchronous}",
         "trainer.metric_for_best_model=eval/loss",
     )  # fmt: skip
     train((*overrides, "run_name=whole"), 2, tmp_path)
     run = outputs / "cut"
-    for step in (5, 21):
+    for step in (5, 11):
         launcher = start((*overrides, "run_name=cut"), 2, tmp_path)
         deadline, line = time.monotonic() + 120, f'"step": {step}, '
         metrics = run / "metrics.jsonl"
