@@ -206,7 +206,9 @@ def _require_weights(source: ModelSource) -> None:
             f"{folder} holds no weights",
             ExitStatus.NOT_FOUND,
             expected="model.safetensors (or shards of it)",
-            hint="to train from scratch on its config.json: model.random_init=true",
+            hint="it is a checkpoint in parts, which training alone reads: the run's model/ is whole"
+            if (folder / "sharded").is_dir()
+            else "to train from scratch on its config.json: model.random_init=true",
         )
 
 

@@ -138,7 +138,7 @@ def test_a_sharded_run_is_the_run_of_one_process(
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_weights_are_read_row_by_row_and_any_number_of_processes_goes_on(
-    overrides: tuple[str, ...], sft: Sft, tmp_path: Path
+    overrides: tuple[str, ...], rows: Path, sft: Sft, tmp_path: Path
 ) -> None:
     outputs = tmp_path / "outputs"
     assert sft("train", *overrides, "run_name=base").returncode == 0
@@ -153,6 +153,8 @@ def test_weights_are_read_row_by_row_and_any_number_of_processes_goes_on(
     last = outputs / "r/checkpoints/step-000002"
     assert (last / "sharded/model-00002-of-00002.safetensors").is_file()
     assert not (last / "model.safetensors").exists()
+    refused = sft("evaluate", f"model.name_or_path={last}", f"data.eval_path={rows}", "logger=none")
+    assert refused.returncode == 66 and "a checkpoint in parts" in refused.stderr
     train((*overrides, *SHARDED, "trainer.max_steps=3", "run_name=r"), 1, tmp_path)
     train((*overrides, *SHARDED, "trainer.max_steps=4", "run_name=r"), 4, tmp_path)
     train((*overrides, "parallel=ddp", "trainer.max_steps=5", "run_name=r"), 2, tmp_path)
@@ -165,6 +167,23 @@ def test_weights_are_read_row_by_row_and_any_number_of_processes_goes_on(
     assert len(one) == len(two) == 6
     for a, b in zip(two, one, strict=True):
         assert a == pytest.approx(b, rel=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_compiled_layers_are_sharded_too(
+    overrides: tuple[str, ...], sft: Sft, tmp_path: Path
+) -> None:
+    overrides = (*overrides, "trainer.max_steps=3", "trainer.gradient_checkpointing=true")
+    assert sft("train", *overrides, "run_name=alone").returncode == 0
+    train((*overrides, *SHARDED, "trainer.compile=true", "run_name=both"), 2, tmp_path)
+    one, two = (
+        [row for row in without_times(tmp_path / "outputs" / name / "metrics.jsonl") if row["step"]]
+        for name in ("alone", "both")
+    )
+    assert len(one) == len(two) == 4  # an evaluation at the end
+    for a, b in zip(one, two, strict=True):
+        assert a == pytest.approx(b, rel=1e-4)
 
 
 @pytest.mark.slow
