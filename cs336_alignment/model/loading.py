@@ -170,8 +170,9 @@ def build_model(source: ModelSource) -> PreTrainedModel:
     except Exception as failure:
         raise _cannot_load("model", source, failure) from failure
     with contextlib.suppress(OSError):  # not every model has one
-        revision = {} if source.revision is None else {"revision": source.revision}
-        model.generation_config = GenerationConfig.from_pretrained(source.location, **revision)
+        model.generation_config = GenerationConfig.from_pretrained(
+            source.location, revision=source.revision or "main"
+        )
     return model
 
 
@@ -206,7 +207,7 @@ def _require_weights(source: ModelSource) -> None:
             f"{folder} holds no weights",
             ExitStatus.NOT_FOUND,
             expected="model.safetensors (or shards of it)",
-            hint="it is a checkpoint in parts, which training alone reads: the run's model/ is whole"
+            hint="a checkpoint in parts, which training alone reads: the run's model/ is whole"
             if (folder / "sharded").is_dir()
             else "to train from scratch on its config.json: model.random_init=true",
         )
