@@ -196,6 +196,8 @@ class ParallelConfig:
     strategy: str = "ddp"
     num_processes: int | None = None
     timeout_minutes: float = 30.0
+    reshard_after_forward: bool = True
+    shard_gradients: bool = True
 
 
 @dataclass

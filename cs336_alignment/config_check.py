@@ -173,7 +173,7 @@ _RULES = (
     _one_of("optimizer.lr_scheduler_type", SCHEDULES),
     _Rule("optimizer.warmup_ratio", lambda v: 0 <= v <= 1, "a number from 0 to 1"),
     _Rule("optimizer.warmup_steps", _at_least(0), "a whole number of at least 0, or null"),
-    _one_of("parallel.strategy", ("ddp",)),
+    _one_of("parallel.strategy", ("ddp", "fsdp2", "single")),
     _Rule("parallel.timeout_minutes", lambda v: 0 < v < 1e6, "minutes, above 0"),
     _Rule("parallel.num_processes", _at_least(1), "a whole number of at least 1, or null"),
     _Rule(

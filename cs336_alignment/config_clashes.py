@@ -43,6 +43,7 @@ def clashes(config: Config) -> Iterator[UserError]:
         )
     yield from _lora_clashes(config)
     yield from _training_clashes(config)
+    yield from _parallel_clashes(config)
     yield from _source_clashes(config.data)
     yield from _best_clashes(config)
     yield from _backend_clashes(config)
@@ -116,6 +117,26 @@ def _training_clashes(config: Config) -> Iterator[UserError]:
     for wrong, first, second, why in pairs:
         if wrong:
             yield clash(first, second, why)
+
+
+def _parallel_clashes(config: Config) -> Iterator[UserError]:
+    parallel = config.parallel
+    if parallel.strategy != "fsdp2":
+        for name in ("reshard_after_forward", "shard_gradients"):
+            if not getattr(parallel, name):
+                yield clash(f"parallel.{name}", "parallel.strategy", "parallel=fsdp2 reads it")
+    elif config.optimizer.state_bits == 8:
+        yield clash(
+            "optimizer.state_bits", "parallel.strategy",
+            "8-bit state is not sharded; parallel=ddp, or optimizer.state_bits=32, of which each "
+            "process holds a part",
+        )  # fmt: skip
+    if parallel.strategy == "fsdp2":
+        why = "it is made in a model held whole: parallel=ddp"
+        if config.lora.active:
+            yield clash("lora.r", "parallel.strategy", why)
+        if config.model.new_tokens:
+            yield clash("model.new_tokens", "parallel.strategy", why)
 
 
 def _backend_clashes(config: Config) -> Iterator[UserError]:

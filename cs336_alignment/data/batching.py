@@ -176,6 +176,7 @@ def plan_microbatches(
     microbatch_tokens: int | None,
     gradient_accumulation_steps: int | None,
     batching: Batching,
+    in_step: bool = False,
 ) -> list[list[int]]:
     """Give the microbatches of one step on one process.
 
@@ -188,6 +189,7 @@ def plan_microbatches(
         gradient_accumulation_steps: number of microbatches, or None; exactly one of the two is
             given.
         batching: of the microbatches.
+        in_step: give every process as many as the one that has most, the others' last ones empty.
 
     Returns:
         At least one list of example ids; a single empty one if the process has no example in this
@@ -198,13 +200,19 @@ def plan_microbatches(
     """
     if (microbatch_tokens is None) == (gradient_accumulation_steps is None):
         raise ValueError("give one of microbatch_tokens and gradient_accumulation_steps")
-    mine = balance(example_ids, lengths, num_processes)[process_index]
-    if microbatch_tokens is not None:
-        microbatches = cut_by_tokens(mine, lengths, microbatch_tokens, batching=batching)
-    else:
-        assert gradient_accumulation_steps is not None
-        microbatches = balance(mine, lengths, gradient_accumulation_steps)
-    return [microbatch for microbatch in microbatches if microbatch] or [[]]
+
+    def cut(ids: list[int]) -> list[list[int]]:
+        if microbatch_tokens is not None:
+            microbatches = cut_by_tokens(ids, lengths, microbatch_tokens, batching=batching)
+        else:
+            assert gradient_accumulation_steps is not None
+            microbatches = balance(ids, lengths, gradient_accumulation_steps)
+        return [microbatch for microbatch in microbatches if microbatch] or [[]]
+
+    shares = balance(example_ids, lengths, num_processes)
+    mine = cut(shares[process_index])
+    most = max(len(cut(share)) for share in shares) if in_step else len(mine)
+    return mine + [[] for _ in range(most - len(mine))]
 
 
 def shared_prefix(examples: Sequence[TokenizedExample]) -> int:

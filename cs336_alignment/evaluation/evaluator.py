@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -235,7 +235,8 @@ class Evaluator:
 
         generations: list[Generation] = []
         failure: UserError | None = None
-        with self.progress("generation", len(wanted)) as advance, suppress(_Stopped):
+        here = nullcontext() if self.policy is None else self.processes.held_whole(self.policy)
+        with here, self.progress("generation", len(wanted)) as advance, suppress(_Stopped):
             try:
                 generations = self.generator.generate(
                     requests, sampling_of(self.config), advance=note

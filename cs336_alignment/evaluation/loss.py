@@ -35,7 +35,7 @@ def evaluate_loss(
     depends on neither the batch size nor the number of processes.
 
     Args:
-        policy: not wrapped: nothing here is synchronized but the sums.
+        policy: not in DDP: nothing here is synchronized but the sums, and sharded weights.
         dataset: the examples.
         processes: among which they are divided.
         microbatch_tokens: token budget of a forward pass.
@@ -64,6 +64,7 @@ def evaluate_loss(
         microbatch_tokens=microbatch_tokens,
         gradient_accumulation_steps=None,
         batching=batching,
+        in_step=processes.shards,
     )
     sums = torch.zeros(5 + len(names), dtype=torch.float64, device=device)
     training = policy.training
@@ -71,7 +72,10 @@ def evaluate_loss(
     with torch.no_grad():
         for ids in microbatches:
             if stopped() or not ids:
-                break
+                if not processes.shards:
+                    break
+                policy(collate([], batching=batching).to(device))  # the others wait for it
+                continue
             examples = [dataset[i] for i in ids]
             batch = collate(examples, batching=batching).to(device)
             log_probs, entropy = policy(batch, with_entropy=True)

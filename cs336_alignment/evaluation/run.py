@@ -42,6 +42,7 @@ from cs336_alignment.training.batching_choice import choose_batching
 from cs336_alignment.training.parallel import (
     Processes,
     refuse_launcher_options,
+    refuse_sharding,
     set_threads,
     start_processes,
 )
@@ -72,7 +73,8 @@ def evaluate(config: Config) -> ExitStatus:
             ExitStatus.BAD_CONFIG,
             hint="add data.eval_path=test.jsonl",
         )
-    precision = refuse_launcher_options(config.trainer.precision)
+    precision = refuse_launcher_options(config)
+    refuse_sharding(config.parallel, "evaluate")
     folder = Path(config.output_root).expanduser() / (config.run_name or "")
     subject = {
         "model": config.model.name_or_path,

@@ -39,6 +39,7 @@ from cs336_alignment.training.parallel import (
     Processes,
     is_main_process_before_start,
     refuse_launcher_options,
+    refuse_sharding,
     start_processes,
 )
 from cs336_alignment.training.report import ledger_line, resume_command
@@ -76,7 +77,8 @@ def expert_iteration(config: Config, arguments: Sequence[str]) -> ExitStatus:
         UserError: an option changed (78), nothing to train on (65), and as everywhere.
     """
     _refuse_combinations(config)
-    precision = refuse_launcher_options(config.trainer.precision)
+    precision = refuse_launcher_options(config)
+    refuse_sharding(config.parallel, VERB)
     is_main = is_main_process_before_start()
     folder, console = RunFolder(config), Console(enabled=is_main)
     if is_main:

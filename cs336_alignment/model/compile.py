@@ -32,7 +32,8 @@ def repeated_layers(model: nn.Module, instead: str) -> list[nn.Module]:
         UserError: the architecture does not name them (78); `instead` says what does without.
     """
     names = set(getattr(model, "_no_split_modules", None) or ())
-    layers = [module for module in model.modules() if type(module).__name__ in names]
+    # A sharded layer is of a class made for it, below its own.
+    layers = [m for m in model.modules() if names & {kind.__name__ for kind in type(m).__mro__}]
     if not layers:
         raise UserError(
             "C106",

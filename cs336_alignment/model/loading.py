@@ -4,7 +4,9 @@ config; an adapter's folder is its base model with the adapter merged.
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
@@ -277,6 +279,37 @@ def base_of(source: ModelSource, model: PreTrainedModel, quantize: str | None = 
     return Base(name, source.revision, weights_sha256(model), quantize)
 
 
+def build_model(source: ModelSource) -> PreTrainedModel:
+    """Build a model of its config, for weights that come later; see `load_model`.
+
+    Raises:
+        UserError: there is no config, or no such architecture (66).
+    """
+    common = {"revision": source.revision, "trust_remote_code": source.trust_remote_code}
+    try:
+        config = AutoConfig.from_pretrained(source.location, **common)
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(
+            config, dtype=torch.float32, trust_remote_code=source.trust_remote_code
+        )
+    except Exception as failure:
+        raise _cannot_load("model", source, failure) from failure
+    with contextlib.suppress(OSError):  # not every model has one
+        model.generation_config = GenerationConfig.from_pretrained(
+            source.location, revision=source.revision or "main"
+        )
+    return model
+
+
+def weight_files(source: ModelSource) -> list[Path]:
+    """Name the safetensors files of a local folder; none if it has no weights in that form."""
+    folder = Path(source.location)
+    index = folder / "model.safetensors.index.json"
+    names = {"model.safetensors"}
+    if index.is_file():
+        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    return sorted(folder / name for name in names if (folder / name).is_file())
+
+
 def _refuse_drawn_weights(source: ModelSource, info: Mapping[str, Any]) -> None:
     """transformers draws at random what a file does not hold; nobody asked for that."""
     lost = sorted(str(key) for kind in ("missing_keys", "mismatched_keys") for key in info[kind])
@@ -298,7 +331,9 @@ def _require_weights(source: ModelSource) -> None:
             f"{folder} holds no weights",
             ExitStatus.NOT_FOUND,
             expected="model.safetensors (or shards of it)",
-            hint="to train from scratch on its config.json: model.random_init=true",
+            hint="a checkpoint in parts, which training alone reads: the run's model/ is whole"
+            if (folder / "sharded").is_dir()
+            else "to train from scratch on its config.json: model.random_init=true",
         )
 
 

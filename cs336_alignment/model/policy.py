@@ -1,7 +1,7 @@
 """The module that is trained: backbone and LM head in one forward, log-probs of response tokens
 out.
 
-DDP wraps this module. Calling an inner module past it would skip DDP's hooks and train
+DDP or FSDP2 wraps this module. Calling an inner module past it would skip their hooks and train
 unsynchronized. T tokens, R response tokens, V vocabulary.
 """
 
@@ -29,12 +29,16 @@ class Policy(nn.Module):
         model: the Hugging Face model; its attention is switched to the one that takes flat rows, if
             it can.
         autocast_dtype: compute dtype inside `forward`; None: the weights' own.
+
+    Attributes:
+        compute_dtype: of the products; None: the weights' own. Where weights are sharded they are
+            gathered in it, and `autocast_dtype` is None.
     """
 
     def __init__(self, model: PreTrainedModel, autocast_dtype: torch.dtype | None = None) -> None:
         super().__init__()
         self.model = model
-        self.autocast_dtype = autocast_dtype
+        self.autocast_dtype = self.compute_dtype = autocast_dtype
         self.head = head_of(model)
         if why_not_flat(model, max_length=0) is None:
             model.set_attn_implementation(FLAT_ATTENTION)

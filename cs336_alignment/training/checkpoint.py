@@ -4,7 +4,8 @@ A checkpoint is a directory `step-000100`: weights under their Hugging Face name
 tokenizer (so it loads as a model folder), the optimizer's state, the trainer's state, and
 `manifest.json`, written last. Of a model with adapters it holds these alone and loads as an
 adapter's folder. It is assembled in a temporary directory, flushed to disk and renamed
-in one operation.
+in one operation. Where several processes hold a part of the weights each, each writes its own into
+`sharded/`, in place of the two large files.
 """
 
 from __future__ import annotations
@@ -19,11 +20,11 @@ import shutil
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from cs336_alignment.errors import ExitStatus, UserError
 from cs336_alignment.files import (
@@ -42,11 +43,17 @@ from cs336_alignment.model.lora import (
 )
 from cs336_alignment.training.optimizer import allocate_state
 from cs336_alignment.training.safetensors_file import write_safetensors
+from cs336_alignment.training.shards import Part, Pieces, part_of, write_parts
+
+if TYPE_CHECKING:  # it imports what loads sharded weights
+    from cs336_alignment.training.parallel import Processes
 
 MANIFEST = "manifest.json"
 INDEX = "index.json"
 WEIGHTS = "model.safetensors"
 OPTIMIZER = "optimizer.safetensors"
+SHARDED = "sharded"
+SHARD = re.compile(rf"{SHARDED}/(?:model|optimizer)-\d{{5}}-of-(\d{{5}})\.safetensors")
 STATE = "trainer_state.json"
 NAME = re.compile(r"step-(\d{6,})")
 TEMPORARY = ".tmp-"
@@ -96,7 +103,7 @@ def optimizer_tensors(module: nn.Module, optimizer: torch.optim.Optimizer) -> di
 
 def _parts(value: Tensor) -> Iterator[tuple[str, Tensor]]:
     """Take a tensor of several (8-bit codes and their scales, say) apart."""
-    if not hasattr(value, "__tensor_flatten__"):
+    if isinstance(value, DTensor) or not hasattr(value, "__tensor_flatten__"):
         yield "", value
         return
     for part in value.__tensor_flatten__()[0]:
@@ -109,30 +116,43 @@ class Snapshot:
 
     Attributes:
         state: of the run, its own copy.
-        weights: parameter or buffer name → tensor.
+        weights: parameter or buffer name → tensor; of a sharded one the rows of this process.
         moments: the optimizer's, see `optimizer_tensors`.
+        starts: the first row of what is a part, by the name of either; 0 where none is given.
         weights_file: where the weights go.
     """
 
     state: TrainState
     weights: Mapping[str, Tensor]
     moments: Mapping[str, Tensor]
+    starts: Mapping[str, int] = field(default_factory=dict)
     weights_file: str = WEIGHTS
 
     @staticmethod
-    def of(state: TrainState, module: nn.Module, optimizer: torch.optim.Optimizer) -> Snapshot:
-        """Look at the tensors where they are: right only as long as nothing trains on."""
-        return Snapshot(
-            copy.deepcopy(state), module_tensors(module), optimizer_tensors(module, optimizer),
-            _weights_file(module),
-        )  # fmt: skip
+    def of(
+        state: TrainState, module: nn.Module, optimizer: torch.optim.Optimizer, index: int = 0
+    ) -> Snapshot:
+        """Look at the tensors where they are: right only as long as nothing trains on. Those that
+        all processes hold are the main process's to keep; `index` says which this is.
+        """
+        parts: list[dict[str, Part]] = []
+        for tensors in (module_tensors(module), optimizer_tensors(module, optimizer)):
+            of_each = {name: part_of(tensor) for name, tensor in tensors.items()}
+            # What is whole has all its rows: of others' parts this process has fewer, or none.
+            parts.append({
+                name: part for name, part in of_each.items()
+                if index == 0 or (part.rows.numel() and part.start)
+            })  # fmt: skip
+        weights, moments = ({name: part.rows for name, part in held.items()} for held in parts)
+        starts = {name: part.start for held in parts for name, part in held.items()}
+        return Snapshot(copy.deepcopy(state), weights, moments, starts, _weights_file(module))
 
     def copied(self, into: Snapshot | None) -> Snapshot:
         """Copy the tensors into this machine's memory: into those of an earlier copy if given."""
         old = Snapshot(self.state, {}, {}) if into is None else into
         return Snapshot(
             self.state, _copied(self.weights, old.weights), _copied(self.moments, old.moments),
-            self.weights_file,
+            self.starts, self.weights_file,
         )  # fmt: skip
 
     @property
@@ -165,11 +185,11 @@ def restore(folder: Path, module: nn.Module, optimizer: torch.optim.Optimizer) -
         UserError: names or shapes are not those of this module (74).
     """
     state = restore_weights(folder, module)
-    moments = load_file(folder / OPTIMIZER)
-    if moments:
+    moments = Pieces(_files(folder, OPTIMIZER))
+    if moments.shapes:
         allocate_state(optimizer)
     places = optimizer_tensors(module, optimizer)
-    if moments.keys() != places.keys() or any(moments[n].shape != places[n].shape for n in places):
+    if moments.shapes != {name: tuple(place.shape) for name, place in places.items()}:
         raise UserError(
             "R205",
             f"{folder} holds the state of another optimizer",
@@ -177,7 +197,7 @@ def restore(folder: Path, module: nn.Module, optimizer: torch.optim.Optimizer) -
             hint="give another run_name",
         )
     for name, place in places.items():
-        place.copy_(moments[name])
+        moments.read(name, part_of(place))
     return state
 
 
@@ -188,9 +208,8 @@ def restore_weights(folder: Path, module: nn.Module) -> TrainState:
         UserError: names or shapes are not those of this module (74), or its adapters were trained
             on another base model (78).
     """
-    file, own = folder / _weights_file(module), module_tensors(module)
-    weights = load_file(file) if file.is_file() else {}
-    if weights.keys() != own.keys() or any(weights[n].shape != own[n].shape for n in own):
+    weights, own = Pieces(_files(folder, _weights_file(module))), module_tensors(module)
+    if weights.shapes != {name: tuple(tensor.shape) for name, tensor in own.items()}:
         raise UserError(
             "R205",
             f"{folder} holds weights of another model",
@@ -199,11 +218,17 @@ def restore_weights(folder: Path, module: nn.Module) -> TrainState:
         )
     if is_adapted(module):
         refuse_another_base(folder, module)
-    with torch.no_grad():
-        for name, tensor in own.items():
-            tensor.copy_(weights[name])
+    for name, tensor in own.items():
+        weights.read(name, part_of(tensor))
     state = json.loads((folder / STATE).read_text(encoding="utf-8"))
     return TrainState(**state["progress"])
+
+
+def _files(folder: Path, name: str) -> list[Path]:
+    """Name the files of a checkpoint that hold what an unsharded one holds in one."""
+    whole = folder / name
+    shards = (folder / SHARDED).glob(f"{whole.stem}-*.safetensors")
+    return [whole] if whole.is_file() else sorted(shards)
 
 
 def save_checkpoint(
@@ -215,6 +240,7 @@ def save_checkpoint(
     keep: int,
     damaged: Collection[Path] = (),
     best: int | None = None,
+    team: Processes | None = None,
 ) -> Path:
     """Write a checkpoint, make it the latest, and delete the oldest beyond `keep`.
 
@@ -226,24 +252,27 @@ def save_checkpoint(
         keep: checkpoints that stay, at least 1.
         damaged: checkpoints that do not count and go, now that there is another one.
         best: the step whose checkpoint stays besides.
+        team: processes that each hold a part of it, all of which call this; None: this one has all.
 
     Raises:
         UserError: the disk is full or failing (74); the checkpoints before this one are intact.
     """
     final = folder_of(checkpoints, snapshot.state.step)
-    temporary = checkpoints / f"{TEMPORARY}{final.name}-{os.getpid()}"
-    replaced = checkpoints / f"{TEMPORARY}old-{final.name}-{os.getpid()}"
-    try:
+    number = os.getpid() if team is None else team.agree(os.getpid())
+    temporary = checkpoints / f"{TEMPORARY}{final.name}-{number}"
+    replaced = checkpoints / f"{TEMPORARY}old-{final.name}-{number}"
+    needed = snapshot.bytes if team is None else sum(team.gather(snapshot.bytes))
+    manifest: dict[str, dict[str, int | str]] = {}
+
+    def begin() -> None:
         temporary.mkdir(parents=True)
-        if free_mib(checkpoints) * 2**20 < snapshot.bytes:  # before a slow disk finds out
+        if free_mib(checkpoints) * 2**20 < needed:  # before a slow disk finds out
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         save_sidecars(temporary)
-        manifest = {
-            snapshot.weights_file: write_safetensors(
-                temporary / snapshot.weights_file, snapshot.weights
-            ),
-            OPTIMIZER: write_safetensors(temporary / OPTIMIZER, snapshot.moments),
-        }
+        if team is not None:
+            (temporary / SHARDED).mkdir()
+
+    def finish() -> None:
         write_json(temporary / STATE, {"progress": asdict(snapshot.state), **extra})
         _seal(temporary, manifest)
         if final.is_dir():  # the run began before it: it was damaged, or could not be read
@@ -254,24 +283,61 @@ def save_checkpoint(
         shutil.rmtree(replaced, ignore_errors=True)
         _write_index(checkpoints, snapshot.state.step, best)
         _rotate(checkpoints, snapshot.state.step, keep, damaged, best)
+
+    try:
+        if team is None:
+            begin()
+            files = {snapshot.weights_file: snapshot.weights, OPTIMIZER: snapshot.moments}
+            for name, tensors in files.items():
+                manifest[name] = write_safetensors(temporary / name, tensors)
+            finish()
+        else:
+            _write_together(temporary, snapshot, manifest, begin, finish, team)
     except Exception as failure:
-        if not final.is_dir() and replaced.is_dir():
-            with contextlib.suppress(OSError):
-                replaced.rename(final)
-        for leftover in (temporary, replaced):
-            shutil.rmtree(leftover, ignore_errors=True)
+        if team is None or team.is_main:
+            if not final.is_dir() and replaced.is_dir():
+                with contextlib.suppress(OSError):
+                    replaced.rename(final)
+            for leftover in (temporary, replaced):
+                shutil.rmtree(leftover, ignore_errors=True)
         if (reason := system_error(failure)) is None:
             raise
         raise UserError(
             "R206",
             f"cannot write the checkpoint {final}: {reason}",
             ExitStatus.IO,
-            expected=f"{snapshot.bytes / 2**20:,.1f} MiB",
+            expected=f"{needed / 2**20:,.1f} MiB"
+            + ("" if team is None else f", in a folder that all {team.count} processes write to"),
             got=f"{free_mib(checkpoints.parent):,.1f} MiB free",
             hint="make room and run the same command again; "
             "the checkpoints before this one are intact",
         ) from failure
     return final
+
+
+def _write_together(
+    temporary: Path,
+    snapshot: Snapshot,
+    manifest: dict[str, dict[str, int | str]],
+    begin: Callable[[], None],
+    finish: Callable[[], None],
+    team: Processes,
+) -> None:
+    """Write a checkpoint of which each process holds a part; all learn of any failure."""
+    own: dict[str, dict[str, int | str]] = {}
+
+    def write() -> None:
+        for kind, tensors in ("model", snapshot.weights), ("optimizer", snapshot.moments):
+            name = f"{SHARDED}/{kind}-{team.index + 1:05d}-of-{team.count:05d}.safetensors"
+            own[name] = write_parts(temporary / name, tensors, snapshot.starts)
+            with (temporary / name).open("rb") as file:  # on the disk of the machine that wrote it
+                os.fsync(file.fileno())
+
+    team.on_main(begin)
+    team.on_each(write)
+    for files in team.gather(own):
+        manifest.update(files)
+    team.on_main(finish)
 
 
 def mark_best(checkpoints: Path, best: int, *, latest: int, keep: int) -> None:
@@ -327,11 +393,7 @@ def _verify(folder: Path) -> str | None:
         return f"{MANIFEST} is missing"
     except ValueError:
         return f"{MANIFEST} is not JSON"
-    if (
-        not isinstance(manifest, dict)
-        or not {OPTIMIZER, STATE} <= manifest.keys()
-        or not {WEIGHTS, ADAPTER_WEIGHTS} & manifest.keys()
-    ):
+    if not isinstance(manifest, dict) or not _is_complete(manifest):
         return f"{MANIFEST} does not list every file of a checkpoint"
     for name, entry in manifest.items():
         if not isinstance(entry, dict) or name.startswith("/") or ".." in Path(name).parts:
@@ -344,6 +406,13 @@ def _verify(folder: Path) -> str | None:
         if sha256_of(path) != entry.get("sha256"):
             return f"{name} differs from its sha256"
     return None
+
+
+def _is_complete(names: Collection[str]) -> bool:
+    shards = [found for name in names if (found := SHARD.fullmatch(name))]
+    if shards:
+        return STATE in names and len(shards) == 2 * int(shards[0][1])
+    return {OPTIMIZER, STATE} <= set(names) and bool({WEIGHTS, ADAPTER_WEIGHTS} & set(names))
 
 
 def find_latest(checkpoints: Path) -> tuple[Path | None, dict[Path, str]]:

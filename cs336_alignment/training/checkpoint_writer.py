@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -26,9 +26,13 @@ from cs336_alignment.training.checkpoint import (
     verify,
 )
 
+if TYPE_CHECKING:
+    from cs336_alignment.training.parallel import Processes
+
 
 class CheckpointWriter:
-    """Writes a run's checkpoints, one at a time; only the main process has something to write.
+    """Writes a run's checkpoints, one at a time; only the main process has something to write, or
+    each of a team its part.
 
     Args:
         checkpoints: the run's folder of them.
@@ -38,6 +42,8 @@ class CheckpointWriter:
         asynchronous: copy the tensors, which takes their size in memory once more, and write the
             copy in a thread.
         damaged: checkpoints that go once one is written.
+        team: processes that hold a part of the model each, with a group of their own; all of them
+            then rehearse, begin and finish.
     """
 
     def __init__(
@@ -49,8 +55,10 @@ class CheckpointWriter:
         keep: int,
         asynchronous: bool,
         damaged: Collection[Path] = (),
+        team: Processes | None = None,
     ) -> None:
         self.asynchronous = asynchronous
+        self.team = team
         self._checkpoints = checkpoints
         self._extra = extra
         self._save_sidecars = save_sidecars
@@ -85,15 +93,15 @@ class CheckpointWriter:
         Raises:
             UserError: a checkpoint cannot be written, or there is no room for one (74).
         """
-        whole = Snapshot.of(TrainState(), module, optimizer)
+        team = self.team
+        whole = Snapshot.of(TrainState(), module, optimizer, 0 if team is None else team.index)
         folder = self._checkpoints / f"{TEMPORARY}rehearsal"
-        name, tensor = min(whole.weights.items(), key=lambda item: item[1].numel())
-        shutil.rmtree(folder, ignore_errors=True)
-        try:
-            written = save_checkpoint(
-                folder, Snapshot(whole.state, {name: tensor}, {}),
-                extra=self._extra, save_sidecars=self._save_sidecars, keep=1,
-            )  # fmt: skip
+        smallest = sorted(whole.weights.items(), key=lambda item: item[1].numel())[:1]
+        leads = team is None or team.is_main
+        if leads:
+            shutil.rmtree(folder, ignore_errors=True)
+
+        def check() -> None:
             if (reason := verify(written)) is not None:
                 raise UserError(
                     "R210",
@@ -101,20 +109,34 @@ class CheckpointWriter:
                     ExitStatus.IO,
                     hint="the disk or its driver is failing; choose another output_root=…",
                 )
+
+        on_main = _alone if team is None else team.on_main
+        try:
+            written = save_checkpoint(
+                folder, Snapshot(whole.state, dict(smallest), {}), extra=self._extra,
+                save_sidecars=self._save_sidecars, keep=1, team=team,
+            )  # fmt: skip
+            on_main(check)
         finally:
-            shutil.rmtree(folder, ignore_errors=True)
+            if leads:
+                shutil.rmtree(folder, ignore_errors=True)
         if self.asynchronous:  # the copy's memory is asked for now, too
             self._copy = whole.copied(None)
-        free, needed = free_mib(self._checkpoints), whole.bytes / 2**20
-        if free < needed:
-            raise UserError(
-                "R206",
-                f"there is no room for a checkpoint in {self._checkpoints}",
-                ExitStatus.IO,
-                expected=f"{needed:,.1f} MiB",
-                got=f"{free:,.1f} MiB free",
-                hint="make room, or choose an output_root=… on another disk",
-            )
+        size = whole.bytes if team is None else sum(team.gather(whole.bytes))
+        free, needed = free_mib(self._checkpoints), size / 2**20
+
+        def refuse_no_room() -> None:
+            if free < needed:
+                raise UserError(
+                    "R206",
+                    f"there is no room for a checkpoint in {self._checkpoints}",
+                    ExitStatus.IO,
+                    expected=f"{needed:,.1f} MiB",
+                    got=f"{free:,.1f} MiB free",
+                    hint="make room, or choose an output_root=… on another disk",
+                )
+
+        on_main(refuse_no_room)
         # The new one is whole before the oldest goes.
         most = min(saves, self._keep + keeps_best + 1 - len(list_checkpoints(self._checkpoints)))
         if free < most * needed:
@@ -129,7 +151,8 @@ class CheckpointWriter:
         one before.
         """
         start = time.perf_counter()
-        snapshot = Snapshot.of(state, module, optimizer)
+        index = 0 if self.team is None else self.team.index
+        snapshot = Snapshot.of(state, module, optimizer, index)
         if not self.asynchronous:
             self._write(snapshot, start)
             return
@@ -144,7 +167,7 @@ class CheckpointWriter:
             save_checkpoint(
                 self._checkpoints, snapshot,
                 extra=self._extra, save_sidecars=self._save_sidecars, keep=self._keep,
-                damaged=self._damaged, best=self._best,
+                damaged=self._damaged, best=self._best, team=self.team,
             )  # fmt: skip
             self._damaged = ()
         except BaseException as failure:
@@ -193,3 +216,7 @@ class CheckpointWriter:
         if failure is not None:
             raise failure
         return self._seconds
+
+
+def _alone(work: Callable[[], None]) -> None:
+    work()

@@ -52,7 +52,12 @@ from cs336_alignment.training.invariances import (
     some,
 )
 from cs336_alignment.training.optimizer_check import check_optimizer, has_choices
-from cs336_alignment.training.parallel import Processes, set_threads, start_processes
+from cs336_alignment.training.parallel import (
+    Processes,
+    refuse_sharding,
+    set_threads,
+    start_processes,
+)
 from cs336_alignment.training.step import objective_of
 from cs336_alignment.training.token_check import check_tokens
 
@@ -77,6 +82,7 @@ def doctor(config: Config) -> ExitStatus:
         UserError: model or data cannot be loaded, as in training; several processes (78).
     """
     start, console = time.perf_counter(), Console()
+    refuse_sharding(config.parallel, "doctor")
     processes = Processes(start_processes(config.parallel))
     try:
         if processes.count > 1:

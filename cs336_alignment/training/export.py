@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from cs336_alignment.errors import ExitStatus, UserError
@@ -42,6 +43,8 @@ def export_model(
     tokenizer: PreTrainedTokenizerBase,
     card: str,
     pictures: Sequence[Path] = (),
+    *,
+    weights: dict[str, Tensor] | None = None,
 ) -> None:
     """Write the trained model as a folder that plain transformers loads; replaces an older one at
     once.
@@ -52,12 +55,13 @@ def export_model(
         tokenizer: as trained with.
         card: the text of its README.md.
         pictures: of the card.
+        weights: name → tensor; None: those that the model holds.
 
     Raises:
         UserError: the disk is full or failing (74).
     """
     with telling_full_disk(folder), replacing_folder(folder) as temporary:
-        write_model(temporary, model, tokenizer, card, pictures)
+        write_model(temporary, model, tokenizer, card, pictures, weights=weights)
 
 
 @contextmanager
@@ -83,13 +87,15 @@ def write_model(
     card: str,
     pictures: Sequence[Path] = (),
     max_shard_size: str = MAX_SHARD_SIZE,
+    *,
+    weights: dict[str, Tensor] | None = None,
 ) -> None:
     """Write all files of an exported model into a folder that is there; see `export_model`."""
     if is_adapted(model):
         write_safetensors(folder / ADAPTER_WEIGHTS, adapter_tensors(model))
     else:
         model.generation_config = _generation_config(model, tokenizer)
-        model.save_pretrained(folder, max_shard_size=max_shard_size)
+        model.save_pretrained(folder, state_dict=weights, max_shard_size=max_shard_size)
     save_sidecars(folder, model, tokenizer)
     (folder / "README.md").write_text(card, encoding="utf-8")
     for picture in pictures:

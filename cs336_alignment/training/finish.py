@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from cs336_alignment.config import Config
@@ -19,10 +20,12 @@ from cs336_alignment.model.lora import is_adapted, merge_adapter
 from cs336_alignment.model.policy import Policy
 from cs336_alignment.sharing.card import CURVES, Card
 from cs336_alignment.tracking.console import Console
+from cs336_alignment.training import reload_child
 from cs336_alignment.training.best import Judge, Score
 from cs336_alignment.training.checkpoint import (
     TrainState,
     folder_of,
+    module_tensors,
     restore_weights,
     verify,
 )
@@ -30,6 +33,7 @@ from cs336_alignment.training.export import export_model
 from cs336_alignment.training.parallel import Processes
 from cs336_alignment.training.reload_check import LIMIT_SECONDS, ReloadResult, check_export
 from cs336_alignment.training.run_folder import MANIFEST, RunFolder
+from cs336_alignment.training.shards import whole_tensors
 from cs336_alignment.training.status import StatusFile
 from cs336_alignment.training.stop import StopRequest
 
@@ -83,33 +87,47 @@ class Finish:
             UserError: the disk refuses (74); the export is not what was trained (70).
         """
 
-        score: Score | None = None
+        chosen: Score | None = None
         model, noted = self.policy.model, dict(manifest)
 
         def choose() -> None:
-            nonlocal state, score, model
-            state, score = self._choose(state, judge)
+            nonlocal chosen
+            chosen = self._choose(state, judge)
+
+        def complete() -> None:
+            nonlocal model
             model = self.whole()
 
         self.processes.on_main(choose)
-        state = self.processes.agree(state)
+        score = self.processes.agree(chosen)
+        if score is not None and score.step != state.step:
+            folder, given = folder_of(self.folder.checkpoints, score.step), state
+
+            def restore() -> None:
+                nonlocal given
+                given = restore_weights(folder, self.policy.model)
+
+            self.processes.on_each(restore)
+            state = given
+        weights: dict[str, Tensor] | None = None
+        if self.processes.shards:  # a tensor at a time on the device, all of them in main's memory
+            tensors = whole_tensors(module_tensors(self.policy.model).items())
+            keep = self.processes.is_main
+            weights = {name: tensor.cpu() for name, tensor in tensors if keep}
+        self.processes.on_main(complete)
         for key, target in self.folder.exports(self.config.lora).items():
-            export = partial(self._export, model, key, target, state, score, judge, noted)
+            export = partial(self._export, model, key, target, state, score, judge, noted, weights)
             self.processes.on_main(export)
             if (outcome := self._check(model, target, state)) != ExitStatus.DONE:
                 return outcome, state.step
         return ExitStatus.DONE, state.step
 
-    def _choose(self, state: TrainState, judge: Judge) -> tuple[TrainState, Score | None]:
-        """Bring the weights of the best step into the model, if one is chosen."""
+    def _choose(self, state: TrainState, judge: Judge) -> Score | None:
+        """Find the best step whose weights are there, if one is to be chosen."""
         metric = self.config.trainer.metric_for_best_model
         for score in judge.choices(state.step):
             folder = folder_of(self.folder.checkpoints, score.step)
-            if score.step == state.step:
-                chosen = state
-            elif (reason := verify(folder)) is None:
-                chosen = restore_weights(folder, self.policy.model)
-            else:
+            if score.step != state.step and (reason := verify(folder)) is not None:
                 self.console.warn(
                     f"{folder} has the best {metric} and is damaged ({reason}): the next best is "
                     "exported"
@@ -118,10 +136,10 @@ class Finish:
             self.console.note(
                 f"exporting step {score.step} of {state.step}: the best {metric}, {score.value:.4f}"
             )
-            return chosen, score
+            return score
         if metric is not None:
             self.console.warn(f"no step has a {metric} to choose by: the last one is exported")
-        return state, None
+        return None
 
     def _export(
         self,
@@ -132,6 +150,7 @@ class Finish:
         score: Score | None,
         judge: Judge,
         manifest: dict[str, Any],
+        weights: dict[str, Tensor] | None,
     ) -> None:
         metric, best, why = self.config.trainer.metric_for_best_model, None, None
         if metric is not None:
@@ -150,9 +169,9 @@ class Finish:
         card = Card(
             self.config, run, state.step, why, trained, template, str(target), adapter=adapter
         )
-        export_model(target, model, self.tokenizer, str(card), [run / CURVES])
-        weights = {path.name: sha256_of(path) for path in target.glob("*.safetensors")}
-        manifest |= {key: weights, "export_step": state.step, "best": best}
+        export_model(target, model, self.tokenizer, str(card), [run / CURVES], weights=weights)
+        hashes = {path.name: sha256_of(path) for path in target.glob("*.safetensors")}
+        manifest |= {key: hashes, "export_step": state.step, "best": best}
         self.folder.write_json(MANIFEST, manifest)
 
     def _check(self, model: PreTrainedModel, target: Path, state: TrainState) -> ExitStatus:
@@ -160,10 +179,14 @@ class Finish:
         if not self.config.trainer.reload_check:
             return ExitStatus.DONE
         result: ReloadResult | None = None
+        checksums = None
+        if self.processes.shards:
+            tensors = whole_tensors(self.policy.model.state_dict().items())
+            checksums = reload_child.checksums(tensors)
         if self.processes.is_main:
             self.console.note(f"loading {target} in a fresh process")
             with in_eager():
-                result = self._compare(model, target, state)
+                result = self._compare(model, target, state, checksums)
         result, asked = self.processes.agree((result, self.stop.status))
         assert result is not None
         if result.outcome == "stopped":
@@ -186,7 +209,13 @@ class Finish:
         self.processes.on_main(refuse)
         return ExitStatus.DONE
 
-    def _compare(self, model: PreTrainedModel, target: Path, state: TrainState) -> ReloadResult:
+    def _compare(
+        self,
+        model: PreTrainedModel,
+        target: Path,
+        state: TrainState,
+        checksums: Mapping[str, list[Any]] | None,
+    ) -> ReloadResult:
         config, template = self.config, self.data.train.template
         # A moving average may still round to where it began.
         still = config.optimizer.learning_rate == 0 or config.trainer.ema_decay is not None
@@ -205,4 +234,5 @@ class Finish:
             limit_seconds=limit,
             # The time limit ended the steps; a check of seconds would only be put off.
             asked=lambda: self.stop.status is not None and not self.stop.out_of_time,
+            checksums=checksums,
         )

@@ -18,7 +18,7 @@ from cs336_alignment.errors import ExitStatus, UserError
 from cs336_alignment.files import write_text
 from cs336_alignment.training.inputs import Inputs
 from cs336_alignment.training.manifest import git_commit, versions
-from cs336_alignment.training.parallel import Processes, launched_processes, start_processes
+from cs336_alignment.training.parallel import Processes, join, launched_processes
 from cs336_alignment.training.preflight import choose_precision
 
 MAY_DIFFER = frozenset({"data.cache_dir"})  # a disk of the node's own is a good place for it
@@ -59,7 +59,7 @@ def refuse_lone_and_surplus_processes() -> None:
         )
 
 
-def join(config: ParallelConfig) -> Processes:
+def meet(config: ParallelConfig) -> Processes:
     """Join the processes that the launcher started.
 
     Raises:
@@ -69,7 +69,7 @@ def join(config: ParallelConfig) -> Processes:
     try:
         if address and launched_processes() > 1:
             socket.getaddrinfo(address, None)  # torch would ask again until the time is over
-        return Processes(start_processes(config))
+        return join(config)
     except (RuntimeError, OSError, ValueError) as failure:
         where = f"{address or 'MASTER_ADDR'}:{os.environ.get('MASTER_PORT', 'MASTER_PORT')}"
         raise UserError(

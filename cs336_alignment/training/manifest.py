@@ -21,6 +21,7 @@ from cs336_alignment.data.splits import PreparedData
 from cs336_alignment.data.tokenize import tokenizer_fingerprint
 from cs336_alignment.errors import ExitStatus, UserError
 from cs336_alignment.model.lora import base_sha256
+from cs336_alignment.training.shards import part_of
 
 PACKAGES = (
     "cs336-alignment",
@@ -121,7 +122,9 @@ def _changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     """Name what rounding may depend on and that is not as it was."""
     before = {**old, **old.get("versions", {})}
     now = {**new, **new["versions"]}
-    names = ("num_processes", "threads_per_process", "git_commit", "python", *PACKAGES)
+    names = (
+        "num_processes", "parallel", "threads_per_process", "git_commit", "python", *PACKAGES,
+    )  # fmt: skip
     return [
         f"{name} was {before[name]} and is {now.get(name)}"
         for name in names
@@ -155,11 +158,12 @@ def git_commit() -> str | None:
 
 
 def count_parameters(module: nn.Module) -> dict[str, int]:
-    """Count parameters: all, trained, and held by this process."""
+    """Count parameters: all, trained, and held by this process (the main one has most)."""
     sizes = [(p.numel(), p.requires_grad) for p in module.parameters()]
     total = sum(size for size, _ in sizes)
     trained = sum(size for size, requires_grad in sizes if requires_grad)
-    return {"parameters": total, "trainable_parameters": trained, "local_parameters": total}
+    local = sum(part_of(p).rows.numel() for p in module.parameters())
+    return {"parameters": total, "trainable_parameters": trained, "local_parameters": local}
 
 
 def _template_hash(train: PreparedData) -> str:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from cs336_alignment.config import OptimizerConfig
 from cs336_alignment.errors import ExitStatus, UserError
@@ -207,6 +208,19 @@ def allocate_state(optimizer: torch.optim.Optimizer) -> None:
         for counter in COUNTERS:
             if counter in optimizer.state[parameter]:
                 optimizer.state[parameter][counter].zero_()
+
+
+def clip_gradients(module: nn.Module, most: float) -> Tensor:
+    """Scale all gradients down to a norm of at most `most`; returns the norm that they had.
+
+    Of sharded gradients the norm is that of the whole ones, on every process.
+    """
+    parameters = list(module.parameters())
+    norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    if isinstance(norm, DTensor):
+        norm = norm.full_tensor()
+    nn.utils.clip_grads_with_norm_(parameters, most, norm)
+    return norm
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:

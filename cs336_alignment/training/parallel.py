@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import os
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, init_empty_weights
 from accelerate.utils import (
     DistributedDataParallelKwargs,
     GradientAccumulationPlugin,
     InitProcessGroupKwargs,
 )
 from torch import Tensor, nn
+from torch.distributed import HashStore  # type: ignore[attr-defined]
 
-from cs336_alignment.config import ParallelConfig
+from cs336_alignment.config import Config, ParallelConfig
 from cs336_alignment.cores import count_cores
 from cs336_alignment.errors import ExitStatus, UserError
+from cs336_alignment.files import system_error
+from cs336_alignment.training.sharding import held_whole
 
 TINY_MODEL = 1_000_000  # parameters
 
@@ -34,11 +38,11 @@ def is_main_process_before_start() -> bool:
     return int(os.environ.get("RANK", "0")) == 0
 
 
-def refuse_launcher_options(precision: str) -> str:
+def refuse_launcher_options(config: Config) -> str:
     """Read what `accelerate launch` was asked for and refuse what this trainer would ignore.
 
     Args:
-        precision: `trainer.precision`.
+        config: `trainer` and `parallel` are read.
 
     Returns:
         The precision to use: the launcher's, if `auto` left it open, else the config's.
@@ -46,15 +50,18 @@ def refuse_launcher_options(precision: str) -> str:
     Raises:
         UserError: the launcher asks for sharding, accumulation or a precision that differs (78).
     """
+    precision, strategy = config.trainer.precision, config.parallel.strategy
+    if _is_set("ACCELERATE_USE_FSDP"):
+        _refuse_other_sharding(config)
     for variable, name in (
-        ("ACCELERATE_USE_FSDP", "FSDP"),
         ("ACCELERATE_USE_DEEPSPEED", "DeepSpeed"),
         ("ACCELERATE_USE_MEGATRON_LM", "Megatron-LM"),
     ):
-        if os.environ.get(variable, "false").lower() in ("1", "true"):
+        if _is_set(variable):
             raise UserError(
                 "C201",
-                f"`accelerate launch` was configured for {name}, and parallel=ddp would ignore it",
+                f"`accelerate launch` was configured for {name}, and parallel={strategy} would "
+                "ignore it",
                 ExitStatus.BAD_CONFIG,
                 hint="launch with --config_file configs/accelerate/multi_gpu.yaml",
             )
@@ -82,6 +89,40 @@ def refuse_launcher_options(precision: str) -> str:
     return launcher
 
 
+def _is_set(variable: str) -> bool:
+    return os.environ.get(variable, "false").lower() in ("1", "true")
+
+
+def _refuse_other_sharding(config: Config) -> None:
+    """Take the launcher's FSDP for parallel=fsdp2 where it means the same, else refuse it (78)."""
+    same = {
+        "parallel.strategy": (config.parallel.strategy, "fsdp2"),
+        "fsdp_version": (os.environ.get("FSDP_VERSION", "1"), "2"),
+        "fsdp_offload_params": (_is_set("FSDP_OFFLOAD_PARAMS"), False),
+        "parallel.reshard_after_forward": (
+            config.parallel.reshard_after_forward,
+            os.environ.get("FSDP_RESHARD_AFTER_FORWARD", "true").lower() != "false",
+        ),
+        "trainer.gradient_checkpointing": (
+            bool(config.trainer.gradient_checkpointing),
+            bool(config.trainer.gradient_checkpointing) or _is_set("FSDP_ACTIVATION_CHECKPOINTING"),
+        ),
+    }
+    if apart := [name for name, (found, wanted) in same.items() if found != wanted]:
+        name = apart[0]
+        found, wanted = (str(value).lower() for value in same[name])
+        raise UserError(
+            "C201",
+            f"`accelerate launch` was configured for FSDP, and parallel={config.parallel.strategy} "
+            "would not do the same",
+            ExitStatus.BAD_CONFIG,
+            expected=f"{name}: {wanted}",
+            got=found,
+            hint="launch with --config_file configs/accelerate/multi_gpu.yaml and type "
+            "parallel=fsdp2, whose keys say all the rest",
+        )
+
+
 def start_processes(config: ParallelConfig) -> Accelerator:
     """Join the process group that the launcher set up.
 
@@ -93,6 +134,8 @@ def start_processes(config: ParallelConfig) -> Accelerator:
         UserError: accelerate and launcher disagree on the number of processes, or the number is not
             the one that `parallel.num_processes` asserts (78).
     """
+    if config.strategy == "fsdp2":  # accelerate would shard by itself, and load by its own rules
+        os.environ.pop("ACCELERATE_USE_FSDP", None)
     accelerator = Accelerator(
         # Without a GPU a plain Accelerator() would start no group: every process would train alone.
         cpu=not torch.cuda.is_available(),
@@ -113,6 +156,13 @@ def start_processes(config: ParallelConfig) -> Accelerator:
             got=f"{found}",
             hint="every process would train alone into the same folder; check the launcher's flags",
         )
+    if config.strategy == "single" and found != 1:
+        raise UserError(
+            "C221",
+            f"parallel=single, and the launcher started {found} processes",
+            ExitStatus.BAD_CONFIG,
+            hint="type parallel=ddp, or parallel=fsdp2 for a model that is too large for one",
+        )
     if config.num_processes is not None and found != config.num_processes:
         raise UserError(
             "C205",
@@ -123,7 +173,32 @@ def start_processes(config: ParallelConfig) -> Accelerator:
             hint=f"torchrun --standalone --nproc_per_node {config.num_processes} scripts/train.py "
             "… (`accelerate launch --cpu` starts one process, whatever it is told)",
         )
+    if config.strategy == "fsdp2" and not torch.distributed.is_initialized():
+        torch.distributed.init_process_group(
+            "nccl" if accelerator.device.type == "cuda" else "gloo",
+            store=HashStore(), rank=0, world_size=1,
+        )  # fmt: skip
     return accelerator
+
+
+def without_weights() -> contextlib.AbstractContextManager[Any]:
+    """Build modules whose parameters have shapes alone; buffers are real."""
+    return init_empty_weights(include_buffers=False)  # type: ignore[no-any-return]
+
+
+def refuse_sharding(config: ParallelConfig, verb: str) -> None:
+    """Refuse to shard what a verb holds whole.
+
+    Raises:
+        UserError: parallel=fsdp2 (78).
+    """
+    if config.strategy == "fsdp2":
+        raise UserError(
+            "C222",
+            f"{verb} holds the whole model on every process, and parallel=fsdp2 would not",
+            ExitStatus.BAD_CONFIG,
+            hint="parallel=ddp",
+        )
 
 
 def set_threads(local_processes: int, parameters: int) -> int:
@@ -149,18 +224,32 @@ def set_threads(local_processes: int, parameters: int) -> int:
     return torch.get_num_threads()
 
 
+def join(config: ParallelConfig) -> Processes:
+    """Join the process group that the launcher set up; see `start_processes`."""
+    return Processes(start_processes(config), config)
+
+
 class Processes:
     """What the trainer needs of its fellow processes.
+
+    Args:
+        accelerator: from `start_processes`.
+        config: of it; without one nothing is sharded.
 
     Attributes:
         count: how many there are.
         index: which this is; 0 is the main process.
         device: where this process computes.
+        shards: whether each holds a part of the weights alone (FSDP2): whatever computes with them
+            then takes all processes, at the same time.
     """
 
-    def __init__(self, accelerator: Accelerator) -> None:
+    def __init__(self, accelerator: Accelerator, config: ParallelConfig | None = None) -> None:
         self._accelerator = accelerator
+        self._config = config or ParallelConfig()
         self._wrapped: list[nn.Module] = []
+        self._group: torch.distributed.ProcessGroup | None = None
+        self.shards = self._config.strategy == "fsdp2"
         self.count: int = accelerator.num_processes
         self.index: int = accelerator.process_index
         self.device: torch.device = accelerator.device
@@ -176,14 +265,46 @@ class Processes:
         return int(os.environ.get("LOCAL_WORLD_SIZE", str(self.count)))
 
     def wrap(self, module: nn.Module) -> nn.Module:
-        """Put a module on the device and, with several processes, into DDP."""
+        """Put a module on the device and, with several processes, into DDP; one whose weights are
+        sharded is as it must be.
+        """
+        if self.shards:
+            return module
         wrapped: nn.Module = self._accelerator.prepare_model(module)
         self._wrapped.append(wrapped)
         return wrapped
 
     def no_sync(self, module: nn.Module, active: bool) -> contextlib.AbstractContextManager[Any]:
-        """Skip the gradient's reduction, on every microbatch but the last."""
+        """Skip the gradient's reduction, on every microbatch but the last; sharded gradients are
+        reduced each time, since whole ones would be as large as the model, unless that is asked
+        for.
+        """
+        if self.shards:
+            root: Any = module
+            root.set_is_last_backward(not active)
+            root.set_requires_gradient_sync(self._config.shard_gradients or not active)
+            return contextlib.nullcontext()
         return self._accelerator.no_sync(module) if active else contextlib.nullcontext()
+
+    def held_whole(self, module: nn.Module) -> contextlib.AbstractContextManager[None]:
+        """Hold a module's weights whole for a while, on every process: each can then compute with
+        them at its own pace. All enter, and leave.
+        """
+        if not self.shards:
+            return contextlib.nullcontext()
+        return held_whole(module, self._config.reshard_after_forward)
+
+    def team(self) -> Processes | None:
+        """Give the processes that must write a checkpoint together, with a group of their own, for
+        a thread beside the training; None where the main process has all of it.
+        """
+        if not self.shards or self.count == 1:
+            return None
+        other = copy.copy(self)
+        other._group = torch.distributed.new_group(
+            backend="gloo", timeout=timedelta(minutes=self._config.timeout_minutes)
+        )
+        return other
 
     def sum(self, values: Tensor) -> Tensor:
         """Add a tensor over all processes."""
@@ -196,7 +317,7 @@ class Processes:
         if self.count == 1:
             return value
         box = [value]
-        torch.distributed.broadcast_object_list(box, src=0)
+        torch.distributed.broadcast_object_list(box, src=0, group=self._group)
         return box[0]
 
     def gather(self, value: Any) -> list[Any]:
@@ -204,7 +325,7 @@ class Processes:
         if self.count == 1:
             return [value]
         box: list[Any] = [None] * self.count
-        torch.distributed.all_gather_object(box, value)
+        torch.distributed.all_gather_object(box, value, group=self._group)
         return box
 
     def on_main(self, work: Callable[[], None]) -> None:
@@ -213,17 +334,25 @@ class Processes:
         Raises:
             UserError: what the main process raised; on the others one that says so (its status).
         """
-        failure: UserError | None = None
-        if self.is_main:
-            try:
-                work()
-            except UserError as error:
-                failure = error
-        told = self.agree(None if failure is None else (failure.message, failure.status))
+        failure = _failure_of(work) if self.is_main else None
+        told = self.agree(_told(failure))
         if failure is not None:
             raise failure
         if told is not None:
             raise UserError("R208", f"the main process failed: {told[0]}", told[1])
+
+    def on_each(self, work: Callable[[], None]) -> None:
+        """Do something on every process, and learn on all of them how it ended.
+
+        Raises:
+            UserError: what this process raised; else one that says what another did (its status).
+        """
+        failure = _failure_of(work)
+        told = [what for what in self.gather(_told(failure)) if what is not None]
+        if failure is not None:
+            raise failure
+        if told:
+            raise UserError("R208", f"another process failed: {told[0][0]}", told[0][1])
 
     def wait(self) -> None:
         """Wait for the other processes."""
@@ -245,3 +374,21 @@ class Processes:
         """Leave the process group, and let go of what `wrap` gave."""
         self.release()
         self._accelerator.end_training()
+
+
+def _failure_of(work: Callable[[], None]) -> Exception | None:
+    try:
+        work()
+    except Exception as failure:  # raised again, once the others know
+        return failure
+    return None
+
+
+def _told(failure: Exception | None) -> tuple[str, ExitStatus] | None:
+    """Put a failure into what another process can be told."""
+    if failure is None:
+        return None
+    if isinstance(failure, UserError):
+        return failure.message, failure.status
+    reason = system_error(failure)
+    return reason or str(failure), ExitStatus.INTERNAL if reason is None else ExitStatus.IO

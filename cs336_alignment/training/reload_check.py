@@ -30,6 +30,7 @@ from cs336_alignment.machine_memory import found_memory
 from cs336_alignment.model.loading import eos_ids
 from cs336_alignment.model.lora import changed_by_training, is_adapted
 from cs336_alignment.training import reload_child
+from cs336_alignment.training.shards import whole_tensors
 
 EXAMPLES = 4
 SPOKEN_PROMPTS = 2  # that a response is generated for, from its start
@@ -67,9 +68,12 @@ class ReloadResult:
 
 
 def bit_sums(model: PreTrainedModel) -> dict[str, int]:
-    """Sum the bits of each trained parameter, to see later whether training changed it."""
+    """Sum the bits of each trained parameter, to see later whether training changed it. Of a
+    sharded model all processes do, and get the same.
+    """
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    return {name: row[0] for name, row in reload_child.checksums(model).items() if name in trained}
+    sums = reload_child.checksums(whole_tensors(model.state_dict().items()))
+    return {name: row[0] for name, row in sums.items() if name in trained}
 
 
 def trained_sums(model: PreTrainedModel, before: Mapping[str, int]) -> dict[str, int]:
@@ -98,6 +102,7 @@ def check_export(
     trust_remote_code: bool = False,
     limit_seconds: float = LIMIT_SECONDS,
     asked: Callable[[], bool] = lambda: False,
+    checksums: Mapping[str, list[Any]] | None = None,
 ) -> ReloadResult:
     """Load an exported model in a fresh process and compare it with the one that was trained.
 
@@ -111,6 +116,8 @@ def check_export(
         trust_remote_code: whether the model brings code.
         limit_seconds: for the other process.
         asked: whether the run is asked to stop; the other process is then ended.
+        checksums: of the trained weights, where they are sharded; what they compute is then left
+            out, which the result says: it follows from their bits.
     """
     if (reason := _no_room(model)) is not None:
         return ReloadResult("skipped", (reason,))
@@ -120,7 +127,11 @@ def check_export(
     if is_adapted(model):  # its folder holds neither the dtype nor where generation ends
         request |= {"dtype": "float32", "prompts": [], "lengths": []}
     with _child(request) as (process, said, complained):
-        want = _trained(model, tokenizer, request, stop_ids)  # while the other one imports
+        if checksums is None:
+            want = _trained(model, tokenizer, request, stop_ids)  # while the other one imports
+        else:
+            readings = reload_child.readings(tokenizer, request["texts"])
+            want = {"checksums": checksums, "readings": readings, "stop_ids": sorted(stop_ids)}
         end = time.monotonic() + limit_seconds
         while process.poll() is None:
             if asked():
@@ -139,7 +150,8 @@ def check_export(
     reasons = [*_differences(want, got, model), *_unchanged(base, want["checksums"])]
     if reasons:
         return ReloadResult("failed", tuple(reasons))
-    return ReloadResult("passed", warnings=tuple(_doubts(want, request, tokenizer, stop_ids)))
+    seen = () if checksums is None else ("every bit of its weights; log-probs were not compared",)
+    return ReloadResult("passed", seen, tuple(_doubts(want, request, tokenizer, stop_ids)))
 
 
 def _no_room(model: PreTrainedModel) -> str | None:
@@ -228,7 +240,7 @@ def _trained(
     model.eval()
     try:
         return {
-            "checksums": reload_child.checksums(model),
+            "checksums": reload_child.checksums(model.state_dict().items()),
             "log_probs": reload_child.log_probs(model, request["sequences"]),
             "continuations": reload_child.continuations(
                 model, request["prompts"], request["lengths"]
@@ -251,12 +263,14 @@ def _differences(
         yield f"it has no {_some(lost)}"
     if changed := [name for name in sums if name in other and sums[name][:2] != other[name][:2]]:
         yield f"other weights than the trained ones in {_some(changed)}"
-    if (far := _farthest(want["log_probs"], got["log_probs"], _tolerance(model))) is not None:
+    mine = want.get("log_probs", got["log_probs"])
+    if (far := _farthest(mine, got["log_probs"], _tolerance(model))) is not None:
         yield f"log-probs differ: {far}"
     for what, reading in want["readings"].items():
         if reading != got["readings"][what]:
             yield f"its tokenizer gives another result ({what})"
-    for mine, theirs in zip(want["continuations"], got["continuations"], strict=True):
+    own = want.get("continuations", got["continuations"])
+    for mine, theirs in zip(own, got["continuations"], strict=True):
         # Where the two part earlier, at a near tie of two tokens, nothing is said about the end.
         ended = mine and mine[-1] in want["stop_ids"]
         if ended and theirs[: len(mine)] == mine and len(theirs) > len(mine):
@@ -300,7 +314,7 @@ def _doubts(
     tokenizer: PreTrainedTokenizerBase,
     stop_ids: Collection[int],
 ) -> Iterator[str]:
-    said = [ids for ids in want["continuations"] if ids]
+    said = [ids for ids in want.get("continuations", ()) if ids]
     if said and not any(ids[-1] in stop_ids for ids in said):
         yield f"the trained model does not stop: none of {len(said)} responses came to an end"
     ends = {i for i in request["ends"] if i in tokenizer.all_special_ids} - set(stop_ids)

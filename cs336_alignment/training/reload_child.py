@@ -11,6 +11,7 @@ import json
 import os
 import sys
 import threading
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -22,10 +23,10 @@ CONVERSATION = [
 ]  # fmt: skip
 
 
-def checksums(model: Any) -> dict[str, list[Any]]:
+def checksums(tensors: Iterable[tuple[str, torch.Tensor]]) -> dict[str, list[Any]]:
     """Sum the bits of each saved tensor: [integer, dtype, whether all is finite] by name."""
     found: dict[str, list[Any]] = {}
-    for name, tensor in model.state_dict().items():
+    for name, tensor in tensors:
         if ".original_module." in name:  # peft trains a copy and keeps this
             continue
         name = name.replace(".modules_to_save.default.", ".")
@@ -87,7 +88,7 @@ def look(request: dict[str, Any]) -> dict[str, Any]:
     model = transformers.AutoModelForCausalLM.from_pretrained(request["folder"], **common)
     model.eval()
     return {
-        "checksums": checksums(model),
+        "checksums": checksums(model.state_dict().items()),
         "log_probs": log_probs(model, request["sequences"]),
         "continuations": continuations(model, request["prompts"], request["lengths"]),
         "readings": readings(tokenizer, request["texts"]),

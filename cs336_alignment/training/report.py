@@ -55,8 +55,8 @@ def describe_run(
     """Write down what is about to be trained and how, a line for each thing that could surprise."""
     parameter = next(policy.parameters())
     dtype = DTYPE_NAMES.get(parameter.dtype, str(parameter.dtype))
-    compute = DTYPE_NAMES.get(policy.autocast_dtype or parameter.dtype, "?")
-    compute += doubt_about(policy.autocast_dtype, parameter.device)
+    compute = DTYPE_NAMES.get(policy.compute_dtype or parameter.dtype, "?")
+    compute += doubt_about(policy.compute_dtype, parameter.device)
     threads = torch.get_num_threads()
     count = sum(p.numel() for p in policy.parameters())
     trained = sum(p.numel() for p in policy.parameters() if p.requires_grad)

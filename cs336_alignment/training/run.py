@@ -43,11 +43,11 @@ from cs336_alignment.training.held_out import HeldOutEvaluation
 from cs336_alignment.training.inputs import Inputs, load_inputs, refuse_other_backends
 from cs336_alignment.training.launch_check import (
     check_launch,
-    join,
+    meet,
     naming_lost_processes,
     refuse_lone_and_surplus_processes,
 )
-from cs336_alignment.training.manifest import build_manifest
+from cs336_alignment.training.manifest import build_manifest, count_parameters
 from cs336_alignment.training.memory import certain_needs, device_memory, refuse_too_large
 from cs336_alignment.training.optimizer import allocate_state, build_optimizer
 from cs336_alignment.training.parallel import (
@@ -79,6 +79,7 @@ from cs336_alignment.training.run_folder import (
     Decision,
     RunFolder,
 )
+from cs336_alignment.training.sharded_loading import load_sharded
 from cs336_alignment.training.status import StatusFile
 from cs336_alignment.training.step import Cut
 from cs336_alignment.training.stop import StopNow, StopRequest
@@ -125,7 +126,7 @@ def _train(
     config: Config, arguments: Sequence[str], *, verb: str, processes: Processes | None
 ) -> ExitStatus:
     refuse_lone_and_surplus_processes()
-    precision = refuse_launcher_options(config.trainer.precision)
+    precision = refuse_launcher_options(config)
     refuse_other_backends(config.evaluation)
     is_main = is_main_process_before_start()
     folder, console = RunFolder(config), Console(enabled=is_main)
@@ -145,7 +146,7 @@ def _train(
                 status.running()
             # Before the processes wait for each other: one tokenizes, and that can take long.
             inputs = None if decision.complete else load_inputs(config, console)
-            own = None if processes else join(config.parallel)
+            own = None if processes else meet(config.parallel)
             joined = processes or own
             assert joined is not None
             try:
@@ -211,15 +212,13 @@ class _Run:
             keep_freed_memory()
         self._refuse_too_large()
         self.console.note(f"loading {config.model.name_or_path}")
-        dtype = choose_precision(precision, self.processes.device)
-        model = self._load(dtype)
+        policy = self._load(choose_precision(precision, self.processes.device))
+        model = policy.model
         parts = [part for part in (data, held_out) if part is not None]
         longest = max(int(part.dataset.lengths.max()) for part in parts)
         check_fits(model, max(part.largest_token_id for part in parts), longest)
         if recompute := config.trainer.gradient_checkpointing:
             enable_checkpointing(model, selective=recompute == "selective")
-        device = self.processes.device
-        policy = Policy(model, dtype).to(device)
         choice = choose_batching(
             policy, config.trainer.batching, longest, config.trainer.neftune_alpha
         )
@@ -239,24 +238,37 @@ class _Run:
             self.console.note(line)
         return self._fit(policy, plan, cut, total_steps)
 
-    def _load(self, dtype: torch.dtype | None) -> PreTrainedModel:
-        """Load the model and choose what of it is trained."""
+    def _load(self, dtype: torch.dtype | None) -> Policy:
+        """Load the model onto the device, whole or this process's part of it, and choose what of
+        it is trained.
+        """
         config, lora, source = self.config, self.config.lora, self.inputs.source
+        options, processes = config.model, self.processes
+        watched = config.trainer.reload_check and (processes.is_main or processes.shards)
+        if processes.shards:
+            policy, who = load_sharded(
+                source, processes, dtype, random_init=options.random_init, seed=config.seed,
+                reshard_after_forward=config.parallel.reshard_after_forward, frozen=options.freeze,
+            )  # fmt: skip
+            set_threads(processes.local_count, policy.model.num_parameters())
+            held = count_parameters(policy.model)["local_parameters"]
+            self.console.note(f"{'sharded':<10} {held:,} parameters a process; {who}")
+            self.base = bit_sums(policy.model) if watched else {}
+            return policy
         four_bits = None
         if lora.quantize is not None:
-            four_bits = FourBits(self.processes.device, dtype or torch.float32)
+            four_bits = FourBits(processes.device, dtype or torch.float32)
         model = load_model(
-            source, random_init=config.model.random_init, seed=config.seed, four_bits=four_bits
+            source, random_init=options.random_init, seed=config.seed, four_bits=four_bits
         )
-        set_threads(self.processes.local_count, model.num_parameters())
-        watched = config.trainer.reload_check and self.processes.is_main
+        set_threads(processes.local_count, model.num_parameters())
         before = bit_sums(model) if watched else {}
         base = base_of(source, model, lora.quantize) if lora.active else None
-        choose_trained(model, self.inputs.tokenizer, config.model, lora, base, seed=config.seed)
+        choose_trained(model, self.inputs.tokenizer, options, lora, base, seed=config.seed)
         self.base = trained_sums(model, before) if watched else {}
         if lora.active and dtype is not None:
             narrow_frozen(model, dtype)
-        return model
+        return Policy(model, dtype).to(processes.device)
 
     def _whole(self, model: PreTrainedModel) -> PreTrainedModel:
         """Give a trained model with its frozen weights in full, read anew if they are not."""
@@ -301,6 +313,7 @@ class _Run:
             self.folder.checkpoints, extra={"manifest": manifest},
             save_sidecars=sidecars, keep=config.trainer.save_total_limit,
             asynchronous=config.trainer.async_save, damaged=self.decision.damaged,
+            team=self.processes.team(),
         )  # fmt: skip
         watchdog = Watchdog(
             self.folder.path, self.processes.index, config.trainer.watchdog_minutes,
@@ -365,7 +378,7 @@ class _Run:
         manifest = build_manifest(
             config, old=old, model=policy.model, tokenizer=self.inputs.tokenizer, train=data.train,
             held_out=data.held_out, num_processes=self.processes.count,
-            precision=str(policy.autocast_dtype or policy.model.dtype).removeprefix("torch."),
+            precision=str(policy.compute_dtype or policy.model.dtype).removeprefix("torch."),
             step=state.step, reward_sha256=code_of(self.inputs.reward),
         )  # fmt: skip
         since = state.step if self.decision.more_steps else old.get("patient_since_step", 0)
@@ -434,7 +447,9 @@ class _Run:
             if warning is not None:
                 self.console.warn(warning)
 
-        if steps:
+        if steps and writer.team is not None:
+            rehearse()
+        elif steps:
             self.processes.on_main(rehearse)
 
     def _evaluation(
@@ -465,6 +480,13 @@ class _Run:
             reward=self.inputs.reward, choices=held_out.choices,
             groups=held_out.groups, asked=poll, warn=self.console.warn,
         )  # fmt: skip
+        if generation_steps is not None and self.processes.shards:
+            dtype = policy.compute_dtype or policy.model.dtype
+            gib = policy.model.num_parameters() * dtype.itemsize / 2**30
+            self.console.note(
+                f"while it generates each process holds the whole model, {gib:.2f} GiB; without "
+                "that: evaluation.generation_steps=null, and `cs336-sft evaluate` on model/ later"
+            )
         if generation_steps is not None:
             lines = evaluator.check(policy.model, held_out.template)
             for line in (*lines, *doubtful_sampling(self.config.evaluation)):

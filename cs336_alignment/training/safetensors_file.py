@@ -25,14 +25,16 @@ DTYPE_NAMES = {
 }
 
 
-def write_safetensors(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, int | str]:
+def write_safetensors(
+    path: Path, tensors: Mapping[str, Tensor], more: Mapping[str, str] | None = None
+) -> dict[str, int | str]:
     """Write tensors in the safetensors format, one at a time, and give size and sha256 of the file.
 
     The library's own writer wants all bytes at once or hides the system's error text; this one
     streams, and a full disk is an OSError. The caller brings the file to the disk. The format: 8
-    bytes of little-endian header length, a JSON header, the data.
+    bytes of little-endian header length, a JSON header, the data. `more` goes into the header.
     """
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    header: dict[str, Any] = {"__metadata__": {"format": "pt", **(more or {})}}
     end = 0
     for name, tensor in tensors.items():
         start, end = end, end + tensor.numel() * tensor.element_size()

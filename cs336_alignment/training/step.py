@@ -72,6 +72,7 @@ def prepare(
         microbatch_tokens=cut.microbatch_tokens,
         gradient_accumulation_steps=cut.gradient_accumulation_steps,
         batching=cut.batching,
+        in_step=processes.shards,
     )
     first = _collate(dataset, microbatches[0], cut, processes)
     return Prepared(tuple(example_ids), microbatches, first)
@@ -140,7 +141,8 @@ def accumulate_gradients(
         prepared: the step as `prepare` made it, of these examples; None: it is made now.
         with_entropy: also sum the token entropies.
         give_up: asked before each microbatch; once it says True, only the last one is still done,
-            since the other processes wait for its reduction.
+            since the other processes wait for its reduction. Where each holds a part of the weights
+            they wait for all of them: those that are left are then done empty.
     """
     prepared = prepared or prepare(dataset, example_ids, cut, processes)
     assert prepared.example_ids == tuple(example_ids)
@@ -149,7 +151,7 @@ def accumulate_gradients(
         num_examples=len(example_ids),
         example_weight=float(dataset.example_weights[ids].sum(dtype=np.float64)),
         token_weight=float(dataset.token_weights[ids].sum()),
-        num_microbatches=len(microbatches),
+        num_microbatches=len([ids for ids in microbatches if ids]) or 1,
         num_processes=processes.count,
     )
     nll = torch.zeros((), dtype=torch.float64, device=processes.device)
@@ -160,10 +162,14 @@ def accumulate_gradients(
     dtype = torch.promote_types(torch.float32, next(policy.parameters()).dtype)
     for index, members in enumerate(microbatches):
         last = index == len(microbatches) - 1
+        batch = None if index else prepared.first
         if give_up() and not last:
             complete = False
-            continue
-        batch = _collate(dataset, members, cut, processes) if index else prepared.first
+            if not processes.shards:
+                continue
+            members, batch = [], None
+        if batch is None:
+            batch = _collate(dataset, members, cut, processes)
         if trainer.neftune_alpha is not None:
             batch = with_noise(
                 batch, members, dataset.lengths, alpha=trainer.neftune_alpha, seed=seed, step=step

@@ -20,7 +20,7 @@ from cs336_alignment.training.averaging import Average, NoAverage
 from cs336_alignment.training.best import Verdict
 from cs336_alignment.training.checkpoint import TrainState
 from cs336_alignment.training.checkpoint_writer import CheckpointWriter
-from cs336_alignment.training.optimizer import set_learning_rate
+from cs336_alignment.training.optimizer import clip_gradients, set_learning_rate
 from cs336_alignment.training.parallel import Processes
 from cs336_alignment.training.preflight import peak_memory_gib
 from cs336_alignment.training.schedule import learning_rate
@@ -162,10 +162,12 @@ class Trainer:
 
     def _settle_alone(self) -> None:
         """Wait for what is being written while another error is on its way, and tell of it."""
-        if self._writing is None or not self.processes.is_main:
+        if self._writing is None or not (self.processes.is_main or self.writer.team):
             return
         try:
-            self.tracker.saved(self._writing, self.writer.finish())
+            seconds = self.writer.finish()
+            if self.processes.is_main:
+                self.tracker.saved(self._writing, seconds)
         except Exception as failure:
             self.tracker.warn(f"the checkpoint of step {self._writing} failed, too: {failure}")
 
@@ -225,9 +227,7 @@ class Trainer:
             with_entropy=log,
             give_up=lambda: self.poll() is not None,
         )
-        grad_norm = nn.utils.clip_grad_norm_(
-            self.policy.parameters(), self.optimizer_config.max_grad_norm
-        )
+        grad_norm = clip_gradients(self.policy, self.optimizer_config.max_grad_norm)
         self._next = None
         if step + 1 < self.total_steps:  # on a GPU, before the host waits for this step's end
             following = self.plan.example_ids(step + 1)
@@ -346,6 +346,7 @@ class Trainer:
         self._writing = self._saved = self.state.step
         if self.processes.is_main:
             self.tracker.sync()
+        if self.processes.is_main or self.writer.team:
             with self.average.shown():
                 self.writer.begin(self.state, self.policy.model, self.optimizer)
         if not self.writer.asynchronous:
@@ -358,7 +359,12 @@ class Trainer:
         if self._writing is None:
             return
         step, self._writing = self._writing, None
-        self.processes.on_main(lambda: self.tracker.saved(step, self.writer.finish()))
+        if self.writer.team is None:
+            self.processes.on_main(lambda: self.tracker.saved(step, self.writer.finish()))
+            return
+        seconds = self.writer.finish()  # all of them know how it ended
+        if self.processes.is_main:
+            self.tracker.saved(step, seconds)
 
 
 def show_ids(example_ids: Sequence[int]) -> str:
