@@ -21,14 +21,14 @@ LAYERS = [
     {"compose_errors", "compose", "data", "model", "training.loss"},
     {"training.parallel", "training.optimizer", "training.schedule", "training.checkpoint",
      "training.checkpoint_writer", "training.step", "training.stop", "training.spike",
-     "training.preflight", "training.memory", "training.batching_choice", "training.safetensors_file",
+     "training.preflight", "training.memory", "training.live_bytes", "training.batching_choice", "training.safetensors_file",
      "training.status", "training.watchdog"},
     {"tracking"}, {"evaluation"},
     {"training.earlier_config", "training.held_out", "training.inputs", "training.run_folder", "training.export", "training.manifest", "training.report",
      "training.trainer", "training.run", "training.doctor", "training.invariances",
      "training.token_check", "training.best", "training.finish", "training.reload_check",
-     "training.reload_child", "training.memory_trial", "training.memory_report"},
-    {"data_commands", "chat_command", "report_command"}, {"experiments"}, {"cli", "sft"},
+     "training.reload_child", "training.memory_trial"},
+    {"data_commands", "chat_command", "memory_command", "report_command"}, {"experiments"}, {"cli", "sft"},
 ]  # fmt: skip
 OWNERS = {
     "hydra": {"compose", "compose_errors"}, "omegaconf": {"compose", "compose_errors"}, "datasets": {"data.sources"},
