@@ -91,7 +91,7 @@ def _doctor(arguments: Sequence[str]) -> ExitStatus:
 
     def job(config: Config) -> ExitStatus:
         if len(words) < len(arguments):
-            from cs336_alignment.training.memory_report import report_memory
+            from cs336_alignment.memory_command import report_memory
 
             return report_memory(config)
         from cs336_alignment.training.doctor import doctor

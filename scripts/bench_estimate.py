@@ -22,8 +22,8 @@ from pathlib import Path
 from transformers import AutoTokenizer, LlamaConfig, Qwen2Config
 
 from cs336_alignment.config import Config, DataConfig, LoggerConfig, ModelConfig, TrainerConfig
+from cs336_alignment.memory_command import Outlook
 from cs336_alignment.tracking.console import Console
-from cs336_alignment.training.memory_report import Outlook
 from cs336_alignment.training.memory_trial import measure
 
 LONG_ROW = 2000  # tokens

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, fields, is_dataclass, replace
@@ -19,8 +18,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 
 from cs336_alignment.config import ALL_KEYS, OptimizerConfig, TrainerConfig
@@ -32,95 +29,19 @@ from cs336_alignment.model.loading import ModelSource, load_model
 from cs336_alignment.model.policy import Policy
 from cs336_alignment.model.recompute import enable_checkpointing
 from cs336_alignment.training.batching_choice import dropout_options
+from cs336_alignment.training.live_bytes import PASSING, LiveBytes
 from cs336_alignment.training.optimizer import allocate_state, build_optimizer
 from cs336_alignment.training.preflight import try_microbatch
 
 SHARDED = "fsdp2"  # parallel.strategy
 WEIGHTS, GRADIENTS, STATE = "weights", "gradients", "optimizer state"
-ACTIVATIONS, HEAD, PASSING = "activations", "LM head", "in passing"
+ACTIVATIONS, HEAD = "activations", "LM head"
 # Small things settle in the holes of large ones, so that in one microbatch or another the largest
 # block finds none of its size, and glibc's heap grows by it. What was measured says: once.
 GAPS = "gaps between blocks"
-# logsumexp keeps `exp(x - max)` for its sum (aten/src/ATen/native/ReduceOps.cpp), and a product of
-# many rows with a vector each copies what does not lie as MKL wants it (LinearAlgebra.cpp).
-COPYING = {torch.ops.aten.logsumexp.default, torch.ops.aten.bmm.default}
 # torchao (optim/quant_utils.py): smaller tensors, and those that no block divides, stay float32.
 EIGHT_BIT_BLOCK, EIGHT_BIT_LEAST, EIGHT_BIT_MAP = 256, 4096, 256 * 4
 EIGHT_BIT_PASSING = 16  # bytes a value of the largest tensor: moments and quotients in float32
-
-
-class LiveBytes(TorchDispatchMode):
-    """Adds up the tensors that are made within its block and are still alive, by what they are for.
-
-    Args:
-        device: whose tensors count.
-
-    Attributes:
-        part: what those are for that are made from now on.
-        largest: bytes of the largest that was made since the peak began.
-        now: by part, what is alive.
-        peak: by part, when most was alive.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        super().__init__()
-        self.part = PASSING
-        self.largest = 0
-        self.now: Counter[str] = Counter()
-        self.peak: Counter[str] = Counter()
-        self._device = device.type
-        self._storages: dict[int, tuple[str, int, Any]] = {}
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.ops.aten.equal.default:  # of values, which nobody knows: as if foretold
-            return True
-        scratch = self._scratch(func, args)
-        result = func(*args, **(kwargs or {}))
-        for value in tree_leaves(result):
-            if isinstance(value, Tensor) and value.device.type == self._device:
-                self.add(value, self.part)
-        del scratch
-        return result
-
-    def _scratch(self, func: Any, args: Any) -> Tensor | None:
-        """Make what a CPU's kernel makes within itself, where that is as large as its argument."""
-        if self._device != "cpu" or func not in COPYING:
-            return None
-        if func is torch.ops.aten.bmm.default and args[1].shape[2] > 1:
-            return None
-        scratch = torch.empty_like(args[0])
-        self.add(scratch, self.part)
-        return scratch
-
-    def add(self, tensor: Tensor, part: str) -> None:
-        """Count a tensor's storage as of this part, if it is not counted yet."""
-        storage = tensor.untyped_storage()
-        key, size = storage._cdata, storage.nbytes()
-        if key in self._storages:
-            return
-        reference = weakref.ref(storage, lambda _: self._drop(key))
-        self._storages[key] = (part, size, reference)
-        self.largest = max(self.largest, size)
-        self.now[part] += size
-        if self.now.total() > self.peak.total():
-            self.peak = self.now.copy()
-
-    def move(self, tensor: Tensor, part: str) -> None:
-        """Count a tensor's storage as of another part."""
-        self.add(tensor, part)
-        key = tensor.untyped_storage()._cdata
-        old, size, *rest = self._storages[key]
-        self._storages[key] = (part, size, *rest)
-        self.now[old] -= size
-        self.now[part] += size
-
-    def forget_peak(self) -> None:
-        """Let the peak begin anew, from what is alive now."""
-        self.peak, self.largest = self.now.copy(), 0
-
-    def _drop(self, key: int) -> None:
-        part, size, _ = self._storages.pop(key)
-        self.now[part] -= size
 
 
 @dataclass(frozen=True)

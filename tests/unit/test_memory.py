@@ -5,37 +5,35 @@ from __future__ import annotations
 import contextlib
 from collections import Counter
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from transformers import LlamaConfig
 
-from cs336_alignment.config import Config, DataConfig, ModelConfig, OptimizerConfig, TrainerConfig
+from cs336_alignment.config import OptimizerConfig, TrainerConfig
 from cs336_alignment.data.batching import collate
 from cs336_alignment.errors import ExitStatus, UserError
-from cs336_alignment.machine_memory import Memory, found_memory, peak_resident_memory
+from cs336_alignment.machine_memory import Memory, found_memory
+from cs336_alignment.memory_command import ladder, largest_that_fits
 from cs336_alignment.microbatch import Batching
-from cs336_alignment.model.loading import ModelSource, load_tokenizer, resolve_model
+from cs336_alignment.model.loading import ModelSource
 from cs336_alignment.model.policy import Policy
 from cs336_alignment.model.recompute import enable_checkpointing
 from cs336_alignment.training import memory
+from cs336_alignment.training.live_bytes import LiveBytes
 from cs336_alignment.training.memory import (
     GRADIENTS,
     WEIGHTS,
     Foresight,
-    LiveBytes,
     Needs,
     certain_needs,
     divided,
     refuse_too_large,
     state_bytes,
 )
-from cs336_alignment.training.memory_report import ladder, largest_that_fits
-from cs336_alignment.training.memory_trial import measure
 from cs336_alignment.training.optimizer import allocate_state, build_optimizer
-from tests.conftest import Sft, build_dataset, build_model
+from tests.conftest import build_dataset, build_model
 
 CPU = torch.device("cpu")
 GIB = 2**30
@@ -59,10 +57,15 @@ def foresee(
     return fake, real
 
 
-@pytest.mark.parametrize("batching", get_args(Batching))
-@pytest.mark.parametrize("recompute", [False, True, "selective"])
 @pytest.mark.parametrize(
-    ("name", "compute"), [("llama", None), ("llama", torch.bfloat16), ("qwen2", None), ("gpt2", None)]
+    ("name", "compute", "recompute", "batching"),
+    [
+        ("llama", None, False, "padded"), ("llama", None, False, "flat"),
+        ("llama", None, False, "flat_shared_prefix"), ("llama", None, True, "flat"),
+        ("llama", torch.bfloat16, "selective", "flat_shared_prefix"),
+        ("llama", torch.bfloat16, True, "padded"), ("qwen2", None, "selective", "padded"),
+        ("gpt2", None, False, "flat"), ("granite", None, False, "flat"),
+    ],
 )  # fmt: skip
 def test_without_values_as_much_is_alive_as_with_them(
     name: str, compute: torch.dtype | None, recompute: Any, batching: Batching, tmp_path: Path
@@ -173,25 +176,6 @@ def test_refusal_and_warning() -> None:
     assert "state_bits" not in str(caught.value)
 
 
-def test_a_model_beyond_all_memory_is_refused_before_it_is_loaded(
-    tmp_path: Path, rows: Path, sft: Sft
-) -> None:
-    """Terabytes of parameters in a config.json, and no weights."""
-    LlamaConfig(
-        hidden_size=131072, intermediate_size=524288, num_hidden_layers=4, num_attention_heads=64,
-        vocab_size=128256,
-    ).save_pretrained(tmp_path / "large")  # fmt: skip
-    tokenizer = load_tokenizer(resolve_model("builtin:arithmetic", None, False))
-    tokenizer.save_pretrained(tmp_path / "large")
-    before = peak_resident_memory()
-    common = (f"model.name_or_path={tmp_path / 'large'}", f"data.train_path={rows}", "logger=none")
-    for verb in (("train",), ("doctor", "--memory")):
-        done = sft(*verb, *common)
-        assert done.returncode == ExitStatus.BAD_CONFIG, done.stderr
-        assert "error[R308]" in done.stderr and "state_bits=8" in done.stderr
-    assert peak_resident_memory() == before  # the commands ran in processes of their own
-
-
 def write(folder: Path, files: dict[str, str]) -> None:
     for name, text in files.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -257,25 +241,6 @@ def test_the_search_ends_at_the_largest_budget_that_fits(room: int, foretold: fl
     fitting = [tokens for tokens in budgets if takes(tokens) <= room]
     assert best == (fitting[-1] if fitting else None)
     assert len(tries) <= 4
-
-
-def test_a_trial_that_memory_ends_is_told_and_ends_nothing_else(tmp_path: Path) -> None:
-    config = Config(
-        ModelConfig("builtin:arithmetic", random_init=True),
-        DataConfig("builtin:arithmetic", max_train_examples=64, cache_dir=str(tmp_path)),
-        TrainerConfig(global_batch_size=64, batching="padded"),
-    )
-    memory_of_children = 2**20  # less than what is there before the model is loaded
-    assert measure(config, 1, memory_of_children) is None
-
-
-def test_the_doctor_foretells_measures_and_proposes(sft: Sft) -> None:
-    done = sft("doctor", "--memory", "experiment=quickstart", "data.max_train_examples=32",
-               "data.eval_path=null", "trainer.max_steps=2", "logger=none")  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    for words in ("estimate", "optimizer state", "measured", "ratio", "proposed", "is a whole step",
-                  "for 2 steps"):  # fmt: skip
-        assert words in done.stdout, done.stdout
 
 
 def test_a_model_that_cannot_be_built_without_values_is_no_reason_to_stop(

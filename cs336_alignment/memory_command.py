@@ -20,12 +20,12 @@ from cs336_alignment.microbatch import Batching
 from cs336_alignment.model.loading import check_fits, load_tokenizer, resolve_model
 from cs336_alignment.tracking.console import Console
 from cs336_alignment.training.inputs import load_data
+from cs336_alignment.training.live_bytes import PASSING
 from cs336_alignment.training.memory import (
     ACTIVATIONS,
     GAPS,
     GRADIENTS,
     HEAD,
-    PASSING,
     SHARDED,
     STATE,
     WEIGHTS,
