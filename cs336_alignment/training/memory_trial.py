@@ -181,7 +181,6 @@ def try_worst(config: Config, processes: int, room: int | None = None) -> Trial:
         wait_for(device)
         step_seconds, at_step = time.perf_counter() - start, meter.peak()
         meter.begin()
-        policy.train()
         several = accumulates(plan, cut, dataset, steps, processes)
         for _ in range(2):  # the second finds the holes that one leaves, and is none of a kind
             _, seconds = rehearse_microbatch(policy, dataset, ids, cut, accumulated=several)

@@ -237,15 +237,18 @@ def rehearse_microbatch(
     cut: Cut,
     *,
     accumulated: bool = False,
+    agree: Callable[[bool], bool] = lambda own: own,
 ) -> tuple[str, float]:
     """Run a microbatch forward and backward and throw its gradient away.
 
     Args:
-        policy: not wrapped.
+        policy: not wrapped; it is in training mode afterwards, as it is in a step: models are
+            loaded in eval mode, in which layers recompute nothing.
         dataset: all examples.
         ids: of the microbatch.
         cut: its layout is read.
         accumulated: whether the gradient of another microbatch is to be there.
+        agree: gives all processes the main process's answer: sharded ones compute together.
 
     Returns:
         What it took, in words, and its seconds.
@@ -256,6 +259,7 @@ def rehearse_microbatch(
     device = next(policy.parameters()).device
     batch = collate([dataset[i] for i in ids], batching=cut.batching).to(device)
     seconds = 0.0
+    policy.train()
     try:
         with telling_out_of_memory(device):
             for parameter in policy.parameters():
@@ -267,7 +271,7 @@ def rehearse_microbatch(
                 try_microbatch(policy, batch)
                 wait_for(device)
                 seconds = time.perf_counter() - start
-                if seconds > SHORT_SECONDS:
+                if agree(seconds > SHORT_SECONDS):
                     break
                 if not accumulated:
                     policy.zero_grad(set_to_none=True)

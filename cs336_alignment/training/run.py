@@ -427,8 +427,9 @@ class _Run:
         if steps:
             count = self.processes.count
             text, seconds = rehearse_microbatch(
-                policy, data, ids, cut, accumulated=accumulates(plan, cut, data, steps, count)
-            )
+                policy, data, ids, cut, agree=self.processes.agree,
+                accumulated=accumulates(plan, cut, data, steps, count),
+            )  # fmt: skip
             self.console.note(f"{'memory':<10} {text}")
             rate = count * int(data.lengths[ids].sum()) / seconds if ids else 0.0
             if rate:

@@ -14,6 +14,7 @@ from cs336_alignment.data.dataset import TokenizedDataset
 from cs336_alignment.errors import ExitStatus, UserError
 from cs336_alignment.microbatch import Batching
 from cs336_alignment.model.policy import Policy
+from cs336_alignment.model.recompute import enable_checkpointing
 from cs336_alignment.training import checkpoint, checkpoint_writer
 from cs336_alignment.training.checkpoint_writer import CheckpointWriter
 from cs336_alignment.training.optimizer import allocate_state
@@ -68,6 +69,17 @@ def test_the_largest_microbatch_is_found(
 
 def positions(dataset: TokenizedDataset, ids: list[int], batching: Batching) -> int:
     return collate([dataset[i] for i in ids], batching=batching).input_ids.numel()
+
+
+def test_a_rehearsed_microbatch_recomputes_as_a_step_does() -> None:
+    model = build_model("llama").eval()  # as it is loaded
+    enable_checkpointing(model)
+    layers: list[bool] = []
+    model.base_model.layers[0].mlp.register_forward_pre_hook(lambda *_: layers.append(True))
+    rehearse_microbatch(
+        Policy(model), build_dataset(), [0, 3], Cut(None, 1, batching="flat"), agree=lambda _: True
+    )
+    assert len(layers) == 2  # once more in the backward pass
 
 
 def test_a_rehearsed_microbatch_leaves_no_trace() -> None:
