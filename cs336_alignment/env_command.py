@@ -27,8 +27,8 @@ from cs336_alignment.training.manifest import git_commit, versions
 USAGE = "usage: cs336-sft env          prints Markdown to paste into a bug report"
 # Besides those that every manifest has.
 OPTIONAL = (
-    "bitsandbytes", "torchao", "schedulefree", "huggingface-hub", "hf-xet", "math-verify", "optuna", "vllm",
-    "lm-eval", "flash-attn", "triton", "trl", "gguf",
+    "bitsandbytes", "torchao", "schedulefree", "huggingface-hub", "hf-xet", "math-verify", "optuna",
+    "vllm", "lm-eval", "flash-attn", "triton", "trl", "gguf",
 )  # fmt: skip
 VARIABLES = re.compile(
     r"(CUDA|NVIDIA|HIP|HF|HUGGING|TRANSFORMERS|TOKENIZERS|TORCH|PYTORCH|NCCL|GLOO|OMP|MKL|OPENBLAS|"
