@@ -96,9 +96,13 @@ PARTIAL: dict[str, Config] = {
 }
 
 
-@pytest.mark.parametrize("recompute", [False, "selective"])
-@pytest.mark.parametrize("compute", [None, torch.bfloat16])
-@pytest.mark.parametrize("case", PARTIAL)
+@pytest.mark.parametrize(
+    ("case", "compute", "recompute"),
+    [
+        *((case, None, False) for case in PARTIAL),
+        ("lora", torch.bfloat16, "selective"), ("frozen", torch.bfloat16, True),
+    ],
+)  # fmt: skip
 def test_what_is_trained_and_how_is_foretold_as_it_is_with_values(
     case: str, compute: torch.dtype | None, recompute: Any, tmp_path: Path
 ) -> None:
