@@ -111,6 +111,8 @@ def _training_clashes(config: Config) -> Iterator[UserError]:
         (trainer.neftune_alpha is not None and trainer.batching == "flat_shared_prefix",
          "trainer.neftune_alpha", "trainer.batching",
          "each example has a noise of its own, so no prefix can be shared: flat, or auto"),
+        (name == "adafactor" and config.lora.active, "optimizer.name", "lora.r",
+         "adafactor's steps are relative to a tensor's size, and adapters begin at zero"),
         (sharded and name != "adamw", "optimizer.name", "parallel.strategy", whole),
         (sharded and averages, "trainer.ema_decay", "parallel.strategy", whole),
     )  # fmt: skip

@@ -35,6 +35,7 @@ from cs336_alignment.training.memory import (
     divided,
     gib,
     refuse_too_large,
+    ways_to_less,
 )
 from cs336_alignment.training.memory_trial import (
     Trial,
@@ -78,7 +79,7 @@ def report_memory(config: Config) -> ExitStatus:
         console.note(f"{'memory':<10} {gib(found.total)}, {gib(found.free)} free now{apiece}")
     needs = outlook.each(config, whole)
     outlook.show(needs)
-    warning = refuse_too_large(needs, found, outlook.device, config.optimizer)
+    warning = refuse_too_large(needs, found, outlook.device, config)
     if warning is not None:
         console.warn(warning)
     if config.parallel.strategy == SHARDED and outlook.processes > 1:
@@ -167,14 +168,14 @@ class Outlook:
         """Prepare the data, and build the model without values."""
         options, processes = config.model, config.parallel.num_processes or 1
         source = resolve_model(options.name_or_path, options.revision, options.trust_remote_code)
-        data = load_data(config, load_tokenizer(source), console)
+        tokenizer = load_tokenizer(source, options.new_tokens)
+        data = load_data(config, tokenizer, console)
         base, device = 0, torch.device("cuda" if torch.cuda.is_available() else "cpu")
         if device.type == "cpu":
             _warm_up()
             base = resident_memory()
         foresight = Foresight.of(
-            source, config.trainer, config.optimizer, device,
-            choose_precision(config.trainer.precision, device),
+            source, tokenizer, config, device, choose_precision(config.trainer.precision, device)
         )  # fmt: skip
         longest = int(data.train.dataset.lengths.max())
         check_fits(foresight.policy.model, data.train.largest_token_id, longest)
@@ -287,10 +288,11 @@ class Outlook:
             lambda tokens: self._try(tokens, trials), self.room,
         )  # fmt: skip
         if best is None:
-            self.console.warn(
-                "no microbatch fits: trainer.gradient_checkpointing=true, optimizer.state_bits=8, "
-                "a lower data.max_length or a smaller model take less"
-            )
+            ways = ways_to_less(self.config, self.whole(self.config))
+            if not self.config.trainer.gradient_checkpointing:
+                ways.insert(0, "trainer.gradient_checkpointing=true")
+            ways.append("a lower data.max_length or a smaller model")
+            self.console.warn(f"no microbatch fits; less is taken by {', '.join(ways)}")
             return
         chosen = trials[best]
         assert chosen is not None

@@ -11,6 +11,7 @@ import schedulefree
 import torch
 import yaml
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from cs336_alignment.config import Config, OptimizerConfig
 from cs336_alignment.config_check import check
@@ -103,12 +104,13 @@ def plain_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str, An
 
     The layers of tests' models are numbered in their parameters' names.
     """
-    layers = 1 + max(int(m[1]) for n, _ in model.named_parameters() if (m := NUMBER.search(n)))
+    trained = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+    layers = 1 + max(int(m[1]) for n, _ in trained if (m := NUMBER.search(n)))
     embedding = {
         id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()
     }
     matrices, others = [], []
-    for name, p in model.named_parameters():
+    for name, p in trained:
         numbered = NUMBER.search(name)
         above = layers - 1 - int(numbered[1]) if numbered else layers * (id(p) in embedding)
         group = {
@@ -122,17 +124,18 @@ def plain_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str, An
 def plain_optimizers(model: nn.Module, config: OptimizerConfig) -> list[torch.optim.Optimizer]:
     """The libraries' own optimizers."""
     both = plain_groups(model, config)
-    hidden = sum(bool(NUMBER.search(n)) and p.ndim == 2 for n, p in model.named_parameters())
+    hidden = sum(
+        bool(NUMBER.search(n)) and p.ndim == 2 and p.requires_grad
+        for n, p in model.named_parameters()
+    )
     matrices, others = both[:hidden], both[hidden:]
     options = {"betas": tuple(config.betas), "eps": config.eps}
     if config.name == "adafactor":
         return [torch.optim.Adafactor(both)]
     if config.name == "muon":
         momentum = config.muon_momentum
-        return [
-            torch.optim.Muon(matrices, momentum=momentum, adjust_lr_fn="match_rms_adamw"),
-            torch.optim.AdamW(others, **options),
-        ]
+        muon = torch.optim.Muon(matrices, momentum=momentum, adjust_lr_fn="match_rms_adamw")
+        return [muon, *([torch.optim.AdamW(others, **options)] if others else [])]
     if config.name == "schedule_free":
         free = schedulefree.AdamWScheduleFree(both, **options)
         free.train()
@@ -140,11 +143,9 @@ def plain_optimizers(model: nn.Module, config: OptimizerConfig) -> list[torch.op
     return [torch.optim.AdamW(both, **options)]
 
 
-def train_plainly(
-    name: str, dtype: torch.dtype, dataset: TokenizedDataset, config: Config
-) -> Tensor:
+def train_plainly(model: Any, dataset: TokenizedDataset, config: Config) -> Tensor:
     """Train by torch, transformers and the optimizer's library alone; the weights that are shown."""
-    trainer, model = config.trainer, build_model(name, dtype)
+    trainer = config.trainer
     optimizers = plain_optimizers(model, config.optimizer)
     average = [p.detach().clone() for p in model.parameters()]
     for step, (ids, rate) in enumerate(zip(STEPS, RATES, strict=True)):
@@ -185,7 +186,15 @@ def train(
         with average.shown():  # it changes nothing
             pass
     with average.shown():
-        return torch.cat([p.detach().flatten().clone() for p in model.parameters()])
+        return weights_of(model)
+
+
+def weights_of(model: nn.Module) -> Tensor:
+    """All weights in one row, whole."""
+    return torch.cat([
+        (p.full_tensor() if isinstance(p, DTensor) else p).detach().flatten().clone()
+        for p in model.parameters()
+    ])  # fmt: skip
 
 
 def apart(got: Tensor, want: Tensor, start: Tensor) -> float:
@@ -195,7 +204,7 @@ def apart(got: Tensor, want: Tensor, start: Tensor) -> float:
 
 def start_of(name: str, dtype: torch.dtype) -> Tensor:
     """The weights before training."""
-    return torch.cat([p.detach().flatten() for p in build_model(name, dtype).parameters()])
+    return weights_of(build_model(name, dtype))
 
 
 def with_normalization(config: Config, normalization: str) -> Config:

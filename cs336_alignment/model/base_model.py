@@ -26,13 +26,13 @@ class Base:
     Attributes:
         name: a folder or hub id.
         revision: of the hub repository.
-        sha256: of its weights as loaded, see `weights_sha256`.
+        sha256: of its weights as loaded, see `weights_sha256`; None before they are.
         quantize: how they are held, since that changes the hash.
     """
 
     name: str
     revision: str | None
-    sha256: str
+    sha256: str | None
     quantize: str | None = None
 
     def save(self, folder: Path) -> None:
@@ -49,6 +49,8 @@ class Base:
         Raises:
             UserError: it was (78).
         """
+        if self.sha256 is None:
+            return
         found = _read_json(folder / BASE) if (folder / BASE).is_file() else {}
         if found.get("quantize") == self.quantize and "sha256" in found:
             same, was = found["sha256"] == self.sha256, f"sha256 {found['sha256'][:16]}"

@@ -260,8 +260,10 @@ def load_adapted(source: ModelSource) -> PreTrainedModel:
     return model
 
 
-def base_of(source: ModelSource, model: PreTrainedModel, quantize: str | None = None) -> Base:
-    """Describe a model, as it was just loaded, as the base of adapters.
+def base_of(
+    source: ModelSource, model: PreTrainedModel | None, quantize: str | None = None
+) -> Base:
+    """Describe a model, as it was just loaded, as the base of adapters; None: it is not yet.
 
     Raises:
         UserError: it is an adapter itself (78).
@@ -276,7 +278,8 @@ def base_of(source: ModelSource, model: PreTrainedModel, quantize: str | None = 
             "model.name_or_path",
         )
     name = str(Path(source.location).resolve()) if source.is_local else source.location
-    return Base(name, source.revision, weights_sha256(model), quantize)
+    sha256 = None if model is None else weights_sha256(model)
+    return Base(name, source.revision, sha256, quantize)
 
 
 def build_model(source: ModelSource) -> PreTrainedModel:

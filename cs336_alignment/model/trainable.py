@@ -3,17 +3,58 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from cs336_alignment.config import LoraConfig, ModelConfig
+from cs336_alignment.config import Config, LoraConfig, ModelConfig
 from cs336_alignment.errors import ExitStatus, UserError
 from cs336_alignment.model.base_model import Base
-from cs336_alignment.model.loading import embedding_rows
+from cs336_alignment.model.loading import (
+    FourBits,
+    ModelSource,
+    base_of,
+    embedding_rows,
+    load_model,
+)
 from cs336_alignment.model.lora import add_adapter
+from cs336_alignment.model.narrow import narrow_frozen
+
+
+def load_to_train(
+    source: ModelSource,
+    tokenizer: PreTrainedTokenizerBase,
+    config: Config,
+    device: torch.device,
+    dtype: torch.dtype | None,
+    loaded: Callable[[PreTrainedModel], None],
+) -> PreTrainedModel:
+    """Load a model as it is trained when it is held whole, and choose what of it is trained.
+
+    Args:
+        source: from `resolve_model`.
+        tokenizer: with the new tokens, see `load_tokenizer`.
+        config: of the run.
+        device: where it will compute; only 4-bit weights are there already.
+        dtype: that autocast computes in; None: there is none.
+        loaded: is called with the model as it was loaded.
+
+    Raises:
+        UserError: as `load_model` and `choose_trained`.
+    """
+    options, lora = config.model, config.lora
+    four_bits = None if lora.quantize is None else FourBits(device, dtype or torch.float32)
+    model = load_model(
+        source, random_init=options.random_init, seed=config.seed, four_bits=four_bits
+    )
+    loaded(model)
+    base = base_of(source, model, lora.quantize) if lora.active else None
+    choose_trained(model, tokenizer, options, lora, base, seed=config.seed)
+    if lora.active and dtype is not None:
+        narrow_frozen(model, dtype)
+    return model
 
 
 def choose_trained(
@@ -111,8 +152,8 @@ def add_rows(
     """
     if not tokens:
         return False
-    ids = torch.tensor(tokenizer.convert_tokens_to_ids(list(tokens)))
-    first, size = int(ids.min()), int(ids.max()) + 1
+    ids = list(tokenizer.convert_tokens_to_ids(list(tokens)))
+    first, size = min(ids), max(ids) + 1
     before = embedding_rows(model)
     if size > before:
         model.resize_token_embeddings(size, mean_resizing=False)

@@ -18,20 +18,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from cs336_alignment.config import ALL_KEYS, OptimizerConfig, TrainerConfig
+from cs336_alignment.config import Config, OptimizerConfig
+from cs336_alignment.config_clashes import clashes
 from cs336_alignment.errors import ExitStatus, UserError
 from cs336_alignment.machine_memory import Memory, found_memory
 from cs336_alignment.microbatch import Batching, Microbatch
 from cs336_alignment.model.attention import FLAT_ATTENTION, why_not_flat
-from cs336_alignment.model.loading import ModelSource, load_model
+from cs336_alignment.model.loading import ModelSource
 from cs336_alignment.model.policy import Policy
 from cs336_alignment.model.recompute import enable_checkpointing
 from cs336_alignment.training.batching_choice import dropout_options
 from cs336_alignment.training.live_bytes import PASSING, LiveBytes
 from cs336_alignment.training.optimizer import allocate_state, build_optimizer
 from cs336_alignment.training.preflight import try_microbatch
+from cs336_alignment.training.without_values import ReadAsOne, appear_on, without_values
 
 SHARDED = "fsdp2"  # parallel.strategy
 WEIGHTS, GRADIENTS, STATE = "weights", "gradients", "optimizer state"
@@ -132,41 +134,46 @@ def divided(
     )
 
 
-def without_values(source: ModelSource, device: torch.device) -> PreTrainedModel:
-    """Build a model whose tensors have no values, from its config alone, in no time.
-
-    Args:
-        source: of the model; its weights need not be there.
-        device: that the tensors seem to be on, within a `FakeTensorMode`; or `meta`.
-    """
-    with device:
-        return load_model(source, random_init=True, seed=0)
-
-
 def certain_needs(
-    source: ModelSource, optimizer: OptimizerConfig, strategy: str, processes: int
+    source: ModelSource,
+    tokenizer: PreTrainedTokenizerBase,
+    config: Config,
+    dtype: torch.dtype | None,
+    processes: int,
 ) -> Needs | str:
     """Count weights, gradients and optimizer state of each process, or say why that cannot be done
-    before the model is loaded.
+    before the model is loaded. The arguments are those of `without_values`.
     """
     try:
-        model = without_values(source, torch.device("meta"))
-        needs = Needs(*_held(model), state_bytes(model, optimizer))
+        model = without_values(source, tokenizer, config, dtype)
+        state = state_bytes(model, config.optimizer, config.trainer.ema_decay)
+        needs = Needs(*_held(model), state)
     except UserError as failure:
         return failure.message
+    except (RuntimeError, ValueError, TypeError) as failure:  # code of libraries reads values
+        return str(failure).strip().partition("\n")[0] or type(failure).__name__
+    strategy = config.parallel.strategy
     if strategy != SHARDED:  # DDP's buckets depend on how many microbatches a step has
         return needs
     return divided(needs, model, strategy, processes, accumulates=True, compute_bytes=2)
 
 
-def state_bytes(model: nn.Module, config: OptimizerConfig) -> int:
-    """Count what the optimizer keeps of a model that has no values."""
+def state_bytes(model: nn.Module, config: OptimizerConfig, ema_decay: float | None = None) -> int:
+    """Count what the optimizer keeps of a model that has no values, and a moving average."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    average = average_bytes(model, ema_decay)
     if config.state_bits == 8:  # torchao compiles its step, which takes tensors with values
-        return sum(_eight_bit_state(p.numel()) for p in model.parameters() if p.requires_grad)
+        return average + sum(_eight_bit_state(p.numel()) for p in trained)
     optimizer = build_optimizer(model, config)
-    allocate_state(optimizer)
+    with ReadAsOne():
+        allocate_state(optimizer)
     states = (value for state in optimizer.state.values() for value in state.values())
-    return sum(value.nbytes for value in states if isinstance(value, Tensor))
+    return average + sum(value.nbytes for value in states if isinstance(value, Tensor))
+
+
+def average_bytes(model: nn.Module, ema_decay: float | None) -> int:
+    """Count what a moving average of the weights takes; see `MovingAverage`."""
+    return 0 if ema_decay is None else _held(model)[1]
 
 
 def _eight_bit_state(numel: int) -> int:
@@ -203,32 +210,42 @@ class Foresight:
         policy: the module that would be trained.
         mode: within which its tensors live.
         device: that they seem to be on.
-        optimizer: the section.
+        config: of the run.
     """
 
     policy: Policy
     mode: contextlib.AbstractContextManager[object]
     device: torch.device
-    optimizer: OptimizerConfig
+    config: Config
 
     @staticmethod
     def of(
         source: ModelSource,
-        trainer: TrainerConfig,
-        optimizer: OptimizerConfig,
+        tokenizer: PreTrainedTokenizerBase,
+        config: Config,
         device: torch.device,
         autocast_dtype: torch.dtype | None,
     ) -> Foresight:
-        """Build the policy as a run does.
+        """Build the policy as a run does; see `without_values`.
 
         Raises:
-            UserError: there is no such model, or it cannot recompute its layers.
+            UserError: there is no such model, what is to be trained of it does not fit it, or it
+                cannot recompute its layers; 4-bit weights, whose kernels need values (78).
         """
+        if config.lora.quantize is not None:
+            raise UserError(
+                "R312",
+                f"what lora.quantize={config.lora.quantize} takes is not foretold: its kernels "
+                "need values",
+                ExitStatus.BAD_CONFIG,
+                hint="`cs336-sft train` tries its largest microbatch before the first step",
+            )
+        model = without_values(source, tokenizer, config, autocast_dtype)
         with (mode := FakeTensorMode(allow_non_fake_inputs=True)):
-            model = without_values(source, device)
-            if recompute := trainer.gradient_checkpointing:
+            appear_on(model, device)
+            if recompute := config.trainer.gradient_checkpointing:
                 enable_checkpointing(model, selective=recompute == "selective")
-            return Foresight(Policy(model, autocast_dtype), mode, device, optimizer)
+            return Foresight(Policy(model, autocast_dtype), mode, device, config)
 
     def batching(self, wanted: str, longest: int) -> Batching:
         """Say which layout a run would choose if the model computes what its config says."""
@@ -237,7 +254,8 @@ class Foresight:
         model = self.policy.model
         if why_not_flat(model, longest) or model.config._attn_implementation != FLAT_ATTENTION:
             return "padded"
-        return "flat" if dropout_options(self.policy) else "flat_shared_prefix"
+        noisy = self.config.trainer.neftune_alpha is not None
+        return "flat" if noisy or dropout_options(self.policy) else "flat_shared_prefix"
 
     def needs(self, batch: Microbatch, *, accumulates: bool) -> Needs:
         """Calls backward: train on a microbatch, and see what is alive.
@@ -285,14 +303,18 @@ class Foresight:
 
     def _at_step(self, live: LiveBytes, before: int) -> tuple[int, int]:
         """Give what the optimizer's step needs in passing, and its state."""
-        if self.optimizer.state_bits == 8:
-            largest = max(p.numel() for p in self.policy.parameters() if p.requires_grad)
-            return EIGHT_BIT_PASSING * largest, state_bytes(self.policy.model, self.optimizer)
+        model, options = self.policy.model, self.config.optimizer
+        ema_decay = self.config.trainer.ema_decay
+        if options.state_bits == 8:
+            largest = max(p.numel() for p in model.parameters() if p.requires_grad)
+            return EIGHT_BIT_PASSING * largest, state_bytes(model, options, ema_decay)
         live.part = STATE
-        optimizer = build_optimizer(self.policy.model, self.optimizer)
-        allocate_state(optimizer)
+        optimizer = build_optimizer(model, options)
+        with ReadAsOne():
+            allocate_state(optimizer)
         state = live.now[STATE]
-        return live.peak.total() - before - state, state
+        stepping = live.peak.total() - before - state
+        return stepping, state + average_bytes(model, ema_decay)
 
     def _name_parts(self, live: LiveBytes) -> Iterable[Any]:
         """Hook into the policy what each tensor is for."""
@@ -329,7 +351,7 @@ def device_memory(device: torch.device, local_processes: int) -> Memory | None:
 
 
 def refuse_too_large(
-    needs: Needs, found: Memory | None, device: torch.device, optimizer: OptimizerConfig
+    needs: Needs, found: Memory | None, device: torch.device, config: Config
 ) -> str | None:
     """Refuse what cannot fit, whatever the microbatch.
 
@@ -337,7 +359,7 @@ def refuse_too_large(
         needs: of each process.
         found: what each has.
         device: where.
-        optimizer: the section.
+        config: of the run.
 
     Returns:
         A warning if it would fit, and there is too little now; else None.
@@ -353,13 +375,8 @@ def refuse_too_large(
     ) + (f" + {gib(needs.shared)} between processes" if needs.shared else "")
     if needs.certain <= found.total:
         return f"training takes {text}, and {gib(found.free)} of {gib(found.total)} are free now"
-    ways = []
-    if optimizer.state_bits != 8:
-        less = needs.certain - needs.state + needs.state // 4
-        ways.append(f"optimizer.state_bits=8 (about {gib(less)})")
-    if "lora.r" in ALL_KEYS:
-        ways.append(f"lora.r=16 (little more than the weights' {gib(needs.weights)})")
-    if "parallel.reshard_after_forward" in ALL_KEYS:
+    ways = ways_to_less(config, needs)
+    if _combine(config, "parallel", strategy=SHARDED):
         count = math.ceil(needs.certain / found.total)
         ways.append(f"parallel={SHARDED} with {count} times the processes or more")
     share = found.total / needs.certain
@@ -372,6 +389,23 @@ def refuse_too_large(
         got=text,
         hint=", or ".join(ways),
     )
+
+
+def ways_to_less(config: Config, needs: Needs) -> list[str]:
+    """Name the keys that combine with a config and leave less of optimizer state and gradients."""
+    ways = []
+    if config.optimizer.state_bits != 8 and _combine(config, "optimizer", state_bits=8):
+        less = needs.certain - needs.state + needs.state // 4
+        ways.append(f"optimizer.state_bits=8 (about {gib(less)})")
+    if not config.lora.active and _combine(config, "lora", r=16):
+        ways.append(f"lora.r=16 (little more than the weights' {gib(needs.weights)})")
+    return ways
+
+
+def _combine(config: Config, section: str, **values: Any) -> bool:
+    """Tell whether other values of a section would combine with the rest."""
+    changed: Any = {section: replace(getattr(config, section), **values)}
+    return next(clashes(replace(config, **changed)), None) is None
 
 
 def gib(size: float) -> str:

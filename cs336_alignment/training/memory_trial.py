@@ -28,13 +28,16 @@ from cs336_alignment.machine_memory import (
     resident_memory,
 )
 from cs336_alignment.microbatch import Batching
-from cs336_alignment.model.loading import load_model, load_tokenizer, resolve_model
+from cs336_alignment.model.loading import load_tokenizer, resolve_model
 from cs336_alignment.model.policy import Policy
 from cs336_alignment.model.recompute import enable_checkpointing
+from cs336_alignment.model.trainable import load_to_train
 from cs336_alignment.orphans import end_with
 from cs336_alignment.tracking.console import Console
+from cs336_alignment.training.averaging import build_average
 from cs336_alignment.training.batching_choice import choose_batching
 from cs336_alignment.training.inputs import load_data
+from cs336_alignment.training.memory import average_bytes
 from cs336_alignment.training.optimizer import allocate_state, build_optimizer
 from cs336_alignment.training.parallel import set_threads
 from cs336_alignment.training.preflight import (
@@ -153,7 +156,9 @@ def try_worst(config: Config, processes: int, room: int | None = None) -> Trial:
     options, trainer = config.model, config.trainer
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     source = resolve_model(options.name_or_path, options.revision, options.trust_remote_code)
-    data = load_data(config, load_tokenizer(source), Console(enabled=False))
+    tokenizer = load_tokenizer(source, options.new_tokens)
+    dtype = choose_precision(trainer.precision, device)
+    data = load_data(config, tokenizer, Console(enabled=False))
     if device.type == "cpu":
         keep_freed_memory()
     meter = _Meter(device)
@@ -161,13 +166,16 @@ def try_worst(config: Config, processes: int, room: int | None = None) -> Trial:
     with telling_out_of_memory(device):
         if room is not None:
             _limit(room, device)
-        model = load_model(source, random_init=options.random_init, seed=config.seed)
-        set_threads(processes, model.num_parameters())
+        model = load_to_train(
+            source, tokenizer, config, device, dtype,
+            lambda model: set_threads(processes, model.num_parameters()),
+        )  # fmt: skip
         if recompute := trainer.gradient_checkpointing:
             enable_checkpointing(model, selective=recompute == "selective")
-        policy = Policy(model, choose_precision(trainer.precision, device)).to(device)
+        policy = Policy(model, dtype).to(device)
         dataset = data.train.dataset
-        choice = choose_batching(policy, trainer.batching, int(dataset.lengths.max()))
+        longest = int(dataset.lengths.max())
+        choice = choose_batching(policy, trainer.batching, longest, trainer.neftune_alpha)
         if trainer.compile:
             warm_up_compiled(policy, choice.batching)
         cut, (plan, steps) = choose_cut(trainer, choice.batching), plan_of(config, data)
@@ -180,6 +188,8 @@ def try_worst(config: Config, processes: int, room: int | None = None) -> Trial:
         allocate_state(optimizer)  # by a step, while no microbatch has made the process larger
         wait_for(device)
         step_seconds, at_step = time.perf_counter() - start, meter.peak()
+        build_average(optimizer, trainer.ema_decay)  # of a known size, in the optimizer's state
+        at_step += average_bytes(model, trainer.ema_decay)
         meter.begin()
         several = accumulates(plan, cut, dataset, steps, processes)
         for _ in range(2):  # the second finds the holes that one leaves, and is none of a kind

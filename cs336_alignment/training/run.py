@@ -20,12 +20,12 @@ from cs336_alignment.errors import ExitStatus, UserError
 from cs336_alignment.evaluation.evaluator import Evaluator
 from cs336_alignment.evaluation.rewards import code_of
 from cs336_alignment.evaluation.sampling import doubtful_sampling
-from cs336_alignment.model.loading import FourBits, base_of, check_fits, load_model
+from cs336_alignment.model.loading import check_fits, load_model
 from cs336_alignment.model.lora import copy_adapter
-from cs336_alignment.model.narrow import narrow_frozen, narrowed_to
+from cs336_alignment.model.narrow import narrowed_to
 from cs336_alignment.model.policy import Policy
 from cs336_alignment.model.recompute import enable_checkpointing
-from cs336_alignment.model.trainable import choose_trained
+from cs336_alignment.model.trainable import load_to_train
 from cs336_alignment.sharing.hub import announce, push_run
 from cs336_alignment.tracking.console import Console
 from cs336_alignment.tracking.metrics import MetricsFile
@@ -210,9 +210,10 @@ class _Run:
         config, data, held_out = self.config, self.inputs.data.train, self.inputs.data.held_out
         if self.processes.device.type == "cpu":
             keep_freed_memory()
-        self._refuse_too_large()
+        dtype = choose_precision(precision, self.processes.device)
+        self._refuse_too_large(dtype)
         self.console.note(f"loading {config.model.name_or_path}")
-        policy = self._load(choose_precision(precision, self.processes.device))
+        policy = self._load(dtype)
         model = policy.model
         parts = [part for part in (data, held_out) if part is not None]
         longest = max(int(part.dataset.lengths.max()) for part in parts)
@@ -242,7 +243,7 @@ class _Run:
         """Load the model onto the device, whole or this process's part of it, and choose what of
         it is trained.
         """
-        config, lora, source = self.config, self.config.lora, self.inputs.source
+        config, source = self.config, self.inputs.source
         options, processes = config.model, self.processes
         watched = config.trainer.reload_check and (processes.is_main or processes.shards)
         if processes.shards:
@@ -255,19 +256,16 @@ class _Run:
             self.console.note(f"{'sharded':<10} {held:,} parameters a process; {who}")
             self.base = bit_sums(policy.model) if watched else {}
             return policy
-        four_bits = None
-        if lora.quantize is not None:
-            four_bits = FourBits(processes.device, dtype or torch.float32)
-        model = load_model(
-            source, random_init=options.random_init, seed=config.seed, four_bits=four_bits
+        before: dict[str, int] = {}
+
+        def loaded(model: PreTrainedModel) -> None:
+            set_threads(processes.local_count, model.num_parameters())
+            before.update(bit_sums(model) if watched else {})
+
+        model = load_to_train(
+            source, self.inputs.tokenizer, config, processes.device, dtype, loaded
         )
-        set_threads(processes.local_count, model.num_parameters())
-        before = bit_sums(model) if watched else {}
-        base = base_of(source, model, lora.quantize) if lora.active else None
-        choose_trained(model, self.inputs.tokenizer, options, lora, base, seed=config.seed)
         self.base = trained_sums(model, before) if watched else {}
-        if lora.active and dtype is not None:
-            narrow_frozen(model, dtype)
         return Policy(model, dtype).to(processes.device)
 
     def _whole(self, model: PreTrainedModel) -> PreTrainedModel:
@@ -279,17 +277,17 @@ class _Run:
         copy_adapter(model, fresh)
         return fresh
 
-    def _refuse_too_large(self) -> None:
+    def _refuse_too_large(self, dtype: torch.dtype | None) -> None:
         """Refuse before it is loaded what cannot be trained in the memory found."""
         processes, config = self.processes, self.config
         needs = certain_needs(
-            self.inputs.source, config.optimizer, config.parallel.strategy, processes.count
+            self.inputs.source, self.inputs.tokenizer, config, dtype, processes.count
         )
         if isinstance(needs, str):
             self.console.note(f"{'memory':<10} not foretold: {needs}")
             return
         found = device_memory(processes.device, processes.local_count)
-        warning = refuse_too_large(needs, found, processes.device, config.optimizer)
+        warning = refuse_too_large(needs, found, processes.device, config)
         if warning is not None:
             self.console.warn(warning)
 

@@ -16,6 +16,7 @@ import torch
 from cs336_alignment.config import ParallelConfig
 from cs336_alignment.model.policy import Policy
 from cs336_alignment.training.parallel import Processes, start_processes
+from cs336_alignment.training.sharding import shard
 from cs336_alignment.training.step import Cut
 from tests.conftest import build_dataset, build_model
 from tests.options import (
@@ -33,20 +34,28 @@ from tests.reference import stay_in_float64
 
 def main(path: str) -> None:
     faulthandler.dump_traceback_later(240, exit=True)  # a process that hangs says where
-    processes = Processes(start_processes(ParallelConfig(num_processes=2)))
+    accelerator = start_processes(ParallelConfig(num_processes=2))
+    processes = Processes(accelerator)
+    sharding = Processes(accelerator, ParallelConfig("fsdp2", 2))
     torch.set_num_threads(1)
     stay_in_float64()
     dataset, start = build_dataset(prefix=PREFIX), start_of("llama", torch.float64)
     errors: dict[str, dict[str, float]] = {}
     for row in support():
         config = config_of(*row.overrides)
-        want = train_plainly("llama", torch.float64, dataset, config)
+        want = train_plainly(build_model("llama"), dataset, config)
         errors[row.name] = {}
         for batching in columns(row.cells, ("flat", "flat_shared_prefix", "padded")):
             policy = Policy(build_model("llama"))
             wrapped = processes.wrap(policy)
             got = train(policy, wrapped, dataset, config, Cut(None, 2, batching), processes)
             errors[row.name][batching] = apart(got, want, start)
+            if row.cells["fsdp2"] == "yes":
+                policy = Policy(build_model("llama"))
+                shard(policy, processes.device, 2, reshard_after_forward=True)
+                cut = Cut(None, 2, batching)
+                got = train(policy, policy, dataset, config, cut, sharding)
+                errors[row.name][f"{batching}, sharded"] = apart(got, want, start)
     if processes.is_main:
         Path(path).write_text(json.dumps({"world": processes.count, "errors": errors}))
     processes.wait()

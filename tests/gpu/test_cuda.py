@@ -153,5 +153,5 @@ def test_every_row_of_the_support_matrix_trains_as_on_the_cpu(row: Row, on_gpu: 
     config, dataset = config_of(*row.overrides), build_dataset(prefix=PREFIX)
     policy = Policy(build_model("llama", torch.float32)).to(on_gpu.device)
     got = train(policy, policy, dataset, config, Cut(None, 2, "flat"), on_gpu).cpu()
-    want = train_plainly("llama", torch.float32, dataset, config)
+    want = train_plainly(build_model("llama", torch.float32), dataset, config)
     assert apart(got, want, start_of("llama", torch.float32)) <= 0.02

@@ -47,11 +47,12 @@ def log_probs(model: Any) -> torch.Tensor:
     return found
 
 
+@pytest.mark.parametrize("averaging", [(), ("trainer.ema_decay=0.9",)])
 def test_a_run_stopped_and_continued_is_the_whole_run(
-    sft: Sft, base: Path, rows: Path, tmp_path: Path
+    averaging: tuple[str, ...], sft: Sft, base: Path, rows: Path, tmp_path: Path
 ) -> None:
     command = overrides(
-        base, rows, "lora.r=4", "lora.dropout=0.1", "trainer.max_steps=30",
+        base, rows, "lora.r=4", "lora.dropout=0.1", "trainer.max_steps=30", *averaging,
         "trainer.save_steps=4", f"data.eval_path={rows}", "evaluation.generation_steps=15",
         "evaluation.max_new_tokens=5", "evaluation.num_prompts=4",
     )  # fmt: skip

@@ -38,8 +38,10 @@ from tests.options import (
     support,
     train,
     train_plainly,
+    weights_of,
     with_normalization,
 )
+from tests.unit.test_lora import adapted, by_peft
 
 ROWS = support()
 BATCHINGS = get_args(Batching)
@@ -63,7 +65,7 @@ def bound(row: Row, dtype: torch.dtype) -> float:
 @lru_cache
 def plain(row: int, normalization: str, dtype: torch.dtype) -> Tensor:
     config = with_normalization(config_of(*ROWS[row].overrides), normalization)
-    return train_plainly("llama", dtype, build_dataset(prefix=PREFIX), config)
+    return train_plainly(build_model("llama", dtype), build_dataset(prefix=PREFIX), config)
 
 
 @each_row
@@ -81,6 +83,22 @@ def test_every_layout_cut_and_normalization_is_the_plain_training(
             chosen = with_normalization(config, normalization)
             error = apart(train(policy, policy, dataset, chosen, cut, processes), want, start)
             assert error <= bound(row, torch.float64), (normalization, cut, error)
+
+
+@each_row
+def test_adapters_train_as_by_peft_alone(row: Row, processes: Processes, wide_norms: None) -> None:
+    if row.cells["lora"] == "no":
+        return  # an error, tested below
+    dataset, config = build_dataset(prefix=PREFIX), config_of(*row.overrides, "lora.r=4")
+    model = adapted("llama")
+    reference, start = by_peft(model, "llama"), weights_of(model)
+    want = train_plainly(reference, dataset, config)
+    assert not torch.equal(want, start)
+    other = columns(row.cells, BATCHINGS)[-1]
+    for cut in (Cut(None, 3, "flat"), Cut(70, None, other)):
+        policy = Policy(adapted("llama"))
+        error = apart(train(policy, policy, dataset, config, cut, processes), want, start)
+        assert error <= bound(row, torch.float64), (cut, error)
 
 
 @each_row
@@ -102,6 +120,7 @@ def test_what_the_row_says_no_to_is_an_error_that_names_both_keys(row: Row) -> N
     added = {name: f"trainer.batching={name}" for name in BATCHINGS}
     added |= {name: f"trainer.loss_normalization={name}" for name in NORMALIZATIONS}
     added |= {"state_bits=8": "optimizer.state_bits=8", "compile": "trainer.compile=true"}
+    added |= {"lora": "lora.r=4", "fsdp2": "parallel.strategy=fsdp2"}
     assert row.cells.keys() == {*added, "processes"}
     for column, override in added.items():
         if row.cells[column] == "yes":

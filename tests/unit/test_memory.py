@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,16 +12,34 @@ import pytest
 import torch
 from torch import Tensor
 
-from cs336_alignment.config import OptimizerConfig, TrainerConfig
+from cs336_alignment.config import (
+    Config,
+    DataConfig,
+    LoggerConfig,
+    LoraConfig,
+    ModelConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    TrainerConfig,
+)
 from cs336_alignment.data.batching import collate
 from cs336_alignment.errors import ExitStatus, UserError
 from cs336_alignment.machine_memory import Memory, found_memory
 from cs336_alignment.memory_command import ladder, largest_that_fits
 from cs336_alignment.microbatch import Batching
-from cs336_alignment.model.loading import ModelSource
+from cs336_alignment.model.loading import (
+    ModelSource,
+    base_of,
+    load_model,
+    load_tokenizer,
+    resolve_model,
+)
+from cs336_alignment.model.narrow import narrow_frozen
 from cs336_alignment.model.policy import Policy
 from cs336_alignment.model.recompute import enable_checkpointing
-from cs336_alignment.training import memory
+from cs336_alignment.model.trainable import choose_trained
+from cs336_alignment.training import memory, run
+from cs336_alignment.training.averaging import build_average
 from cs336_alignment.training.live_bytes import LiveBytes
 from cs336_alignment.training.memory import (
     GRADIENTS,
@@ -37,6 +56,7 @@ from tests.conftest import build_dataset, build_model
 
 CPU = torch.device("cpu")
 GIB = 2**30
+NO_TOKENIZER: Any = None  # it is asked for new tokens alone
 
 
 def source_of(name: str, folder: Path) -> ModelSource:
@@ -45,16 +65,102 @@ def source_of(name: str, folder: Path) -> ModelSource:
 
 
 def foresee(
-    name: str, folder: Path, trainer: TrainerConfig, compute: torch.dtype | None = None
+    name: str, folder: Path, config: Config, compute: torch.dtype | None = None
 ) -> tuple[Foresight, Foresight]:
     """Give the policy without values, and the same with them."""
-    optimizer = OptimizerConfig()
-    fake = Foresight.of(source_of(name, folder), trainer, optimizer, CPU, compute)
+    source, trainer, lora = source_of(name, folder), config.trainer, config.lora
+    fake = Foresight.of(source, NO_TOKENIZER, config, CPU, compute)
     model = build_model(name, torch.float32)
+    base = base_of(source, model) if lora.active else None
+    choose_trained(model, NO_TOKENIZER, config.model, lora, base, seed=0)
+    if lora.active and compute is not None:
+        narrow_frozen(model, compute)
     if trainer.gradient_checkpointing:
         enable_checkpointing(model, selective=trainer.gradient_checkpointing == "selective")
-    real = Foresight(Policy(model, compute), contextlib.nullcontext(), CPU, optimizer)
-    return fake, real
+    return fake, Foresight(Policy(model, compute), contextlib.nullcontext(), CPU, config)
+
+
+LORA = LoraConfig(r=4)
+PARTIAL: dict[str, Config] = {
+    "lora": Config(lora=LORA),
+    "lora with a head": Config(lora=LoraConfig(r=2, modules_to_save=["lm_head"], rslora=True)),
+    "dora": Config(lora=LoraConfig(r=4, dora=True, dropout=0.1)),
+    "frozen": Config(model=ModelConfig(freeze=["embed", r"layers\.0\."])),
+    "average": Config(trainer=TrainerConfig(ema_decay=0.9)),
+    "lora and average": Config(lora=LORA, trainer=TrainerConfig(ema_decay=0.9)),
+    **{
+        name: Config(optimizer=OptimizerConfig(name=name))
+        for name in ("adafactor", "muon", "schedule_free")
+    },
+    "lora by schedule_free": Config(lora=LORA, optimizer=OptimizerConfig(name="schedule_free")),
+}
+
+
+@pytest.mark.parametrize(
+    ("case", "compute", "recompute"),
+    [
+        *((case, None, False) for case in PARTIAL),
+        ("lora", torch.bfloat16, "selective"), ("frozen", torch.bfloat16, True),
+    ],
+)  # fmt: skip
+def test_what_is_trained_and_how_is_foretold_as_it_is_with_values(
+    case: str, compute: torch.dtype | None, recompute: Any, tmp_path: Path
+) -> None:
+    trainer = replace(PARTIAL[case].trainer, gradient_checkpointing=recompute)
+    config = replace(PARTIAL[case], trainer=trainer)
+    fake, real = foresee("llama", tmp_path, config, compute)
+    dataset = build_dataset(prefix=17)
+    batch = collate([dataset[i] for i in range(7)], batching="flat")
+    for accumulates in (False, True):
+        foretold = fake.needs(batch, accumulates=accumulates)
+        assert foretold == real.needs(batch, accumulates=accumulates)
+    model = real.policy.model
+    trained = [p for p in model.parameters() if p.requires_grad]
+    tensors = {id(t): t for t in (*model.parameters(), *model.buffers())}
+    assert foretold.weights == sum(t.nbytes for t in tensors.values())
+    assert foretold.gradients == sum(p.nbytes for p in trained)
+    optimizer = build_optimizer(model, config.optimizer)
+    allocate_state(optimizer)
+    build_average(optimizer, config.trainer.ema_decay)
+    kept = sum(v.nbytes for s in optimizer.state.values() for v in s.values())
+    certain = certain_needs(
+        ModelSource(str(tmp_path), None, False), NO_TOKENIZER, config, compute, 1
+    )
+    assert isinstance(certain, Needs), certain
+    assert foretold.state == kept == certain.state
+    assert certain.certain == foretold.certain
+
+
+def test_weights_in_4_bits_are_counted_as_such(tmp_path: Path) -> None:
+    source = source_of("llama", tmp_path)
+    plain, packed = (
+        certain_needs(source, NO_TOKENIZER, Config(lora=lora), torch.bfloat16, 1)
+        for lora in (LORA, replace(LORA, quantize="nf4"))
+    )
+    assert isinstance(plain, Needs) and isinstance(packed, Needs)
+    layers = build_model("llama").model.layers
+    linear = sum(m.weight.numel() for m in layers.modules() if isinstance(m, torch.nn.Linear))
+    assert plain.weights - packed.weights == pytest.approx((2 - 0.516) * linear, rel=1e-3)
+    assert (plain.gradients, plain.state) == (packed.gradients, packed.state)
+    with pytest.raises(UserError, match="nf4 takes is not foretold"):
+        Foresight.of(source, NO_TOKENIZER, Config(lora=replace(LORA, quantize="nf4")), CPU, None)
+
+
+@pytest.mark.parametrize("grows", [False, True])
+def test_new_tokens_have_rows(grows: bool, tmp_path: Path, tokenizer_of: Any) -> None:
+    source, tokens = source_of("llama", tmp_path), ["<tool>", "</tool>"]
+    tokenizer = tokenizer_of()
+    model = build_model("llama", torch.float32)
+    if grows:
+        tokenizer.add_tokens([f"<{i}>" for i in range(len(model.get_input_embeddings().weight))])
+    tokenizer.add_tokens(tokens)
+    options = ModelConfig(new_tokens=tokens)
+    config = Config(model=options, lora=replace(LORA, export="merged"))
+    choose_trained(model, tokenizer, options, config.lora, base_of(source, model), seed=0)
+    needs = certain_needs(source, tokenizer, config, None, 1)
+    assert isinstance(needs, Needs), needs
+    assert needs.weights == sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
+    assert needs.gradients == sum(p.nbytes for p in model.parameters() if p.requires_grad)
 
 
 @pytest.mark.parametrize(
@@ -70,8 +176,8 @@ def foresee(
 def test_without_values_as_much_is_alive_as_with_them(
     name: str, compute: torch.dtype | None, recompute: Any, batching: Batching, tmp_path: Path
 ) -> None:
-    trainer = TrainerConfig(gradient_checkpointing=recompute)
-    fake, real = foresee(name, tmp_path, trainer, compute)
+    config = Config(trainer=TrainerConfig(gradient_checkpointing=recompute))
+    fake, real = foresee(name, tmp_path, config, compute)
     dataset = build_dataset(prefix=17)
     batch = collate([dataset[i] for i in range(7)], batching=batching)
     for accumulates in (False, True):
@@ -85,7 +191,7 @@ def test_without_values_as_much_is_alive_as_with_them(
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "phi"])
 def test_weights_gradients_and_state_are_exact(name: str, tmp_path: Path) -> None:
-    fake, real = foresee(name, tmp_path, TrainerConfig())
+    fake, real = foresee(name, tmp_path, Config())
     dataset, model = build_dataset(), real.policy.model
     needs = fake.needs(collate([dataset[0]], batching="padded"), accumulates=False)
     tensors = {id(t): t for t in (*model.parameters(), *model.buffers())}
@@ -95,7 +201,7 @@ def test_weights_gradients_and_state_are_exact(name: str, tmp_path: Path) -> Non
     allocate_state(optimizer)
     kept = sum(v.nbytes for s in optimizer.state.values() for v in s.values())
     assert needs.state == kept == state_bytes(model, OptimizerConfig())
-    certain = certain_needs(source_of(name, tmp_path), OptimizerConfig(), "ddp", 1)
+    certain = certain_needs(source_of(name, tmp_path), NO_TOKENIZER, Config(), None, 1)
     assert isinstance(certain, Needs) and certain.certain == needs.certain
 
 
@@ -161,7 +267,7 @@ def test_processes_divide_what_they_share() -> None:
 
 def test_refusal_and_warning() -> None:
     needs = Needs(4 * GIB, 4 * GIB, 8 * GIB)
-    options = OptimizerConfig()
+    options = Config()
     for found, words in (
         (None, None), (Memory(32 * GIB, 17 * GIB), None), (Memory(32 * GIB, 15 * GIB), "free now")
     ):  # fmt: skip
@@ -172,8 +278,54 @@ def test_refusal_and_warning() -> None:
     assert (caught.value.code, caught.value.status) == ("R308", ExitStatus.BAD_CONFIG)
     assert "16.00 GiB" in str(caught.value) and "optimizer.state_bits=8" in str(caught.value)
     with pytest.raises(UserError) as caught:
-        refuse_too_large(needs, Memory(15 * GIB, 9), CPU, OptimizerConfig(state_bits=8))
+        refuse_too_large(
+            needs, Memory(15 * GIB, 9), CPU, Config(optimizer=OptimizerConfig(state_bits=8))
+        )
     assert "state_bits" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("config", "ways"),
+    [
+        (Config(), ("optimizer.state_bits=8", "lora.r=16", "parallel=fsdp2")),
+        (Config(lora=LORA), ("optimizer.state_bits=8",)),
+        (Config(model=ModelConfig(freeze=["embed"])), ("optimizer.state_bits=8", "parallel=fsdp2")),
+        (Config(optimizer=OptimizerConfig(name="muon")), ("lora.r=16",)),
+        (Config(parallel=ParallelConfig("fsdp2")), ("parallel=fsdp2",)),
+    ],
+)  # fmt: skip
+def test_a_refusal_names_what_combines_with_the_config(
+    config: Config, ways: tuple[str, ...]
+) -> None:
+    with pytest.raises(UserError) as caught:
+        refuse_too_large(Needs(4 * GIB, 4 * GIB, 8 * GIB), Memory(GIB, GIB), CPU, config)
+    hint = str(caught.value).partition("hint:")[2]
+    for way in ("optimizer.state_bits=8", "lora.r=16", "parallel=fsdp2"):
+        assert (way in hint) == (way in ways), (way, hint)
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_adapters_start_where_all_weights_would_not_fit(
+    whole: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """On a machine that holds the weights and a little more."""
+    config = Config(
+        ModelConfig(str(tmp_path / "base")), DataConfig("builtin:arithmetic", max_train_examples=8),
+        TrainerConfig(max_steps=1, reload_check=False), lora=LoraConfig() if whole else LORA,
+        logger=LoggerConfig("none"), output_root=str(tmp_path), run_name="r",
+    )  # fmt: skip
+    source = resolve_model("builtin:arithmetic", None, False)
+    model = load_model(source, random_init=True, seed=0)
+    model.save_pretrained(tmp_path / "base")
+    load_tokenizer(source).save_pretrained(tmp_path / "base")
+    room = int(1.5 * sum(p.nbytes for p in model.parameters()))
+    monkeypatch.setattr(run, "device_memory", lambda *_: Memory(room, room))
+    if not whole:
+        assert run.train(config, ["run_name=r"]) == ExitStatus.DONE
+        return
+    with pytest.raises(UserError) as caught:
+        run.train(config, ["run_name=r"])
+    assert caught.value.code == "R308" and "lora.r=16" in str(caught.value)
 
 
 def write(folder: Path, files: dict[str, str]) -> None:
@@ -251,4 +403,4 @@ def test_a_model_that_cannot_be_built_without_values_is_no_reason_to_stop(
 
     monkeypatch.setattr(memory, "without_values", fail)
     source = source_of("llama", tmp_path)
-    assert certain_needs(source, OptimizerConfig(), "ddp", 1) == "its code reads a value"
+    assert certain_needs(source, NO_TOKENIZER, Config(), None, 1) == "its code reads a value"
