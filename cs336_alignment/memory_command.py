@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from cs336_alignment.config import Config
+from cs336_alignment.cores import keep_freed_memory
 from cs336_alignment.data.batching import StepPlan, collate
 from cs336_alignment.data.splits import RunData
 from cs336_alignment.errors import ExitStatus, UserError
@@ -170,12 +171,15 @@ class Outlook:
         source = resolve_model(options.name_or_path, options.revision, options.trust_remote_code)
         tokenizer = load_tokenizer(source, options.new_tokens)
         data = load_data(config, tokenizer, console)
-        base, device = 0, torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        base, keeps = 0, False
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         if device.type == "cpu":
+            keeps = keep_freed_memory()
             _warm_up()
             base = resident_memory()
         foresight = Foresight.of(
-            source, tokenizer, config, device, choose_precision(config.trainer.precision, device)
+            source, tokenizer, config, device,
+            choose_precision(config.trainer.precision, device), keeps,
         )  # fmt: skip
         longest = int(data.train.dataset.lengths.max())
         check_fits(foresight.policy.model, data.train.largest_token_id, longest)

@@ -11,6 +11,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from cs336_alignment.training.heap import Heap
+
 PASSING = "in passing"
 # logsumexp keeps `exp(x - max)` for its sum (aten/src/ATen/native/ReduceOps.cpp), and a product of
 # many rows with a vector each copies what does not lie as MKL wants it (LinearAlgebra.cpp).
@@ -22,21 +24,21 @@ class LiveBytes(TorchDispatchMode):
 
     Args:
         device: whose tensors count.
+        heap: that is asked for a block for each; None: none is.
 
     Attributes:
         part: what those are for that are made from now on.
-        largest: bytes of the largest that was made since the peak began.
         now: by part, what is alive.
         peak: by part, when most was alive.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, heap: Heap | None = None) -> None:
         super().__init__()
         self.part = PASSING
-        self.largest = 0
         self.now: Counter[str] = Counter()
         self.peak: Counter[str] = Counter()
         self._device = device.type
+        self._heap = heap
         self._storages: dict[int, tuple[str, int, Any]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -68,7 +70,8 @@ class LiveBytes(TorchDispatchMode):
             return
         reference = weakref.ref(storage, lambda _: self._drop(key))
         self._storages[key] = (part, size, reference)
-        self.largest = max(self.largest, size)
+        if self._heap is not None:
+            self._heap.take(key, size)
         self.now[part] += size
         if self.now.total() > self.peak.total():
             self.peak = self.now.copy()
@@ -84,8 +87,10 @@ class LiveBytes(TorchDispatchMode):
 
     def forget_peak(self) -> None:
         """Let the peak begin anew, from what is alive now."""
-        self.peak, self.largest = self.now.copy(), 0
+        self.peak = self.now.copy()
 
     def _drop(self, key: int) -> None:
         part, size, _ = self._storages.pop(key)
         self.now[part] -= size
+        if self._heap is not None:
+            self._heap.give(key)

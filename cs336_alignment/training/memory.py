@@ -30,6 +30,7 @@ from cs336_alignment.model.loading import ModelSource
 from cs336_alignment.model.policy import Policy
 from cs336_alignment.model.recompute import enable_checkpointing
 from cs336_alignment.training.batching_choice import dropout_options
+from cs336_alignment.training.heap import Heap
 from cs336_alignment.training.live_bytes import PASSING, LiveBytes
 from cs336_alignment.training.optimizer import allocate_state, build_optimizer
 from cs336_alignment.training.preflight import try_microbatch
@@ -38,9 +39,10 @@ from cs336_alignment.training.without_values import ReadAsOne, appear_on, withou
 SHARDED = "fsdp2"  # parallel.strategy
 WEIGHTS, GRADIENTS, STATE = "weights", "gradients", "optimizer state"
 ACTIVATIONS, HEAD = "activations", "LM head"
-# Small things settle in the holes of large ones, so that in one microbatch or another the largest
-# block finds none of its size, and glibc's heap grows by it. What was measured says: once.
-GAPS = "gaps between blocks"
+GAPS = "holes in the heap"
+PASSES = (
+    4  # small things settle in the holes of large ones: the heap grows in the first microbatches
+)
 # torchao (optim/quant_utils.py): smaller tensors, and those that no block divides, stay float32.
 EIGHT_BIT_BLOCK, EIGHT_BIT_LEAST, EIGHT_BIT_MAP = 256, 4096, 256 * 4
 EIGHT_BIT_PASSING = 16  # bytes a value of the largest tensor: moments and quotients in float32
@@ -211,12 +213,14 @@ class Foresight:
         mode: within which its tensors live.
         device: that they seem to be on.
         config: of the run.
+        keeps: whether the allocator keeps what is freed (`cores.keep_freed_memory`).
     """
 
     policy: Policy
     mode: contextlib.AbstractContextManager[object]
     device: torch.device
     config: Config
+    keeps: bool = False
 
     @staticmethod
     def of(
@@ -225,6 +229,7 @@ class Foresight:
         config: Config,
         device: torch.device,
         autocast_dtype: torch.dtype | None,
+        keeps: bool = False,
     ) -> Foresight:
         """Build the policy as a run does; see `without_values`.
 
@@ -245,7 +250,7 @@ class Foresight:
             appear_on(model, device)
             if recompute := config.trainer.gradient_checkpointing:
                 enable_checkpointing(model, selective=recompute == "selective")
-            return Foresight(Policy(model, autocast_dtype), mode, device, config)
+            return Foresight(Policy(model, autocast_dtype), mode, device, config, keeps)
 
     def batching(self, wanted: str, longest: int) -> Batching:
         """Say which layout a run would choose if the model computes what its config says."""
@@ -279,42 +284,45 @@ class Foresight:
             ) from failure
 
     def _watch(self, batch: Microbatch, accumulates: bool) -> Needs:
-        model = self.policy.model
-        with self.mode, LiveBytes(self.device) as live:
+        model, heap = self.policy.model, Heap() if self.keeps else None
+        with self.mode, LiveBytes(self.device, heap) as live:
             for tensor in (*model.parameters(), *model.buffers()):
                 live.add(tensor, WEIGHTS)
             weights, gradients = live.now.total(), _held(model)[1]
-            stepping, state = self._at_step(live, weights + gradients)
+            stepping, state, _optimizer = self._at_step(live, weights + gradients)
             live.forget_peak()
             given = _copied(batch, self.device)
             handles = list(self._name_parts(live))
             try:
-                for _ in range(2 if accumulates else 1):
+                for _ in range(PASSES if self.keeps else 2):
+                    if not accumulates:
+                        self.policy.zero_grad(set_to_none=True)
                     try_microbatch(self.policy, given)
             finally:
                 for handle in handles:
                     handle.remove()
                 self.policy.zero_grad(set_to_none=True)
         parts = live.peak - Counter({WEIGHTS: weights})
-        parts.pop(STATE, None)  # not all of it goes with the optimizer
-        if self.device.type == "cpu":
-            parts[GAPS] = live.largest
+        parts.pop(STATE, None)
+        if heap is not None:
+            heap.close()
+            parts[GAPS] = max(0, heap.grown - live.peak.total())
         return Needs(weights, gradients, state, 0, parts, stepping)
 
-    def _at_step(self, live: LiveBytes, before: int) -> tuple[int, int]:
-        """Give what the optimizer's step needs in passing, and its state."""
+    def _at_step(self, live: LiveBytes, before: int) -> tuple[int, int, Any]:
+        """Give what the optimizer's step needs in passing, its state, and what holds that."""
         model, options = self.policy.model, self.config.optimizer
         ema_decay = self.config.trainer.ema_decay
         if options.state_bits == 8:
             largest = max(p.numel() for p in model.parameters() if p.requires_grad)
-            return EIGHT_BIT_PASSING * largest, state_bytes(model, options, ema_decay)
+            return EIGHT_BIT_PASSING * largest, state_bytes(model, options, ema_decay), None
         live.part = STATE
         optimizer = build_optimizer(model, options)
         with ReadAsOne():
             allocate_state(optimizer)
         state = live.now[STATE]
         stepping = live.peak.total() - before - state
-        return stepping, state + average_bytes(model, ema_decay)
+        return stepping, state + average_bytes(model, ema_decay), optimizer
 
     def _name_parts(self, live: LiveBytes) -> Iterable[Any]:
         """Hook into the policy what each tensor is for."""

@@ -18,7 +18,7 @@ import torch
 from cs336_alignment import quiet
 from cs336_alignment.config import Config
 from cs336_alignment.cores import keep_freed_memory
-from cs336_alignment.data.batching import StepPlan
+from cs336_alignment.data.batching import StepPlan, collate
 from cs336_alignment.data.splits import RunData
 from cs336_alignment.errors import ExitStatus, UserError
 from cs336_alignment.machine_memory import (
@@ -37,7 +37,7 @@ from cs336_alignment.tracking.console import Console
 from cs336_alignment.training.averaging import build_average
 from cs336_alignment.training.batching_choice import choose_batching
 from cs336_alignment.training.inputs import load_data
-from cs336_alignment.training.memory import average_bytes
+from cs336_alignment.training.memory import PASSES, average_bytes
 from cs336_alignment.training.optimizer import allocate_state, build_optimizer
 from cs336_alignment.training.parallel import set_threads
 from cs336_alignment.training.preflight import (
@@ -46,11 +46,13 @@ from cs336_alignment.training.preflight import (
     choose_precision,
     is_out_of_memory,
     largest_microbatch,
-    rehearse_microbatch,
     telling_out_of_memory,
+    try_microbatch,
     wait_for,
     warm_up_compiled,
 )
+
+LONG_SECONDS = 60.0  # then two passes are enough
 
 
 @dataclass(frozen=True)
@@ -191,9 +193,19 @@ def try_worst(config: Config, processes: int, room: int | None = None) -> Trial:
         build_average(optimizer, trainer.ema_decay)  # of a known size, in the optimizer's state
         at_step += average_bytes(model, trainer.ema_decay)
         meter.begin()
+        policy.train()
         several = accumulates(plan, cut, dataset, steps, processes)
-        for _ in range(2):  # the second finds the holes that one leaves, and is none of a kind
-            _, seconds = rehearse_microbatch(policy, dataset, ids, cut, accumulated=several)
+        batch = collate([dataset[i] for i in ids], batching=cut.batching).to(device)
+        begin = time.perf_counter()
+        for index in range(PASSES):  # the heap grows in the first ones
+            if not several:
+                policy.zero_grad(set_to_none=True)
+            start = time.perf_counter()
+            try_microbatch(policy, batch)
+            wait_for(device)
+            seconds = time.perf_counter() - start
+            if index and start - begin > LONG_SECONDS:
+                break
     tokens = int(dataset.lengths[ids].sum())
     return Trial(choice.batching, base, meter.peak(), at_step, tokens, seconds, step_seconds)
 
