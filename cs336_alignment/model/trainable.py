@@ -29,7 +29,7 @@ def load_to_train(
     config: Config,
     device: torch.device,
     dtype: torch.dtype | None,
-    loaded: Callable[[PreTrainedModel], None],
+    loaded: Callable[[PreTrainedModel], object],
 ) -> PreTrainedModel:
     """Load a model as it is trained when it is held whole, and choose what of it is trained.
 
@@ -152,7 +152,8 @@ def add_rows(
     """
     if not tokens:
         return False
-    ids = list(tokenizer.convert_tokens_to_ids(list(tokens)))
+    vocabulary = tokenizer.get_vocab()
+    ids = [vocabulary[token] for token in tokens]
     first, size = min(ids), max(ids) + 1
     before = embedding_rows(model)
     if size > before:

@@ -47,7 +47,9 @@ def log_probs(model: Any) -> torch.Tensor:
     return found
 
 
-@pytest.mark.parametrize("averaging", [(), ("trainer.ema_decay=0.9",)])
+@pytest.mark.parametrize(
+    "averaging", [(), pytest.param(("trainer.ema_decay=0.9",), marks=pytest.mark.slow)]
+)
 def test_a_run_stopped_and_continued_is_the_whole_run(
     averaging: tuple[str, ...], sft: Sft, base: Path, rows: Path, tmp_path: Path
 ) -> None:
