@@ -20,6 +20,7 @@ from cs336_alignment.machine_memory import Memory, resident_memory
 from cs336_alignment.microbatch import Batching
 from cs336_alignment.model.loading import check_fits, load_tokenizer, resolve_model
 from cs336_alignment.tracking.console import Console
+from cs336_alignment.training.heap import Heap
 from cs336_alignment.training.inputs import load_data
 from cs336_alignment.training.live_bytes import PASSING
 from cs336_alignment.training.memory import (
@@ -162,6 +163,7 @@ class Outlook:
     base: int
     found: Memory | None
     shares: bool
+    holes: float | None  # in the heap, as a share of what else a microbatch takes; None: not known
     foreseen: dict[int, Needs] = field(default_factory=dict)
 
     @staticmethod
@@ -179,7 +181,7 @@ class Outlook:
             base = resident_memory()
         foresight = Foresight.of(
             source, tokenizer, config, device,
-            choose_precision(config.trainer.precision, device), keeps,
+            choose_precision(config.trainer.precision, device),
         )  # fmt: skip
         longest = int(data.train.dataset.lengths.max())
         check_fits(foresight.policy.model, data.train.largest_token_id, longest)
@@ -187,6 +189,7 @@ class Outlook:
         return Outlook(
             config, console, data, foresight, foresight.batching(config.trainer.batching, longest),
             *plan_of(config, data), base, device_memory(device, processes if shares else 1), shares,
+            None if keeps else 0.0,
         )  # fmt: skip
 
     @property
@@ -208,7 +211,15 @@ class Outlook:
         """Foretell what the worst microbatch takes of a process that knows of no other."""
         cut, dataset = choose_cut(config.trainer, self.batching), self.data.train.dataset
         batch = collate([dataset[i] for i in self._worst(cut)], batching=self.batching)
-        return self.foresight.needs(batch, accumulates=self._accumulates(cut))
+        heap = Heap() if self.holes is None else None
+        needs = self.foresight.needs(batch, accumulates=self._accumulates(cut), heap=heap)
+        parts = needs.microbatch
+        if heap is not None:  # once: afterwards it is no fresh one any more
+            heap.close()
+            self.holes = parts[GAPS] / (parts.total() - parts[GAPS])
+        elif self.holes:
+            parts[GAPS] = int(self.holes * parts.total())
+        return needs
 
     def each(self, config: Config, whole: Needs) -> Needs:
         """Divide it among the processes."""

@@ -26,9 +26,8 @@ class Heap:
         ]  # fmt: skip
         self._blocks: dict[int, int] = {}
         self._end = 0
-        self.take(0, PROBE)
-        self._end, self.grown = self._blocks[0], 0
-        self.give(0)
+        self.take(0, PROBE)  # too large for the holes that there are, so it lies at the end
+        self._end, self.grown = self._end + self.grown, 0
 
     def take(self, key: int, size: int) -> None:
         """Ask for a block. One that the system refuses, larger than all memory, is left out."""

@@ -40,9 +40,8 @@ SHARDED = "fsdp2"  # parallel.strategy
 WEIGHTS, GRADIENTS, STATE = "weights", "gradients", "optimizer state"
 ACTIVATIONS, HEAD = "activations", "LM head"
 GAPS = "holes in the heap"
-PASSES = (
-    4  # small things settle in the holes of large ones: the heap grows in the first microbatches
-)
+# Small things settle in the holes of large ones: the heap grows in the first microbatches.
+PASSES = 4
 # torchao (optim/quant_utils.py): smaller tensors, and those that no block divides, stay float32.
 EIGHT_BIT_BLOCK, EIGHT_BIT_LEAST, EIGHT_BIT_MAP = 256, 4096, 256 * 4
 EIGHT_BIT_PASSING = 16  # bytes a value of the largest tensor: moments and quotients in float32
@@ -213,14 +212,12 @@ class Foresight:
         mode: within which its tensors live.
         device: that they seem to be on.
         config: of the run.
-        keeps: whether the allocator keeps what is freed (`cores.keep_freed_memory`).
     """
 
     policy: Policy
     mode: contextlib.AbstractContextManager[object]
     device: torch.device
     config: Config
-    keeps: bool = False
 
     @staticmethod
     def of(
@@ -229,7 +226,6 @@ class Foresight:
         config: Config,
         device: torch.device,
         autocast_dtype: torch.dtype | None,
-        keeps: bool = False,
     ) -> Foresight:
         """Build the policy as a run does; see `without_values`.
 
@@ -250,7 +246,7 @@ class Foresight:
             appear_on(model, device)
             if recompute := config.trainer.gradient_checkpointing:
                 enable_checkpointing(model, selective=recompute == "selective")
-            return Foresight(Policy(model, autocast_dtype), mode, device, config, keeps)
+            return Foresight(Policy(model, autocast_dtype), mode, device, config)
 
     def batching(self, wanted: str, longest: int) -> Batching:
         """Say which layout a run would choose if the model computes what its config says."""
@@ -262,18 +258,19 @@ class Foresight:
         noisy = self.config.trainer.neftune_alpha is not None
         return "flat" if noisy or dropout_options(self.policy) else "flat_shared_prefix"
 
-    def needs(self, batch: Microbatch, *, accumulates: bool) -> Needs:
+    def needs(self, batch: Microbatch, *, accumulates: bool, heap: Heap | None = None) -> Needs:
         """Calls backward: train on a microbatch, and see what is alive.
 
         Args:
             batch: with values, on the CPU.
             accumulates: whether the gradients of another microbatch are there already.
+            heap: that is asked for what a run would ask for; None: holes in it do not count.
 
         Raises:
             UserError: the model's code reads values, and there are none (70).
         """
         try:
-            return self._watch(batch, accumulates)
+            return self._watch(batch, accumulates, heap)
         except (RuntimeError, ValueError, TypeError, IndexError) as failure:
             raise UserError(
                 "R309",
@@ -283,8 +280,8 @@ class Foresight:
                 hint="`cs336-sft train` tries its largest microbatch before the first step",
             ) from failure
 
-    def _watch(self, batch: Microbatch, accumulates: bool) -> Needs:
-        model, heap = self.policy.model, Heap() if self.keeps else None
+    def _watch(self, batch: Microbatch, accumulates: bool, heap: Heap | None) -> Needs:
+        model = self.policy.model
         with self.mode, LiveBytes(self.device, heap) as live:
             for tensor in (*model.parameters(), *model.buffers()):
                 live.add(tensor, WEIGHTS)
@@ -294,7 +291,7 @@ class Foresight:
             given = _copied(batch, self.device)
             handles = list(self._name_parts(live))
             try:
-                for _ in range(PASSES if self.keeps else 2):
+                for _ in range(PASSES if heap is not None else 2):
                     if not accumulates:
                         self.policy.zero_grad(set_to_none=True)
                     try_microbatch(self.policy, given)
@@ -305,7 +302,6 @@ class Foresight:
         parts = live.peak - Counter({WEIGHTS: weights})
         parts.pop(STATE, None)
         if heap is not None:
-            heap.close()
             parts[GAPS] = max(0, heap.grown - live.peak.total())
         return Needs(weights, gradients, state, 0, parts, stepping)
 

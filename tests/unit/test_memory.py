@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import subprocess
+import sys
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -52,7 +54,7 @@ from cs336_alignment.training.memory import (
     state_bytes,
 )
 from cs336_alignment.training.optimizer import allocate_state, build_optimizer
-from tests.conftest import build_dataset, build_model
+from tests.conftest import build_dataset, build_model, clean_environment
 
 CPU = torch.device("cpu")
 GIB = 2**30
@@ -403,3 +405,27 @@ def test_a_model_that_cannot_be_built_without_values_is_no_reason_to_stop(
     monkeypatch.setattr(memory, "without_values", fail)
     source = source_of("llama", tmp_path)
     assert certain_needs(source, NO_TOKENIZER, Config(), None, 1) == "its code reads a value"
+
+
+def test_holes_in_the_heap_are_found_and_take_no_memory() -> None:
+    """In a process of its own, whose allocator keeps what is freed, as in a run."""
+    code = """
+from cs336_alignment.cores import keep_freed_memory
+from cs336_alignment.machine_memory import resident_memory
+from cs336_alignment.training.heap import Heap
+assert keep_freed_memory()
+MIB, before, heap = 2**20, resident_memory(), Heap()
+heap.take(1, 300 * MIB)
+heap.take(2, MIB)  # in the way
+heap.give(1)
+heap.take(3, 200 * MIB)  # fits into the hole
+assert 301 * MIB <= heap.grown < 302 * MIB, heap.grown
+heap.take(4, 200 * MIB)  # and this no more
+assert 501 * MIB <= heap.grown < 502 * MIB, heap.grown
+heap.take(5, 2**62)  # more than there is
+assert resident_memory() - before < 20 * MIB
+heap.close()
+"""
+    if not sys.platform.startswith("linux"):
+        pytest.skip("glibc's allocator")
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60, env=clean_environment())
