@@ -11,12 +11,14 @@ import copy
 import dataclasses
 import warnings
 from collections.abc import Collection, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 from transformers import PreTrainedModel
 
 from cs336_alignment.config import LoraConfig
@@ -178,6 +180,7 @@ def _inject(
     folder: Path | None = None,
 ) -> None:  # fmt: skip
     from peft import inject_adapter_in_model
+    from peft.tuners.lora import Linear as LoraLinear
     from peft.tuners.lora import LoraLayer
 
     ends = {
@@ -211,6 +214,9 @@ def _inject(
         )
     for layer in adapted.values():
         layer.cast_input_dtype_enabled = False  # autocast would only narrow it again
+        plain = type(layer) is LoraLinear and isinstance(layer.get_base_layer(), nn.Linear)
+        if plain and not config.use_dora and not config.lora_bias:
+            vars(layer)["forward"] = partial(_adapted, layer)
     for name, module in model.named_modules():
         if any(_is_called(name, wanted) for wanted in whole):
             if inside := [n for n in adapted if n == name or n.startswith(f"{name}.")]:
@@ -226,6 +232,29 @@ def _inject(
     ) or None  # fmt: skip
     config.base_model_name_or_path, config.revision = base.name, base.revision
     vars(model)["adapter_base"] = base
+
+
+def _adapted(layer: Any, x: Tensor) -> Tensor:
+    """Compute what peft's layer does, the adapter's share added where the layer's output is: three
+    temporary outputs less, whose holes in the memory cost a quarter of a step's peak on a CPU.
+
+    Args:
+        layer: a linear one.
+        x: (…, inputs).
+
+    Returns:
+        (…, outputs).
+    """
+    rows = x.flatten(0, -2)
+    low = layer.lora_A["default"](layer.lora_dropout["default"](rows))  # (rows, r)
+    out = layer.base_layer(rows)
+    up, scale = layer.lora_B["default"].weight.t().to(out.dtype), layer.scaling["default"]
+    # Compilation plans its memory itself, and selective checkpointing keeps `out` as it is.
+    if torch.compiler.is_compiling() or is_in_torch_dispatch_mode():
+        out = torch.addmm(out, low, up, alpha=scale)
+    else:
+        out.addmm_(low, up, alpha=scale)
+    return out.unflatten(0, x.shape[:-1])
 
 
 def _trained_whole(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
