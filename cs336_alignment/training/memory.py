@@ -3,7 +3,7 @@ tensors that have shapes and no values, and what is alive at each moment is adde
 
 No table of constants per architecture: what a layer keeps for the backward pass, with and without
 recomputation, in every layout and precision, is what its own code keeps. torch's `FakeTensorMode`
-chooses the same kernels as the device would; what a kernel needs within itself is not seen.
+chooses the same kernels as the device would; what these need within themselves is mostly not seen.
 """
 
 from __future__ import annotations
