@@ -111,6 +111,7 @@ def overrides(rows: Path) -> tuple[str, ...]:
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_sharded_run_is_the_run_of_one_process(
     overrides: tuple[str, ...], sft: Sft, tmp_path: Path
 ) -> None:

@@ -14,7 +14,7 @@ import yaml
 from cs336_alignment.config import ParallelConfig
 from cs336_alignment.errors import UserError
 from cs336_alignment.training.launch_check import (
-    join,
+    meet,
     naming_lost_processes,
     refuse_lone_and_surplus_processes,
 )
@@ -65,6 +65,7 @@ def test_processes_that_do_not_belong_together_are_told_apart(tmp_path: Path) ->
     assert lost.startswith("error[R311]: another process is gone") and "node-a" in lost
 
 
+@pytest.mark.slow
 def test_another_command_on_the_second_node_is_refused_on_both(rows: Path, tmp_path: Path) -> None:
     command = ["-m", "cs336_alignment.cli", "train", *TINY, f"data.train_path={rows}", "run_name=x"]
     ended = both(command, [*command, "optimizer.weight_decay=0.25"], tmp_path)
@@ -75,15 +76,17 @@ def test_another_command_on_the_second_node_is_refused_on_both(rows: Path, tmp_p
     assert (left["state"], left["exit_code"]) == ("failed", 78) and "C212" in left["error"]
 
 
-@pytest.mark.parametrize("index", [0, 1], ids=["nobody comes", "nobody is there"])
+@pytest.mark.parametrize(
+    "index", [0, pytest.param(1, marks=pytest.mark.slow)], ids=["nobody comes", "nobody is there"]
+)
 def test_waiting_for_the_others_ends_with_an_error_that_says_where(
     index: int, tmp_path: Path
 ) -> None:
     code = (
         "import sys\n"
         "from cs336_alignment.config import ParallelConfig\n"
-        "from cs336_alignment.training.launch_check import UserError, join\n"
-        "try:\n    join(ParallelConfig(timeout_minutes=0.02))\n"
+        "from cs336_alignment.training.launch_check import UserError, meet\n"
+        "try:\n    meet(ParallelConfig(timeout_minutes=0.02))\n"
         "except UserError as error:\n    print(error)\n"
     )
     port = free_port()
@@ -99,7 +102,7 @@ def test_an_address_that_no_name_server_knows_costs_no_wait(
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("MASTER_ADDR", "no-such-host.invalid")
     with pytest.raises(UserError) as caught:
-        join(ParallelConfig())
+        meet(ParallelConfig())
     assert caught.value.code == "C211" and "no-such-host.invalid" in str(caught.value)
 
 

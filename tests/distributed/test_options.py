@@ -13,6 +13,7 @@ from tests.options import support
 pytestmark = pytest.mark.distributed
 
 
+@pytest.mark.slow
 def test_every_row_trains_the_same_on_two_processes(sft: Sft, tmp_path: Path) -> None:
     result = tmp_path / "errors.json"
     worker = ROOT / "tests" / "distributed" / "worker_options.py"

@@ -22,7 +22,7 @@ from cs336_alignment.config import Config
 from cs336_alignment.errors import UserError
 from cs336_alignment.model.loading import load_tokenizer, resolve_model
 from cs336_alignment.training import launch_check
-from cs336_alignment.training.launch_check import check_launch, join, naming_lost_processes
+from cs336_alignment.training.launch_check import check_launch, meet, naming_lost_processes
 
 Launch = SimpleNamespace  # config, folder, inputs
 
@@ -74,7 +74,7 @@ def main(path: str) -> None:
     socket.gethostname = lambda: host
     launch_check.SECONDS_TO_APPEAR = 0.5
     Path("run").mkdir(exist_ok=True)
-    processes = join(Config().parallel)
+    processes = meet(Config().parallel)
     told: dict[str, Any] = {}
     versions = launch_check.versions
 

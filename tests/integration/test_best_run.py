@@ -108,6 +108,7 @@ def test_a_best_checkpoint_that_was_damaged_is_told(
     assert read(run / "checkpoints/index.json")["best"] == "step-000006"
 
 
+@pytest.mark.slow
 def test_an_early_end_is_a_whole_run_and_more_patience_continues_it(
     command: list[str], sft: Sft, tmp_path: Path
 ) -> None:

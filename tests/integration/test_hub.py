@@ -65,6 +65,7 @@ def test_a_run_is_pushed_at_its_end_once(
     assert not any(TOKEN.encode() in content for content in everything)
 
 
+@pytest.mark.slow
 def test_an_export_is_pushed_under_the_name_that_was_asked_for(
     command: list[str], hub: FakeHub, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

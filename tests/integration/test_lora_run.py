@@ -208,6 +208,7 @@ def test_every_mistake_is_one_error(
     assert text in done.stderr
 
 
+@pytest.mark.slow
 def test_a_frozen_model_trains_the_rest_alone(
     sft: Sft, base: Path, rows: Path, tmp_path: Path
 ) -> None:
@@ -269,6 +270,7 @@ def test_two_processes_train_the_same_adapter(
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_adapters_are_exported_as_they_are_and_merged(
     sft: Sft, base: Path, rows: Path, tmp_path: Path
 ) -> None:

@@ -34,7 +34,9 @@ def weights(run: Path) -> bytes:
     return (run / "model/model.safetensors").read_bytes()
 
 
-@pytest.mark.parametrize("kind", RUNS)
+@pytest.mark.parametrize(
+    "kind", [pytest.param("adafactor", marks=pytest.mark.slow), "muon", "schedule_free"]
+)
 def test_a_stopped_run_goes_on_bit_for_bit_however_often_it_is_evaluated(
     kind: str, sft: Sft, rows: Path, tmp_path: Path
 ) -> None:
@@ -82,6 +84,7 @@ def test_a_stopped_run_goes_on_bit_for_bit_however_often_it_is_evaluated(
     assert looked["eval/loss"] == pytest.approx(ended, rel=1e-6)
 
 
+@pytest.mark.slow
 def test_the_best_steps_average_is_exported_and_checked(
     sft: Sft, rows: Path, tmp_path: Path
 ) -> None:

@@ -135,12 +135,20 @@ NORM = "model.norm.weight"
             ("other weights", NORM),
             marks=pytest.mark.slow,
         ),
-        (change_json("config.json", rms_norm_eps=0.3), ("log-probs differ: token",)),
+        pytest.param(
+            change_json("config.json", rms_norm_eps=0.3),
+            ("log-probs differ: token",),
+            marks=pytest.mark.slow,
+        ),
         (
             change_json("generation_config.json", eos_token_id=7),
             ("goes on after token", "where the trained model stops"),
         ),
-        (lambda f: (f / "chat_template.jinja").write_text("{{ messages }}"), ("(chat template)",)),
+        pytest.param(
+            lambda f: (f / "chat_template.jinja").write_text("{{ messages }}"),
+            ("(chat template)",),
+            marks=pytest.mark.slow,
+        ),
         (lambda f: (f / "config.json").unlink(), ("plain transformers cannot use it",)),
         pytest.param(
             lambda f: (f / "model.safetensors").write_bytes(b"x" * 99),

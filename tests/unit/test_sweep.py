@@ -168,6 +168,7 @@ def run(*more: str, name: str = "s") -> int:
     return int(cli.run(["sweep", *GIVEN, SPACE, "sweep.num_trials=8", f"run_name={name}", *more]))
 
 
+@pytest.mark.slow
 def test_a_sweep_goes_on_after_a_kill_and_ends_as_without(
     fake: Fake, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
