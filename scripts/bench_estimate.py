@@ -87,7 +87,7 @@ def main() -> None:
     parser.add_argument("--budgets", nargs="+", type=int, default=[1024, 4096, 8192])
     parser.add_argument("--train", action="store_true")
     options = parser.parse_args()
-    with tempfile.TemporaryDirectory(dir=".") as temporary:
+    with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         arms = {Path(options.model).name: (options.model, False, options.data)}
         long = write_long_rows(options.data, folder / "long.jsonl", options.model)
