@@ -53,7 +53,7 @@ def metrics_of(run: Path) -> list[dict[str, Any]]:
     return without_times(run / "metrics.jsonl")
 
 
-@pytest.mark.parametrize("kind", ["torchrun", "accelerate"])
+@pytest.mark.parametrize("kind", [pytest.param("torchrun", marks=pytest.mark.slow), "accelerate"])
 def test_launchers_train_the_same_run_as_one_process(
     kind: str, sft: Sft, rows: Path, tmp_path: Path
 ) -> None:

@@ -138,6 +138,7 @@ def test_a_kill_in_any_phase_changes_neither_rows_nor_weights(
     assert (status["state"], status["step"]) == ("completed", 2)
 
 
+@pytest.mark.slow
 def test_what_it_leaves_and_what_it_refuses(
     start: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -86,6 +86,7 @@ def test_the_best_step_is_kept_exported_and_loaded_again(
     assert read(run / "manifest.json")["best"]["metric"] == "eval/token_entropy"
 
 
+@pytest.mark.slow
 def test_a_best_checkpoint_that_was_damaged_is_told(
     command: list[str], sft: Sft, tmp_path: Path
 ) -> None:
@@ -138,6 +139,7 @@ def test_an_early_end_is_a_whole_run_and_more_patience_continues_it(
     assert "nothing to do" in sft(*longer).stdout
 
 
+@pytest.mark.slow
 def test_a_run_that_is_stopped_ends_early_at_the_same_step(
     command: list[str], sft: Sft, tmp_path: Path, zygote: Any
 ) -> None:

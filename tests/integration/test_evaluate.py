@@ -73,6 +73,7 @@ def test_beside_a_baseline(sft: Sft, models: Path, tmp_path: Path) -> None:
     assert {key: metrics[key] for key in report["baseline_metrics"]} == report["baseline_metrics"]
 
 
+@pytest.mark.slow
 def test_a_stop_costs_no_response(sft: Sft, zygote: Zygote, models: Path, tmp_path: Path) -> None:
     options = (
         f"model.name_or_path={models / 'one'}", f"evaluation.baseline={models / 'two'}", *DATA,

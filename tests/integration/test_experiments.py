@@ -15,6 +15,7 @@ import pytest
 from tests.conftest import TINY, Sft, clean_environment
 
 
+@pytest.mark.slow
 def test_a_multirun_is_compared_and_the_same_command_does_nothing_again(
     sft: Sft, rows: Path, tmp_path: Path
 ) -> None:

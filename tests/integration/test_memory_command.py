@@ -30,6 +30,7 @@ def test_a_model_beyond_all_memory_is_refused_before_it_is_loaded(
         assert "error[R308]" in done.stderr and "state_bits=8" in done.stderr
 
 
+@pytest.mark.slow
 def test_a_trial_that_memory_ends_is_told_and_ends_nothing_else(tmp_path: Path) -> None:
     config = Config(
         ModelConfig("builtin:arithmetic", random_init=True),

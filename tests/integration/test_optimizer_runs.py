@@ -35,7 +35,12 @@ def weights(run: Path) -> bytes:
 
 
 @pytest.mark.parametrize(
-    "kind", [pytest.param("adafactor", marks=pytest.mark.slow), "muon", "schedule_free"]
+    "kind",
+    [
+        pytest.param("adafactor", marks=pytest.mark.slow),
+        pytest.param("muon", marks=pytest.mark.slow),
+        "schedule_free",
+    ],
 )
 def test_a_stopped_run_goes_on_bit_for_bit_however_often_it_is_evaluated(
     kind: str, sft: Sft, rows: Path, tmp_path: Path

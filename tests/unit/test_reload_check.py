@@ -166,6 +166,7 @@ def test_no_change_goes_unseen(
     assert result.outcome == "failed" and all(reason in str(result) for reason in reasons), result
 
 
+@pytest.mark.slow
 def test_a_tokenizer_that_reads_otherwise_is_seen(check: Check) -> None:
     def damage(folder: Path) -> None:
         path = folder / "tokenizer.json"
