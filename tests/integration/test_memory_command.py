@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 from transformers import LlamaConfig
 
 from cs336_alignment.config import Config, DataConfig, ModelConfig, TrainerConfig

@@ -140,16 +140,21 @@ NORM = "model.norm.weight"
             ("log-probs differ: token",),
             marks=pytest.mark.slow,
         ),
-        (
+        pytest.param(
             change_json("generation_config.json", eos_token_id=7),
             ("goes on after token", "where the trained model stops"),
+            marks=pytest.mark.slow,
         ),
         pytest.param(
             lambda f: (f / "chat_template.jinja").write_text("{{ messages }}"),
             ("(chat template)",),
             marks=pytest.mark.slow,
         ),
-        (lambda f: (f / "config.json").unlink(), ("plain transformers cannot use it",)),
+        pytest.param(
+            lambda f: (f / "config.json").unlink(),
+            ("plain transformers cannot use it",),
+            marks=pytest.mark.slow,
+        ),
         pytest.param(
             lambda f: (f / "model.safetensors").write_bytes(b"x" * 99),
             ("plain transformers cannot use it",),
