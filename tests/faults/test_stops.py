@@ -217,6 +217,7 @@ def test_what_is_not_finite_never_reaches_the_weights(
             assert same(life.tensors(), whole.tensors())
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 @pytest.mark.fault("T16 one process of two meets what is not finite")
 def test_what_is_not_finite_in_one_process_stops_both(

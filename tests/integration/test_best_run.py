@@ -164,6 +164,7 @@ def test_a_run_that_is_stopped_ends_early_at_the_same_step(
     assert checkpoints(run) == checkpoints(whole)
 
 
+@pytest.mark.slow
 @pytest.mark.fault("T2 a kill or a request to stop while the export is loaded")
 @pytest.mark.parametrize(
     ("number", "code"),

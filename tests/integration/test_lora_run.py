@@ -84,6 +84,7 @@ def test_a_run_stopped_and_continued_is_the_whole_run(
     assert sft("train", *command, "run_name=cut", "lora.alpha=4").returncode == 78
 
 
+@pytest.mark.slow
 def test_what_adapters_leave_and_how_they_go_on(
     sft: Sft, base: Path, rows: Path, tmp_path: Path
 ) -> None:

@@ -157,6 +157,7 @@ def test_transformers_serve_takes_conversations(
         assert plain == b["response"]
 
 
+@pytest.mark.slow
 def test_messages_and_what_is_told(sft: Sft, model: Path, tmp_path: Path) -> None:
     with FakeServer().running() as server:
         done = sft(*served(server.url, model, "evaluation.server_api=chat", "run_name=plain"))

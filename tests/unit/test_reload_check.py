@@ -190,6 +190,7 @@ def test_a_tensor_that_training_left_alone_is_seen(
     assert result.outcome == "failed" and f"training left {NORM} as in the base" in str(result)
 
 
+@pytest.mark.slow
 def test_a_model_that_never_stops_is_told_and_passes(
     check: Check, trained: tuple[Policy, dict[str, int], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
