@@ -180,5 +180,5 @@ def test_size() -> None:
             if name_of(path).split(".")[0] in packages
         )  # fmt: skip
 
-    assert lines("config", "data", "model", "training") <= 12000
-    assert lines("evaluation", "tracking", "cli") <= 4990
+    assert lines("config", "data", "model", "training") <= 11653
+    assert lines("evaluation", "tracking", "cli") <= 4983
