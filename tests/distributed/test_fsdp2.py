@@ -39,7 +39,6 @@ def bounds_of(case: str) -> tuple[float, float, float]:
     return next(bounds for name, bounds in BOUNDS.items() if name in case)
 
 
-@pytest.mark.slow
 def test_sharded_steps_are_those_of_one_process(
     sft: Sft, tmp_path: Path, processes: Processes, wide_norms: None
 ) -> None:
