@@ -134,11 +134,13 @@ def _parallel_clashes(config: Config) -> Iterator[UserError]:
             "process holds a part",
         )  # fmt: skip
     if parallel.strategy == "fsdp2":
-        why = "it is made in a model held whole: parallel=ddp"
-        if config.lora.active:
-            yield clash("lora.r", "parallel.strategy", why)
-        if config.model.new_tokens:
-            yield clash("model.new_tokens", "parallel.strategy", why)
+        held_whole = {
+            "lora.dora": config.lora.dora, "lora.quantize": config.lora.quantize is not None,
+            "model.new_tokens": bool(config.model.new_tokens),
+        }  # fmt: skip
+        for name in (name for name, given in held_whole.items() if given):
+            why = "it is made in a model held whole: parallel=ddp"
+            yield clash(name, "parallel.strategy", why)
 
 
 def _backend_clashes(config: Config) -> Iterator[UserError]:

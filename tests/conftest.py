@@ -6,7 +6,6 @@ import atexit
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import tempfile
@@ -54,6 +53,7 @@ from transformers import (
 from cs336_alignment.config import ParallelConfig
 from cs336_alignment.data.dataset import TokenizedDataset
 from cs336_alignment.data.tokenize import TokenRow
+from cs336_alignment.model.loading import load_model, load_tokenizer, resolve_model
 from cs336_alignment.training.parallel import Processes, start_processes
 from tests.faults.tally import (  # noqa: F401  hooks and a fixture
     pytest_runtest_makereport,
@@ -61,7 +61,7 @@ from tests.faults.tally import (  # noqa: F401  hooks and a fixture
     tally,
 )
 from tests.reference import stay_in_float64
-from tests.zygote import Zygote
+from tests.zygote import Zygote, free_port
 
 ROOT = Path(__file__).resolve().parent.parent
 VOCABULARY = 97
@@ -131,12 +131,6 @@ def build_dataset(
     return TokenizedDataset.of(rows)
 
 
-def free_port() -> str:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return str(probe.getsockname()[1])
-
-
 def launch(kind: str) -> tuple[str, ...]:
     """Give the module and flags that start two processes."""
     if kind == "torchrun":
@@ -159,6 +153,7 @@ def wide_norms() -> Iterator[None]:
     patch.undo()
 
 
+READ_AT_IMPORT = {"HF_HOME", "HF_ENDPOINT", "HF_HUB_OFFLINE"}
 Sft = Callable[..., "subprocess.CompletedProcess[str]"]
 
 
@@ -172,16 +167,21 @@ def zygote() -> Iterator[Zygote]:
 
 @pytest.fixture
 def sft(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, zygote: Zygote) -> Sft:
-    """Run `cs336-sft` as a user does, in a folder of its own."""
+    """Run `cs336-sft` as a user does, in a folder of its own; `processes` of it as a launcher
+    starts them, or by a real launcher.
+    """
     scratch = tmp_path_factory.mktemp("printed")
 
-    def run(*arguments: str, launcher: tuple[str, ...] = (), **options: Any) -> Any:
-        if not launcher and "env" not in options:
-            return zygote.run(list(arguments), options.get("cwd", tmp_path), scratch)
+    def run(
+        *arguments: str, launcher: tuple[str, ...] = (), processes: int = 1, **options: Any
+    ) -> Any:
+        folder, given = options.pop("cwd", tmp_path), options.pop("env", {})
+        if not launcher and not READ_AT_IMPORT & given.keys():
+            return zygote.run(list(arguments), folder, scratch, processes, given)
         command = [sys.executable, "-m", *(launcher or ("cs336_alignment.cli",)), *arguments]
         return subprocess.run(
-            command, cwd=options.pop("cwd", tmp_path), text=True, capture_output=True, timeout=280,
-            env={**clean_environment(), **options.pop("env", {})},
+            command, cwd=folder, text=True, capture_output=True, timeout=280,
+            env={**clean_environment(), **given},
         )  # fmt: skip
 
     return run
@@ -204,6 +204,16 @@ def rows(tmp_path: Path) -> Path:
             row = {"question": f"{a} + {b} = ?", "answer": f"Add {b} to {a}.\n#### {a + b}"}
             file.write(json.dumps(row) + "\n")
     return path
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model folder, such as adapters are trained on."""
+    folder = tmp_path_factory.mktemp("models") / "tiny-base"
+    source = resolve_model("builtin:arithmetic", None, False)
+    load_model(source, random_init=True, seed=0).save_pretrained(folder)
+    load_tokenizer(source).save_pretrained(folder)
+    return folder
 
 
 # Overrides for a run of seconds on the built-in tiny model.

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor
 
 from cs336_alignment.errors import ExitStatus, Place, UserError
 from cs336_alignment.files import write_json
@@ -72,10 +72,10 @@ class Base:
             )
 
 
-def weights_sha256(model: nn.Module) -> str:
-    """Hash the names and bits of all parameters."""
+def weights_sha256(parameters: Iterable[tuple[str, Tensor]]) -> str:
+    """Hash the names and bits of all parameters, in the order of `named_parameters`."""
     digest = hashlib.sha256()
-    for name, parameter in model.named_parameters():
+    for name, parameter in parameters:
         digest.update(f"{name} {parameter.dtype} {tuple(parameter.shape)}".encode())
         data = parameter.detach().cpu().contiguous().reshape(-1)
         digest.update(data.view(torch.uint8).numpy().data)

@@ -278,7 +278,7 @@ def base_of(
             "model.name_or_path",
         )
     name = str(Path(source.location).resolve()) if source.is_local else source.location
-    sha256 = None if model is None else weights_sha256(model)
+    sha256 = None if model is None else weights_sha256(model.named_parameters())
     return Base(name, source.revision, sha256, quantize)
 
 

@@ -69,6 +69,23 @@ def add_adapter(
         UserError: nothing has a name that was given, or an embedding has it (78); an adapter that
             is not there (66), or does not fit the model or the options (78).
     """
+    folder = inject_adapter(model, options, base, seed=seed, trained_whole=trained_whole)
+    if folder is not None:
+        _fill(model, read_adapter_weights(folder, model))
+
+
+def inject_adapter(
+    model: PreTrainedModel,
+    options: LoraConfig,
+    base: Base,
+    *,
+    seed: int,
+    trained_whole: Collection[str] = (),
+) -> Path | None:
+    """Do what `add_adapter` does, but for the weights of an adapter that is continued: gives its
+    folder, None for a new one. Of the model's own weights only shapes and dtypes are looked at,
+    unless the adapter is a DoRA.
+    """
     folder = None if options.adapter_path is None else Path(options.adapter_path).expanduser()
     if folder is None:
         config = _new_config(model, options)
@@ -79,8 +96,7 @@ def add_adapter(
     config.lora_dropout = options.dropout
     whole = {*(config.modules_to_save or options.modules_to_save), *trained_whole}
     _inject(model, config, base, whole, seed, folder)
-    if folder is not None:
-        _load(folder, model, load_file(folder / ADAPTER_WEIGHTS))
+    return folder
 
 
 def load_adapter(folder: Path, model: PreTrainedModel, base: Base) -> None:
@@ -96,7 +112,7 @@ def load_adapter(folder: Path, model: PreTrainedModel, base: Base) -> None:
     if (rows := weights.get(f"{PREFIX}{name}.weight")) is not None:
         _resize(model, len(rows))  # it was trained on new tokens
     _inject(model, config, base, set(config.modules_to_save or ()), 0, folder)
-    _load(folder, model, weights)
+    _fill(model, read_adapter_weights(folder, model))
 
 
 def read_adapter_config(folder: Path) -> Any:
@@ -114,7 +130,9 @@ def read_adapter_config(folder: Path) -> Any:
             f"{folder} holds no adapter",
             ExitStatus.NOT_FOUND,
             expected=f"{ADAPTER_CONFIG} and {ADAPTER_WEIGHTS}",
-            hint="of the hub: hf download NAME --local-dir FOLDER",
+            hint="a checkpoint in parts, which training alone reads: the run's adapter/ is whole"
+            if (folder / "sharded").is_dir()
+            else "of the hub: hf download NAME --local-dir FOLDER",
         )
     try:
         config: Any = PeftConfig.from_pretrained(str(folder))
@@ -231,7 +249,7 @@ def _inject(
         {name.rpartition(".")[0] for name, _ in _trained_whole(model)}
     ) or None  # fmt: skip
     config.base_model_name_or_path, config.revision = base.name, base.revision
-    vars(model)["adapter_base"] = base
+    know_base(model, base)
 
 
 def _adapted(layer: Any, x: Tensor) -> Tensor:
@@ -273,23 +291,52 @@ def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
     return {f"{PREFIX}{name}": tensor for name, tensor in found.items()}
 
 
-def copy_adapter(source: PreTrainedModel, target: PreTrainedModel) -> None:
+def base_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Give the parameters (a tied one once) and persistent buffers that are no adapter's, by the
+    names that they have without adapters.
+    """
+    persistent = model.state_dict()
+    buffers = {name: buffer for name, buffer in model.named_buffers() if name in persistent}
+    tensors: dict[str, Tensor] = {**dict(model.named_parameters()), **buffers}
+    return {
+        name.replace(".base_layer.", "."): tensor
+        for name, tensor in tensors.items()
+        if ".lora_" not in name
+    }
+
+
+def know_base(model: nn.Module, base: Base) -> None:
+    """Tell a model with adapters what its base is."""
+    vars(model)["adapter_base"] = base
+
+
+def copy_adapter(
+    source: PreTrainedModel, target: PreTrainedModel, trained: Mapping[str, Tensor]
+) -> None:
     """Put the adapter that one model trained into its base model.
+
+    Args:
+        source: with the adapter.
+        target: as it was loaded.
+        trained: `adapter_tensors` of the source, whole.
 
     Raises:
         UserError: the base model's files have changed meanwhile (78).
     """
     own: Any = vars(source)
     config, base = copy.deepcopy(own["peft_config"]["default"]), own["adapter_base"]
-    if base.quantize is None and weights_sha256(target) != base.sha256:
+    if base.quantize is None and weights_sha256(target.named_parameters()) != base.sha256:
         raise unfit(Path(base.name), "its weights are not those that the run began with")
     rows: Any = source.get_input_embeddings().weight
     _resize(target, len(rows))
     _inject(target, config, base, set(config.modules_to_save or ()), seed=0)
-    trained = adapter_tensors(source)
+    _fill(target, trained)
+
+
+def _fill(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
     with torch.no_grad():
-        for name, tensor in adapter_tensors(target).items():
-            tensor.copy_(trained[name])
+        for name, tensor in adapter_tensors(model).items():
+            tensor.copy_(weights[name])
 
 
 def _resize(model: PreTrainedModel, rows: int) -> None:
@@ -298,17 +345,20 @@ def _resize(model: PreTrainedModel, rows: int) -> None:
         model.resize_token_embeddings(rows, mean_resizing=False)
 
 
-def _load(folder: Path, model: PreTrainedModel, weights: Mapping[str, Tensor]) -> None:
-    own = adapter_tensors(model)
+def read_adapter_weights(folder: Path, model: nn.Module) -> dict[str, Tensor]:
+    """Read the tensors of an adapter's folder, by the names of `adapter_tensors`.
+
+    Raises:
+        UserError: they are not those that the model, with its adapters, has (78).
+    """
+    own, weights = adapter_tensors(model), load_file(folder / ADAPTER_WEIGHTS)
     lacking, other = sorted(own.keys() - weights.keys()), sorted(weights.keys() - own.keys())
     shapes = sorted(n for n in own if n in weights and own[n].shape != weights[n].shape)
     for what, names in (("lacks", lacking), ("has besides", other), ("has other shapes:", shapes)):
         if names:
             more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
             raise unfit(folder, f"it {what} {', '.join(names[:SHOWN])}{more}")
-    with torch.no_grad():
-        for name, tensor in own.items():
-            tensor.copy_(weights[name])
+    return weights
 
 
 def refuse_another_base(folder: Path, model: nn.Module) -> None:

@@ -38,6 +38,7 @@ from cs336_alignment.files import (
 from cs336_alignment.model.lora import (
     ADAPTER_WEIGHTS,
     adapter_tensors,
+    base_tensors,
     is_adapted,
     refuse_another_base,
 )
@@ -82,11 +83,7 @@ def module_tensors(module: nn.Module) -> dict[str, Tensor]:
     """Give the parameters (a tied one once) and persistent buffers of a module by name; of one with
     adapters what is trained alone.
     """
-    if is_adapted(module):
-        return adapter_tensors(module)
-    persistent = module.state_dict()
-    buffers = {name: buffer for name, buffer in module.named_buffers() if name in persistent}
-    return {**dict(module.named_parameters()), **buffers}
+    return adapter_tensors(module) if is_adapted(module) else base_tensors(module)
 
 
 def optimizer_tensors(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
@@ -226,8 +223,8 @@ def restore_weights(folder: Path, module: nn.Module) -> TrainState:
 
 def _files(folder: Path, name: str) -> list[Path]:
     """Name the files of a checkpoint that hold what an unsharded one holds in one."""
-    whole = folder / name
-    shards = (folder / SHARDED).glob(f"{whole.stem}-*.safetensors")
+    whole, kind = folder / name, "optimizer" if name == OPTIMIZER else "model"
+    shards = (folder / SHARDED).glob(f"{kind}-*.safetensors")
     return [whole] if whole.is_file() else sorted(shards)
 
 

@@ -54,7 +54,8 @@ class Finish:
         data: trained and evaluated on.
         policy: as trained, not wrapped.
         base: see `bit_sums`; empty off the main process.
-        whole: gives the trained model, its frozen weights as they are in the base model.
+        whole: gives the trained model, its frozen weights as they are in the base model; is given
+            what was gathered of a sharded one.
     """
 
     config: Config
@@ -67,7 +68,7 @@ class Finish:
     data: RunData
     policy: Policy
     base: Mapping[str, int]
-    whole: Callable[[], PreTrainedModel]
+    whole: Callable[[Mapping[str, Tensor] | None], PreTrainedModel]
 
     def __call__(
         self, state: TrainState, judge: Judge, manifest: Mapping[str, Any]
@@ -89,14 +90,17 @@ class Finish:
 
         chosen: Score | None = None
         model, noted = self.policy.model, dict(manifest)
+        weights: dict[str, Tensor] | None = None
 
         def choose() -> None:
             nonlocal chosen
             chosen = self._choose(state, judge)
 
         def complete() -> None:
-            nonlocal model
-            model = self.whole()
+            nonlocal model, weights
+            model = self.whole(weights)
+            if is_adapted(model):
+                weights = None  # they are in the model
 
         self.processes.on_main(choose)
         score = self.processes.agree(chosen)
@@ -109,7 +113,6 @@ class Finish:
 
             self.processes.on_each(restore)
             state = given
-        weights: dict[str, Tensor] | None = None
         if self.processes.shards:  # a tensor at a time on the device, all of them in main's memory
             tensors = whole_tensors(module_tensors(self.policy.model).items())
             keep = self.processes.is_main
@@ -180,7 +183,7 @@ class Finish:
             return ExitStatus.DONE
         result: ReloadResult | None = None
         checksums = None
-        if self.processes.shards:
+        if self.processes.shards and not is_adapted(self.policy.model):
             tensors = whole_tensors(self.policy.model.state_dict().items())
             checksums = reload_child.checksums(tensors)
         if self.processes.is_main:

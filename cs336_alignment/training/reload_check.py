@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import IO, Any
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from cs336_alignment.data.dataset import TokenizedDataset
@@ -72,8 +73,14 @@ def bit_sums(model: PreTrainedModel) -> dict[str, int]:
     sharded model all processes do, and get the same.
     """
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    sums = reload_child.checksums(whole_tensors(model.state_dict().items()))
-    return {name: row[0] for name, row in sums.items() if name in trained}
+    sums = tensor_sums(model.state_dict())
+    return {name: total for name, total in sums.items() if name in trained}
+
+
+def tensor_sums(tensors: Mapping[str, Tensor]) -> dict[str, int]:
+    """Sum the bits of each tensor, of sharded ones by all processes together."""
+    sums = reload_child.checksums(whole_tensors(tensors.items()))
+    return {name: row[0] for name, row in sums.items()}
 
 
 def trained_sums(model: PreTrainedModel, before: Mapping[str, int]) -> dict[str, int]:

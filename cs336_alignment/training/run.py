@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
@@ -21,7 +22,7 @@ from cs336_alignment.evaluation.evaluator import Evaluator
 from cs336_alignment.evaluation.rewards import code_of
 from cs336_alignment.evaluation.sampling import doubtful_sampling
 from cs336_alignment.model.loading import check_fits, load_model
-from cs336_alignment.model.lora import copy_adapter
+from cs336_alignment.model.lora import adapter_tensors, copy_adapter, is_adapted
 from cs336_alignment.model.narrow import narrowed_to
 from cs336_alignment.model.policy import Policy
 from cs336_alignment.model.recompute import enable_checkpointing
@@ -67,7 +68,7 @@ from cs336_alignment.training.preflight import (
     telling_out_of_memory,
     warm_up_compiled,
 )
-from cs336_alignment.training.reload_check import bit_sums, trained_sums
+from cs336_alignment.training.reload_check import bit_sums, tensor_sums, trained_sums
 from cs336_alignment.training.report import describe_run, resume_command, say_goodbye
 from cs336_alignment.training.run_folder import (
     ADAPTER,
@@ -244,19 +245,20 @@ class _Run:
         it is trained.
         """
         config, source = self.config, self.inputs.source
-        options, processes = config.model, self.processes
+        processes = self.processes
         watched = config.trainer.reload_check and (processes.is_main or processes.shards)
+        before: dict[str, int] = {}
         if processes.shards:
-            policy, who = load_sharded(
-                source, processes, dtype, random_init=options.random_init, seed=config.seed,
-                reshard_after_forward=config.parallel.reshard_after_forward, frozen=options.freeze,
-            )  # fmt: skip
+
+            def filled(tensors: Mapping[str, Tensor]) -> None:
+                before.update(tensor_sums(tensors) if watched and config.lora.active else {})
+
+            policy, who = load_sharded(source, processes, config, dtype, filled)
             set_threads(processes.local_count, policy.model.num_parameters())
             held = count_parameters(policy.model)["local_parameters"]
             self.console.note(f"{'sharded':<10} {held:,} parameters a process; {who}")
-            self.base = bit_sums(policy.model) if watched else {}
+            self.base = trained_sums(policy.model, before) if watched else {}
             return policy
-        before: dict[str, int] = {}
 
         def loaded(model: PreTrainedModel) -> None:
             set_threads(processes.local_count, model.num_parameters())
@@ -268,13 +270,21 @@ class _Run:
         self.base = trained_sums(model, before) if watched else {}
         return Policy(model, dtype).to(processes.device)
 
-    def _whole(self, model: PreTrainedModel) -> PreTrainedModel:
-        """Give a trained model with its frozen weights in full, read anew if they are not."""
-        if self.config.lora.quantize is None and narrowed_to(model) is None:
+    def _whole(
+        self, model: PreTrainedModel, gathered: Mapping[str, Tensor] | None
+    ) -> PreTrainedModel:
+        """Give a trained model with its frozen weights in full, read anew if they are not.
+
+        Args:
+            model: as trained.
+            gathered: what of a sharded one was trained.
+        """
+        full = self.config.lora.quantize is None and narrowed_to(model) is None
+        if not is_adapted(model) or (full and gathered is None):
             return model
         self.console.note(f"loading {self.config.model.name_or_path} in full precision")
         fresh = load_model(self.inputs.source, random_init=False, seed=self.config.seed)
-        copy_adapter(model, fresh)
+        copy_adapter(model, fresh, adapter_tensors(model) if gathered is None else gathered)
         return fresh
 
     def _refuse_too_large(self, dtype: torch.dtype | None) -> None:
@@ -354,7 +364,7 @@ class _Run:
                 finish = Finish(
                     config, self.folder, self.console, self.processes, self.stop, self.status,
                     tokenizer, self.inputs.data, policy, self.base,
-                    whole=lambda: self._whole(policy.model),
+                    whole=lambda gathered: self._whole(policy.model, gathered),
                 )  # fmt: skip
                 tracker.draw(config.run_name or "")  # the card shows the curves
                 with average.shown():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -44,7 +45,7 @@ def without_values(
         choose_trained(model, tokenizer, config.model, lora, base, seed=0)
     if lora.quantize is not None:
         _pack(model)
-    elif lora.active and dtype is not None:
+    elif lora.active and dtype is not None and config.parallel.strategy != "fsdp2":
         narrow_frozen(model, dtype)
     return model
 
@@ -61,21 +62,30 @@ def _pack(model: PreTrainedModel) -> None:
 
 def appear_on(model: PreTrainedModel, device: torch.device) -> None:
     """Let the tensors seem to be on a device, in place; within a `FakeTensorMode`."""
-    found: dict[int, Tensor] = {}  # a tied weight is one
+    exchange_tensors(model, lambda tensor: torch.empty_like(tensor, device=device))
 
-    def appearing(tensor: Tensor) -> Tensor:
+
+def exchange_tensors(
+    model: nn.Module, make: Callable[[Tensor], Tensor], *, buffers: bool = True
+) -> None:
+    """Put other tensors in place of a model's parameters, and of its buffers; a tied one stays
+    one.
+    """
+    found: dict[int, Tensor] = {}
+
+    def exchanged(tensor: Tensor) -> Tensor:
         if id(tensor) not in found:
-            seeming = torch.empty_like(tensor, device=device)
+            other = make(tensor)
             if isinstance(tensor, nn.Parameter):
-                seeming = nn.Parameter(seeming, tensor.requires_grad)
-            found[id(tensor)] = seeming
+                other = nn.Parameter(other, tensor.requires_grad)
+            found[id(tensor)] = other
         return found[id(tensor)]
 
     for module in model.modules():
-        for tensors in (module._parameters, module._buffers):
+        for tensors in (module._parameters, module._buffers if buffers else {}):
             for name, tensor in tensors.items():
                 if tensor is not None:
-                    tensors[name] = appearing(tensor)  # type: ignore[assignment]
+                    tensors[name] = exchanged(tensor)  # type: ignore[assignment]
 
 
 class ReadAsOne(TorchDispatchMode):

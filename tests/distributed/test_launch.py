@@ -65,7 +65,6 @@ def test_processes_that_do_not_belong_together_are_told_apart(tmp_path: Path) ->
     assert lost.startswith("error[R311]: another process is gone") and "node-a" in lost
 
 
-@pytest.mark.slow
 def test_another_command_on_the_second_node_is_refused_on_both(rows: Path, tmp_path: Path) -> None:
     command = ["-m", "cs336_alignment.cli", "train", *TINY, f"data.train_path={rows}", "run_name=x"]
     ended = both(command, [*command, "optimizer.weight_decay=0.25"], tmp_path)

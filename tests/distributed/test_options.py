@@ -7,17 +7,16 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import ROOT, Sft, launch
+from tests.conftest import ROOT, Sft
 from tests.options import support
 
 pytestmark = pytest.mark.distributed
 
 
-@pytest.mark.slow
 def test_every_row_trains_the_same_on_two_processes(sft: Sft, tmp_path: Path) -> None:
     result = tmp_path / "errors.json"
     worker = ROOT / "tests" / "distributed" / "worker_options.py"
-    done = sft(str(worker), str(result), launcher=launch("torchrun"), env={"PYTHONPATH": str(ROOT)})
+    done = sft(str(worker), str(result), processes=2)
     assert done.returncode == 0, done.stderr[-3000:]
     report = json.loads(result.read_text())
     assert report["world"] == 2

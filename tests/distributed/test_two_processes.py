@@ -23,7 +23,7 @@ def test_every_cut_on_two_processes_gives_the_dense_gradient(
 ) -> None:
     result = tmp_path / "errors.json"
     worker = ROOT / "tests" / "distributed" / "worker_cuts.py"
-    done = sft(str(worker), str(result), launcher=launch("torchrun"), env={"PYTHONPATH": str(ROOT)})
+    done = sft(str(worker), str(result), processes=2)
     assert done.returncode == 0, done.stderr[-3000:]
     report = json.loads(result.read_text())
     assert report["world"] == 2
@@ -91,21 +91,15 @@ def test_two_processes_stop_together_and_go_on_bit_for_bit(
     sft: Sft, rows: Path, tmp_path: Path
 ) -> None:
     overrides = (*TINY, f"data.train_path={rows}", "trainer.max_steps=8")
-    whole = sft(
-        "train",
-        *overrides,
-        "run_name=whole",
-        launcher=(*launch("torchrun"), "-m", "cs336_alignment.cli"),
-    )
+    whole = sft("train", *overrides, "run_name=whole", processes=2)
     assert whole.returncode == 0, whole.stderr[-3000:]
-    cut = (*launch("torchrun"), "-m", "cs336_alignment.cli")
     # about 0.02 seconds: at least one step, and far from eight
-    stopped = sft("train", *overrides, "run_name=cut", "trainer.max_hours=0.000001", launcher=cut)
+    stopped = sft("train", *overrides, "run_name=cut", "trainer.max_hours=0.000001", processes=2)
     status = json.loads((tmp_path / "outputs/cut/status.json").read_text())
     assert stopped.returncode != 0
     assert (status["state"], status["exit_code"]) == ("preempted", 75), stopped.stderr[-2000:]
     assert 0 < status["step"] < 8
-    again = sft("train", *overrides, "run_name=cut", launcher=cut)
+    again = sft("train", *overrides, "run_name=cut", processes=2)
     assert again.returncode == 0, again.stderr[-3000:]
     assert metrics_of(tmp_path / "outputs/cut") == metrics_of(tmp_path / "outputs/whole")
     weights = "model/model.safetensors"

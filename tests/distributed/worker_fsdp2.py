@@ -11,7 +11,7 @@ import itertools
 import json
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, get_args
 
@@ -37,8 +37,12 @@ from cs336_alignment.training.sharding import shard
 from cs336_alignment.training.step import Cut, accumulate_gradients
 from tests.conftest import build_dataset, build_model
 from tests.reference import dense_loss, gradient, relative_error, stay_in_float64
+from tests.unit.test_lora import adapted
 
-STEPS = {"full": list(range(8)), "short": [8, 3, 10], "lone": [5]}
+THOROUGH = sys.argv[2:] == ["thorough"]
+STEPS = {"full": list(range(8)), "lone": [5]}
+if THOROUGH:
+    STEPS["short"] = [8, 3, 10]
 MANY = 50
 CUTS = (Cut(None, 1, "flat"), Cut(None, 3, "padded"), Cut(60, None, "flat_shared_prefix"))
 
@@ -118,26 +122,49 @@ def one_step(processes: Processes) -> dict[str, float]:
             case = f"{name} {dtype} {step} {cut} {checkpointing} {reshard} {sharded}"
             got = whole_gradient(policy.model)
             errors[case] = relative_error(got, wanted[name, dtype, step])
-    for checkpointing in (False, True):
-        errors[f"llama torch.float64 frozen {checkpointing}"] = frozen(processes, checkpointing)
+    for (what, (name, dtype, make)), checkpointing in itertools.product(
+        PARTS.items(), (False, True, "selective") if THOROUGH else (True,)
+    ):
+        reference = make(name, dtype)
+        dense_loss(reference, dataset, STEPS["full"], "token").backward()
+        policy = Policy(make(name, dtype))
+        shard(policy, processes.device, processes.count, reshard_after_forward=True)
+        if checkpointing:
+            enable_checkpointing(policy.model, selective=checkpointing == "selective")
+        policy.train()
+        for cut in CUTS:
+            policy.zero_grad(set_to_none=True)
+            accumulate_gradients(
+                policy, dataset, STEPS["full"], cut=cut, processes=processes, seed=0, step=0,
+                trainer=TrainerConfig(),
+            )  # fmt: skip
+            error = relative_error(whole_gradient(policy.model), gradient(reference))
+            errors[f"{name} {dtype} {what} {cut} {checkpointing}"] = error
     return errors
 
 
-def frozen(processes: Processes, checkpointing: bool) -> float:
-    """Train two matrices alone, as adapters do: no input of a layer then needs a gradient."""
-    reference, policy = build_model("llama"), Policy(build_model("llama"))
-    for model in (reference, policy.model):
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_("q_proj" in name)
-    shard(policy, processes.device, processes.count, reshard_after_forward=True)
-    if checkpointing:
-        enable_checkpointing(policy.model)
-    dense_loss(reference, build_dataset(), range(8), "token").backward()
-    accumulate_gradients(
-        policy.train(), build_dataset(), range(8), cut=Cut(None, 2, "flat"), processes=processes,
-        trainer=TrainerConfig(), seed=0, step=0,
-    )  # fmt: skip
-    return relative_error(whole_gradient(policy.model), gradient(reference))
+def frozen(name: str, dtype: torch.dtype) -> PreTrainedModel:
+    """Two matrices alone are trained: no input of a layer then needs a gradient."""
+    model = build_model(name, dtype)
+    for key, parameter in model.named_parameters():
+        parameter.requires_grad_("q_proj" in key)
+    return model
+
+
+def with_head(name: str, dtype: torch.dtype) -> PreTrainedModel:
+    """Adapters, and a tied head that is trained whole."""
+    return adapted(name, dtype, modules_to_save=["lm_head"])
+
+
+# Of what a part is trained alone.
+PARTS: dict[str, tuple[str, torch.dtype, Callable[[str, torch.dtype], PreTrainedModel]]] = {
+    "frozen": ("llama", torch.float64, frozen),
+    "adapters": ("llama", torch.float64, adapted),
+    "adapters narrow": ("llama", torch.float32, adapted),
+    "adapters untied": ("qwen2", torch.float64, adapted),
+    "adapters of another layer": ("gpt2", torch.float64, adapted),
+    "adapters and head": ("llama", torch.float64, with_head),
+}
 
 
 def many_steps(policy: Policy, processes: Processes) -> list[tuple[float, float]]:
@@ -212,12 +239,19 @@ def main(path: str) -> None:
     report["dtypes"] = sorted({str(whole(p.grad).dtype) for p in narrow.parameters()})
     stay_in_float64()
     report["errors"] = one_step(processes)
-    report["steps"], report["losses"] = {}, {}
+    report["steps"], report["adapter steps"], report["losses"] = {}, {}, {}
     for dtype, checkpointing in (
-        (torch.float64, False), (torch.float64, True), (torch.float32, False)
+        (torch.float64, THOROUGH), (torch.float32, False)
     ):  # fmt: skip
         policy = build("llama", dtype, processes, checkpointing=checkpointing)
         report["steps"][f"{dtype} {checkpointing}"] = many_steps(policy, processes)
+        policy_of_part = Policy(adapted("llama", dtype))
+        shard(policy_of_part, processes.device, processes.count, reshard_after_forward=True)
+        if checkpointing:
+            enable_checkpointing(policy_of_part.model)
+        report["adapter steps"][f"{dtype} {checkpointing}"] = many_steps(
+            policy_of_part.train(), processes
+        )
         report["local"] = count_parameters(policy.model)
         case = {
             batching: evaluate_loss(

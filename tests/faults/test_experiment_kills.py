@@ -190,7 +190,6 @@ def test_what_it_leaves_and_what_it_refuses(
     assert run("expert_iteration.iterations=1") == 78
 
 
-@pytest.mark.slow
 def test_nothing_correct_is_an_error_that_says_what_to_try(
     start: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -208,8 +207,8 @@ def test_nothing_correct_is_an_error_that_says_what_to_try(
         assert status in (65, 78) and text in capfd.readouterr().err
 
 
-@pytest.mark.distributed
 @pytest.mark.slow
+@pytest.mark.distributed
 def test_two_processes_sample_the_same_rows(start: Path, tmp_path: Path, sft: Sft) -> None:
     launcher = (
         "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m",

@@ -29,7 +29,7 @@ from cs336_alignment.training.optimizer import allocate_state, build_optimizer
 from cs336_alignment.training.parallel import Processes
 from cs336_alignment.training.step import Cut
 from cs336_alignment.training.trainer import Trainer
-from tests.conftest import ROOT, Sft, build_dataset, build_model, launch
+from tests.conftest import ROOT, Sft, build_dataset, build_model
 from tests.faults.tally import Tally
 
 STEPS = 6
@@ -217,14 +217,13 @@ def test_what_is_not_finite_never_reaches_the_weights(
             assert same(life.tensors(), whole.tensors())
 
 
-@pytest.mark.slow
 @pytest.mark.distributed
 @pytest.mark.fault("T16 one process of two meets what is not finite")
 def test_what_is_not_finite_in_one_process_stops_both(
     sft: Sft, tmp_path: Path, tally: Tally
 ) -> None:
     worker = str(ROOT / "tests" / "faults" / "worker_poison.py")
-    done = sft(worker, str(tmp_path), launcher=launch("torchrun"), env={"PYTHONPATH": str(ROOT)})
+    done = sft(worker, str(tmp_path), processes=2)
     for point in ("loss 1", "loss 3", "gradient 1", "gradient 3"):
         with tally.point(point):
             assert f"survived {point}" in done.stdout, done.stderr[-3000:]

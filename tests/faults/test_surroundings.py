@@ -114,7 +114,6 @@ def test_a_run_that_goes_on_leaves_no_stacks(
         assert not list((tmp_path / "outputs/r").glob("stacks*"))
 
 
-@pytest.mark.slow
 @pytest.mark.fault("T19 an output folder that cannot be used")
 def test_output_folders(sft: Sft, rows: Path, tmp_path: Path, tally: Tally) -> None:
     (tmp_path / "file").write_text("")

@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.conftest import TINY, Sft, launch, without_times
+from tests.conftest import TINY, Sft, without_times
 
 
 @pytest.fixture
@@ -109,7 +109,6 @@ def test_a_best_checkpoint_that_was_damaged_is_told(
     assert read(run / "checkpoints/index.json")["best"] == "step-000006"
 
 
-@pytest.mark.slow
 def test_an_early_end_is_a_whole_run_and_more_patience_continues_it(
     command: list[str], sft: Sft, tmp_path: Path
 ) -> None:
@@ -139,7 +138,6 @@ def test_an_early_end_is_a_whole_run_and_more_patience_continues_it(
     assert "nothing to do" in sft(*longer).stdout
 
 
-@pytest.mark.slow
 def test_a_run_that_is_stopped_ends_early_at_the_same_step(
     command: list[str], sft: Sft, tmp_path: Path, zygote: Any
 ) -> None:
@@ -239,7 +237,7 @@ def test_a_metric_that_never_comes_ends_the_run_at_its_first_evaluation(
 def test_two_processes_agree_on_the_best_step(command: list[str], sft: Sft, tmp_path: Path) -> None:
     mine = [*command, "trainer.max_steps=40", "trainer.early_stopping_patience=3",
             "trainer.reload_check=true"]  # fmt: skip
-    done = sft("-m", "cs336_alignment.cli", *mine, launcher=launch("torchrun"))
+    done = sft(*mine, processes=2)
     assert done.returncode == 0, done.stderr[-3000:]
     run = tmp_path / "outputs/r"
     manifest, status = read(run / "manifest.json"), read(run / "status.json")

@@ -5,17 +5,14 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
 
-from tests.conftest import TINY, Sft, clean_environment
+from tests.conftest import TINY, Sft
+from tests.zygote import Zygote, when
 
 
-@pytest.mark.slow
 def test_a_multirun_is_compared_and_the_same_command_does_nothing_again(
     sft: Sft, rows: Path, tmp_path: Path
 ) -> None:
@@ -44,7 +41,7 @@ def test_a_multirun_is_compared_and_the_same_command_does_nothing_again(
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_a_sweep_that_is_killed_goes_on_with_its_trial(
-    sft: Sft, rows: Path, tmp_path: Path
+    sft: Sft, zygote: Zygote, rows: Path, tmp_path: Path
 ) -> None:
     command = [
         "sweep", *TINY, f"data.train_path={rows}", f"data.eval_path={rows}", "trainer.max_steps=40",
@@ -54,16 +51,11 @@ def test_a_sweep_that_is_killed_goes_on_with_its_trial(
     ]  # fmt: skip
     whole = sft(*command, "output_root=whole")
     assert whole.returncode == 0, whole.stderr
-    process = subprocess.Popen(
-        [sys.executable, "-m", "cs336_alignment.cli", *command, "output_root=cut"],
-        cwd=tmp_path, env=clean_environment(), stdout=subprocess.DEVNULL,
-    )  # fmt: skip
+    process_id = zygote.start([*command, "output_root=cut"], tmp_path, tmp_path)
     trial = tmp_path / "cut/s/trial-001"
-    deadline = time.monotonic() + 200
-    while not list(trial.glob("checkpoints/step-*")) and time.monotonic() < deadline:
-        time.sleep(0.02)
-    os.kill(process.pid, signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
+    assert when(lambda: bool(list(trial.glob("checkpoints/step-*"))), process_id)
+    os.kill(process_id, signal.SIGKILL)
+    assert zygote.wait(process_id) == -signal.SIGKILL
     again = sft(*command, "output_root=cut")
     assert again.returncode == 0, again.stderr
     found = [

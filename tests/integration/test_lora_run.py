@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,18 +17,8 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from cs336_alignment.model.loading import load_model, load_tokenizer, resolve_model
-from tests.conftest import ROOT, Sft, clean_environment, launch, without_times
-
-
-@pytest.fixture(scope="session")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model folder, such as adapters are trained on."""
-    folder = tmp_path_factory.mktemp("models") / "tiny-base"
-    source = resolve_model("builtin:arithmetic", None, False)
-    load_model(source, random_init=True, seed=0).save_pretrained(folder)
-    load_tokenizer(source).save_pretrained(folder)
-    return folder
+from tests.conftest import ROOT, Sft, without_times
+from tests.zygote import Zygote, metrics_hold, when
 
 
 def overrides(base: Path, rows: Path, *more: str) -> list[str]:
@@ -51,7 +39,7 @@ def log_probs(model: Any) -> torch.Tensor:
     "averaging", [(), pytest.param(("trainer.ema_decay=0.9",), marks=pytest.mark.slow)]
 )
 def test_a_run_stopped_and_continued_is_the_whole_run(
-    averaging: tuple[str, ...], sft: Sft, base: Path, rows: Path, tmp_path: Path
+    averaging: tuple[str, ...], sft: Sft, zygote: Zygote, base: Path, rows: Path, tmp_path: Path
 ) -> None:
     command = overrides(
         base, rows, "lora.r=4", "lora.dropout=0.1", "trainer.max_steps=20", *averaging,
@@ -62,16 +50,10 @@ def test_a_run_stopped_and_continued_is_the_whole_run(
     assert whole.returncode == 0, whole.stderr
     assert "lora.dropout=0.1" in whole.stdout  # a result depends on the cut
     run, other = tmp_path / "outputs/cut", tmp_path / "outputs/whole"
-    line = [sys.executable, "-m", "cs336_alignment.cli", "train", *command, "run_name=cut"]
-    process = subprocess.Popen(line, cwd=tmp_path, env=clean_environment())
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline:
-        metrics = run / "metrics.jsonl"
-        if metrics.is_file() and b'"step": 9, ' in metrics.read_bytes():
-            break
-        time.sleep(0.002)
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(120) == 75
+    process_id = zygote.start(["train", *command, "run_name=cut"], tmp_path, tmp_path)
+    assert when(metrics_hold(run, 9), process_id)
+    os.kill(process_id, signal.SIGTERM)
+    assert zygote.wait(process_id) == 75
     again = sft("train", *command, "run_name=cut")
     assert again.returncode == 0 and "of 20 is done" in again.stdout, again.stderr
     assert without_times(run / "metrics.jsonl") == without_times(other / "metrics.jsonl")
@@ -84,7 +66,6 @@ def test_a_run_stopped_and_continued_is_the_whole_run(
     assert sft("train", *command, "run_name=cut", "lora.alpha=4").returncode == 78
 
 
-@pytest.mark.slow
 def test_what_adapters_leave_and_how_they_go_on(
     sft: Sft, base: Path, rows: Path, tmp_path: Path
 ) -> None:
@@ -212,7 +193,6 @@ def test_every_mistake_is_one_error(
     assert text in done.stderr
 
 
-@pytest.mark.slow
 def test_a_frozen_model_trains_the_rest_alone(
     sft: Sft, base: Path, rows: Path, tmp_path: Path
 ) -> None:
@@ -258,47 +238,46 @@ def test_the_support_matrix_is_true(
         assert done.returncode == 78 and f"error[{verdict}]" in done.stderr, done.stderr
 
 
-@pytest.mark.slow
 @pytest.mark.distributed
 def test_two_processes_train_the_same_adapter(
     sft: Sft, base: Path, rows: Path, tmp_path: Path
 ) -> None:
     command = overrides(base, rows, "lora.r=4", "trainer.max_steps=3")
     one = sft("train", *command, "run_name=one")
-    more = ("run_name=two", "parallel.num_processes=2")
-    arguments = ("-m", "cs336_alignment.cli", "train", *command, *more)
-    two = sft(*arguments, launcher=launch("torchrun"))
+    two = sft("train", *command, "run_name=two", "parallel.num_processes=2", processes=2)
     assert one.returncode == two.returncode == 0, two.stderr[-2000:]
     losses = [[row["train/loss"] for row in without_times(tmp_path / f"outputs/{n}/metrics.jsonl")]
               for n in ("one", "two")]  # fmt: skip
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
-@pytest.mark.slow
 def test_adapters_are_exported_as_they_are_and_merged(
     sft: Sft, base: Path, rows: Path, tmp_path: Path
 ) -> None:
     command = overrides(base, rows, "lora.r=4", "trainer.max_steps=6", "trainer.save_steps=3")
     assert sft("train", *command, "run_name=r").returncode == 0
-    for step in (3, 6):
-        for form in ("adapter", "hf"):
-            done = sft("export", "r", f"export.format={form}", f"export.checkpoint={step}")
-            assert done.returncode == 0 and "reload check passed" in done.stdout, done.stderr
-    exports = tmp_path / "outputs/r/exports"
+    for form in ("adapter", "hf"):
+        done = sft("export", "r", f"export.format={form}", "export.checkpoint=3")
+        assert done.returncode == 0 and "reload check passed" in done.stdout, done.stderr
+    run = tmp_path / "outputs/r"
+    exports = run / "exports"
     plain = AutoModelForCausalLM.from_pretrained(base)
     found = []
-    for step in (3, 6):
-        merged = AutoModelForCausalLM.from_pretrained(exports / f"step-{step:06d}-fp32")
+    for whole, adapter in (
+        (exports / "step-000003-fp32", exports / "step-000003-adapter"),
+        (run / "model", run / "adapter"),
+    ):
+        merged = AutoModelForCausalLM.from_pretrained(whole)
         fresh = AutoModelForCausalLM.from_pretrained(base)
-        unmerged = PeftModel.from_pretrained(fresh, str(exports / f"step-{step:06d}-adapter"))
+        unmerged = PeftModel.from_pretrained(fresh, str(adapter))
         torch.testing.assert_close(log_probs(merged), log_probs(unmerged), rtol=0, atol=1e-5)
         found.append(log_probs(merged))
     assert not torch.allclose(found[0], found[1], atol=1e-3)
     assert not torch.allclose(found[0], log_probs(plain), atol=1e-3)
-    card = (exports / "step-000006-adapter/README.md").read_text()
+    card = (exports / "step-000003-adapter/README.md").read_text()
     assert "library_name: peft" in card
-    own = (tmp_path / "outputs/r/adapter/adapter_model.safetensors").read_bytes()
-    assert (exports / "step-000006-adapter/adapter_model.safetensors").read_bytes() == own
+    own = (run / "checkpoints/step-000003/adapter_model.safetensors").read_bytes()
+    assert (exports / "step-000003-adapter/adapter_model.safetensors").read_bytes() == own
     assert sft("train", *overrides(base, rows, "trainer.max_steps=1"), "run_name=w").returncode == 0
     refused = sft("export", "w", "export.format=adapter")
     assert refused.returncode == 78 and "error[C175]" in refused.stderr

@@ -38,7 +38,7 @@ def weights(run: Path) -> bytes:
     "kind",
     [
         pytest.param("adafactor", marks=pytest.mark.slow),
-        pytest.param("muon", marks=pytest.mark.slow),
+        "muon",
         "schedule_free",
     ],
 )
@@ -89,7 +89,6 @@ def test_a_stopped_run_goes_on_bit_for_bit_however_often_it_is_evaluated(
     assert looked["eval/loss"] == pytest.approx(ended, rel=1e-6)
 
 
-@pytest.mark.slow
 def test_the_best_steps_average_is_exported_and_checked(
     sft: Sft, rows: Path, tmp_path: Path
 ) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from tests.conftest import TINY, Sft, launch
+from tests.conftest import TINY, Sft
 from tests.zygote import Zygote
 
 MODEL = ("model.name_or_path=builtin:arithmetic", "model.random_init=true")
@@ -171,13 +171,11 @@ def test_while_training(sft: Sft, tmp_path: Path, data: str) -> None:
     assert done.stderr.count("the reward failed on 2 of 6") == 2
 
 
-@pytest.mark.slow
 @pytest.mark.distributed
 def test_several_processes_each_have_their_own(sft: Sft, tmp_path: Path, data: str) -> None:
     write_function(tmp_path, "sum(iter(int, 1))")
     options = (*MODEL, *SHORT, *MINE, data, "evaluation.reward_seconds=0.5")
-    launcher = (*launch("torchrun"), "-m", "cs336_alignment.cli")
-    done = sft("evaluate", *options, "run_name=two", launcher=launcher)
+    done = sft("evaluate", *options, "run_name=two", processes=2)
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("the reward failed on 2 of 6") == 1
     assert sft("evaluate", *options, "run_name=one").returncode == 0

@@ -5,16 +5,14 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tests.conftest import TINY, Sft, clean_environment, without_times
+from tests.conftest import TINY, Sft, without_times
+from tests.zygote import Zygote, metrics_hold, when
 
 FILES = {
     "config.yaml", "status.json", "manifest.json", "data_ledger.json", "metrics.jsonl",
@@ -26,7 +24,9 @@ def read(path: Path) -> dict[str, object]:
     return dict(json.loads(path.read_text()))
 
 
-def test_twenty_steps_equal_ten_and_ten(sft: Sft, rows: Path, tmp_path: Path) -> None:
+def test_twenty_steps_equal_ten_and_ten(
+    sft: Sft, zygote: Zygote, rows: Path, tmp_path: Path
+) -> None:
     overrides = [
         *TINY, f"data.train_path={rows}", f"data.eval_path={rows}", "trainer.max_steps=20",
         "trainer.eval_steps=4", "trainer.save_steps=6", "evaluation.generation_steps=10",
@@ -35,16 +35,10 @@ def test_twenty_steps_equal_ten_and_ten(sft: Sft, rows: Path, tmp_path: Path) ->
     whole = sft("train", *overrides, "run_name=whole")
     assert whole.returncode == 0, whole.stderr
     run = tmp_path / "outputs/cut"
-    command = [sys.executable, "-m", "cs336_alignment.cli", "train", *overrides, "run_name=cut"]
-    process = subprocess.Popen(command, cwd=tmp_path, env=clean_environment())
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline:
-        metrics = run / "metrics.jsonl"
-        if metrics.is_file() and b'"step": 9, ' in metrics.read_bytes():
-            break
-        time.sleep(0.002)
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(120) == 75
+    process_id = zygote.start(["train", *overrides, "run_name=cut"], tmp_path, tmp_path)
+    assert when(metrics_hold(run, 9), process_id)
+    os.kill(process_id, signal.SIGTERM)
+    assert zygote.wait(process_id) == 75
     status = read(run / "status.json")
     assert (status["state"], status["exit_code"]) == ("preempted", 75)
     step = status["step"]
@@ -78,23 +72,19 @@ def test_a_time_limit_before_the_first_step_is_an_error(
 
 @pytest.mark.parametrize(
     ("number", "code"),
-    [(signal.SIGTERM, 75), pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow)],
+    [(signal.SIGTERM, 75), (signal.SIGINT, 130)],
 )
 @pytest.mark.fault("T4 SIGTERM or SIGINT, once or twice, the same command again")
 def test_a_signal_before_the_first_step_leaves_a_run_that_goes_on(
-    number: signal.Signals, code: int, sft: Sft, rows: Path, tmp_path: Path
+    number: signal.Signals, code: int, sft: Sft, zygote: Zygote, rows: Path, tmp_path: Path
 ) -> None:
     overrides = [*TINY, f"data.train_path={rows}", "trainer.max_steps=2", "run_name=r"]
-    command = [sys.executable, "-m", "cs336_alignment.cli", "train", *overrides]
-    process = subprocess.Popen(
-        command, cwd=tmp_path, env=clean_environment(), stdout=subprocess.PIPE, text=True
-    )
-    assert process.stdout is not None
-    assert process.stdout.readline().startswith("reading")
-    process.send_signal(number)
-    rest = process.stdout.read()
-    assert process.wait(120) == code
-    assert "before the first step" in rest
+    printed = tmp_path / "stdout"
+    process_id = zygote.start(["train", *overrides], tmp_path, tmp_path)
+    assert when(lambda: printed.is_file() and printed.read_text().startswith("reading"), process_id)
+    os.kill(process_id, number)
+    assert zygote.wait(process_id) == code
+    assert "before the first step" in printed.read_text()
     status = read(tmp_path / "outputs/r/status.json")
     assert (status["state"], status["step"], status["exit_code"]) == ("preempted", 0, code)
     assert sft("train", *overrides).returncode == 0

@@ -62,7 +62,7 @@ def tokenizer(tokenizer_of: Any) -> Any:
 def adapted(name: str, dtype: torch.dtype = torch.float64, **options: Any) -> PreTrainedModel:
     """A model with adapters that do something."""
     model = build_model(name, dtype)
-    base = Base("org/m", None, weights_sha256(model))
+    base = Base("org/m", None, weights_sha256(model.named_parameters()))
     add_adapter(model, LoraConfig(r=4, **options), base, seed=0)
     wake_adapters(model)
     return model
@@ -159,7 +159,9 @@ def test_peft_and_this_project_read_an_adapter_as_it_was_trained(
     )
     assert torch.equal(dense_log_probs(theirs, dataset, IDS)[0], want)
     ours = build_model("llama", torch.float32)
-    load_adapter(tmp_path / "adapter", ours, Base("org/m", None, weights_sha256(ours)))
+    load_adapter(
+        tmp_path / "adapter", ours, Base("org/m", None, weights_sha256(ours.named_parameters()))
+    )
     assert torch.equal(dense_log_probs(ours, dataset, IDS)[0], want)
     build_model("llama", torch.float32).save_pretrained(tmp_path / "base")
     config = json.loads((tmp_path / "adapter/adapter_config.json").read_text())
@@ -188,7 +190,7 @@ def test_frozen_layers_in_the_compute_dtype_compute_the_same(processes: Processe
     assert grads[0].keys() == grads[1].keys()
     assert all(torch.equal(grads[0][name], grads[1][name]) for name in grads[0])
     whole = build_model("qwen2", torch.float32)  # what an export reads anew
-    copy_adapter(model, whole)
+    copy_adapter(model, whole, adapter_tensors(model))
     copied = adapter_tensors(whole)
     assert all(torch.equal(copied[name], t) for name, t in adapter_tensors(model).items())
 
@@ -258,7 +260,7 @@ def test_an_adapter_goes_on_only_where_it_belongs(tmp_path: Path, tokenizer: Any
 
     def go_on(name: str = "llama", base: str = "org/m", **options: Any) -> PreTrainedModel:
         model = build_model(name, torch.float32)
-        digest = weights_sha256(model)
+        digest = weights_sha256(model.named_parameters())
         given = LoraConfig(**{"adapter_path": str(folder), **options})
         add_adapter(model, given, Base(base, None, digest), seed=5)
         return model

@@ -289,10 +289,10 @@ def test_refusal_and_warning() -> None:
     ("config", "ways"),
     [
         (Config(), ("optimizer.state_bits=8", "lora.r=16", "parallel=fsdp2")),
-        (Config(lora=LORA), ("optimizer.state_bits=8",)),
+        (Config(lora=LORA), ("optimizer.state_bits=8", "parallel=fsdp2")),
         (Config(model=ModelConfig(freeze=["embed"])), ("optimizer.state_bits=8", "parallel=fsdp2")),
         (Config(optimizer=OptimizerConfig(name="muon")), ("lora.r=16",)),
-        (Config(parallel=ParallelConfig("fsdp2")), ("parallel=fsdp2",)),
+        (Config(parallel=ParallelConfig("fsdp2")), ("lora.r=16", "parallel=fsdp2")),
     ],
 )  # fmt: skip
 def test_a_refusal_names_what_combines_with_the_config(

@@ -171,7 +171,6 @@ def test_no_change_goes_unseen(
     assert result.outcome == "failed" and all(reason in str(result) for reason in reasons), result
 
 
-@pytest.mark.slow
 def test_a_tokenizer_that_reads_otherwise_is_seen(check: Check) -> None:
     def damage(folder: Path) -> None:
         path = folder / "tokenizer.json"
@@ -190,7 +189,6 @@ def test_a_tensor_that_training_left_alone_is_seen(
     assert result.outcome == "failed" and f"training left {NORM} as in the base" in str(result)
 
 
-@pytest.mark.slow
 def test_a_model_that_never_stops_is_told_and_passes(
     check: Check, trained: tuple[Policy, dict[str, int], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:

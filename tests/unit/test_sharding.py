@@ -86,6 +86,14 @@ def test_what_does_not_combine_with_sharding_is_refused() -> None:
     assert "parallel" not in found(config)
     config.optimizer.state_bits = 8
     assert "optimizer.state_bits and parallel.strategy" in found(config)
+    for section, name, value in (
+        ("lora", "dora", True), ("lora", "quantize", "nf4"), ("model", "new_tokens", ["<a>"]),
+    ):  # fmt: skip
+        config = sharded()
+        config.lora.r = 4
+        assert "parallel" not in found(config)
+        setattr(getattr(config, section), name, value)
+        assert f"{section}.{name} and parallel.strategy" in found(config)
     for name in ("reshard_after_forward", "shard_gradients"):
         config = Config()
         setattr(config.parallel, name, False)
