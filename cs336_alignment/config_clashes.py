@@ -23,6 +23,8 @@ from cs336_alignment.config import (
 from cs336_alignment.errors import ExitStatus, UserError
 from cs336_alignment.metric_names import GENERATED, greater_is_better, nearest_metric
 
+HELD_WHOLE = "it is made in a model held whole: parallel=ddp"
+
 
 def clashes(config: Config) -> Iterator[UserError]:
     """Find every pair of options that do not combine."""
@@ -115,6 +117,14 @@ def _training_clashes(config: Config) -> Iterator[UserError]:
          "adafactor's steps are relative to a tensor's size, and adapters begin at zero"),
         (sharded and name != "adamw", "optimizer.name", "parallel.strategy", whole),
         (sharded and averages, "trainer.ema_decay", "parallel.strategy", whole),
+        (sharded and optimizer.state_bits == 8, "optimizer.state_bits", "parallel.strategy",
+         "8-bit state is not sharded; parallel=ddp, or optimizer.state_bits=32, of which each "
+         "process holds a part"),
+        (sharded and config.lora.dora, "lora.dora", "parallel.strategy", HELD_WHOLE),
+        (sharded and config.lora.quantize is not None, "lora.quantize", "parallel.strategy",
+         HELD_WHOLE),
+        (sharded and bool(config.model.new_tokens), "model.new_tokens", "parallel.strategy",
+         HELD_WHOLE),
     )  # fmt: skip
     for wrong, first, second, why in pairs:
         if wrong:
@@ -127,20 +137,6 @@ def _parallel_clashes(config: Config) -> Iterator[UserError]:
         for name in ("reshard_after_forward", "shard_gradients"):
             if not getattr(parallel, name):
                 yield clash(f"parallel.{name}", "parallel.strategy", "parallel=fsdp2 reads it")
-    elif config.optimizer.state_bits == 8:
-        yield clash(
-            "optimizer.state_bits", "parallel.strategy",
-            "8-bit state is not sharded; parallel=ddp, or optimizer.state_bits=32, of which each "
-            "process holds a part",
-        )  # fmt: skip
-    if parallel.strategy == "fsdp2":
-        held_whole = {
-            "lora.dora": config.lora.dora, "lora.quantize": config.lora.quantize is not None,
-            "model.new_tokens": bool(config.model.new_tokens),
-        }  # fmt: skip
-        for name in (name for name, given in held_whole.items() if given):
-            why = "it is made in a model held whole: parallel=ddp"
-            yield clash(name, "parallel.strategy", why)
 
 
 def _backend_clashes(config: Config) -> Iterator[UserError]:

@@ -137,6 +137,12 @@ class UserErrors(UserError):
         return text
 
 
+def first_few(names: Sequence[str], separator: str = ", ") -> str:
+    """Join the first three names and count the rest."""
+    more = f"{separator.rstrip(' ,')} and {len(names) - 3} more" if len(names) > 3 else ""
+    return separator.join(names[:3]) + more
+
+
 def describe(value: object) -> str:
     """Show a value with its type in at most about 80 characters, as the `got` of an error.
 

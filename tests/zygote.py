@@ -60,8 +60,12 @@ class Zygote:
     """The other end, in the tests: commands in, `subprocess.CompletedProcess` out."""
 
     def __init__(self, environment: dict[str, str]) -> None:
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "tests.zygote"], env=environment, text=True, cwd=ROOT,
+        self._environment = environment
+        self._process = self._begin()
+
+    def _begin(self) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            [sys.executable, "-m", "tests.zygote"], env=self._environment, text=True, cwd=ROOT,
             stdin=subprocess.PIPE, stdout=subprocess.PIPE,
         )  # fmt: skip
 
@@ -130,10 +134,17 @@ class Zygote:
         return self._ask({"wait": process_id})
 
     def _ask(self, request: dict[str, Any]) -> int:
+        if self._process.poll() is not None:
+            self._process = self._begin()
         assert self._process.stdin is not None and self._process.stdout is not None
-        self._process.stdin.write(json.dumps(request) + "\n")
-        self._process.stdin.flush()
-        return int(self._process.stdout.readline())
+        try:
+            self._process.stdin.write(json.dumps(request) + "\n")
+            self._process.stdin.flush()
+            return int(self._process.stdout.readline())
+        except BaseException:  # a test's time is over: no answer of this one is taken for another's
+            self._process.kill()  # its children end with it
+            self._process.wait()
+            raise
 
     def close(self) -> None:
         """End it."""

@@ -11,6 +11,7 @@ import copy
 import dataclasses
 import warnings
 from collections.abc import Collection, Iterator, Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,12 +23,11 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 from transformers import PreTrainedModel
 
 from cs336_alignment.config import LoraConfig
-from cs336_alignment.errors import ExitStatus, Place, UserError
+from cs336_alignment.errors import ExitStatus, Place, UserError, first_few
 from cs336_alignment.model.base_model import ADAPTER_CONFIG, Base, unfit, weights_sha256
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 PREFIX = "base_model.model."  # of every name in peft's files
-SHOWN = 3
 # What an adapter's file may say; another thing that is not at peft's default is refused.
 KNOWN = frozenset({
     "r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules", "modules_to_save",
@@ -112,7 +112,8 @@ def load_adapter(folder: Path, model: PreTrainedModel, base: Base) -> None:
     if (rows := weights.get(f"{PREFIX}{name}.weight")) is not None:
         _resize(model, len(rows))  # it was trained on new tokens
     _inject(model, config, base, set(config.modules_to_save or ()), 0, folder)
-    _fill(model, read_adapter_weights(folder, model))
+    _refuse_unfit(folder, adapter_tensors(model), weights)
+    _fill(model, weights)
 
 
 def read_adapter_config(folder: Path) -> Any:
@@ -130,7 +131,7 @@ def read_adapter_config(folder: Path) -> Any:
             f"{folder} holds no adapter",
             ExitStatus.NOT_FOUND,
             expected=f"{ADAPTER_CONFIG} and {ADAPTER_WEIGHTS}",
-            hint="a checkpoint in parts, which training alone reads: the run's adapter/ is whole"
+            hint="a checkpoint in parts, which training alone reads: a run ends with adapter/"
             if (folder / "sharded").is_dir()
             else "of the hub: hf download NAME --local-dir FOLDER",
         )
@@ -249,7 +250,7 @@ def _inject(
         {name.rpartition(".")[0] for name, _ in _trained_whole(model)}
     ) or None  # fmt: skip
     config.base_model_name_or_path, config.revision = base.name, base.revision
-    know_base(model, base)
+    vars(model)["adapter_base"] = base
 
 
 def _adapted(layer: Any, x: Tensor) -> Tensor:
@@ -298,6 +299,8 @@ def base_tensors(model: nn.Module) -> dict[str, Tensor]:
     persistent = model.state_dict()
     buffers = {name: buffer for name, buffer in model.named_buffers() if name in persistent}
     tensors: dict[str, Tensor] = {**dict(model.named_parameters()), **buffers}
+    if not is_adapted(model):
+        return tensors
     return {
         name.replace(".base_layer.", "."): tensor
         for name, tensor in tensors.items()
@@ -305,9 +308,27 @@ def base_tensors(model: nn.Module) -> dict[str, Tensor]:
     }
 
 
-def know_base(model: nn.Module, base: Base) -> None:
-    """Tell a model with adapters what its base is."""
+def adapter_config(model: nn.Module) -> Any:
+    """Give peft's own record of a model's adapters."""
+    return vars(model)["peft_config"]["default"]
+
+
+def know_base(model: nn.Module, sha256: str, folder: str | None) -> None:
+    """Tell a model with adapters the hash of its base's weights, which came after them.
+
+    Args:
+        model: with adapters.
+        sha256: see `weights_sha256`.
+        folder: of an adapter that is continued; None: it is new.
+
+    Raises:
+        UserError: that adapter belongs to another base (78).
+    """
+    base = replace(vars(model)["adapter_base"], sha256=sha256)
     vars(model)["adapter_base"] = base
+    if folder is not None:
+        config = read_adapter_config(Path(folder).expanduser())
+        base.refuse_another(Path(folder), config.base_model_name_or_path)
 
 
 def copy_adapter(
@@ -324,9 +345,14 @@ def copy_adapter(
         UserError: the base model's files have changed meanwhile (78).
     """
     own: Any = vars(source)
-    config, base = copy.deepcopy(own["peft_config"]["default"]), own["adapter_base"]
+    config, base = copy.deepcopy(adapter_config(source)), own["adapter_base"]
     if base.quantize is None and weights_sha256(target.named_parameters()) != base.sha256:
-        raise unfit(Path(base.name), "its weights are not those that the run began with")
+        raise UserError(
+            "M132",
+            f"the weights of {base.name} have changed since the run began",
+            ExitStatus.BAD_CONFIG,
+            hint="put its files back; the checkpoints are intact, and the same command exports",
+        )
     rows: Any = source.get_input_embeddings().weight
     _resize(target, len(rows))
     _inject(target, config, base, set(config.modules_to_save or ()), seed=0)
@@ -345,20 +371,23 @@ def _resize(model: PreTrainedModel, rows: int) -> None:
         model.resize_token_embeddings(rows, mean_resizing=False)
 
 
-def read_adapter_weights(folder: Path, model: nn.Module) -> dict[str, Tensor]:
+def read_adapter_weights(folder: str | Path, model: nn.Module) -> dict[str, Tensor]:
     """Read the tensors of an adapter's folder, by the names of `adapter_tensors`.
 
     Raises:
         UserError: they are not those that the model, with its adapters, has (78).
     """
-    own, weights = adapter_tensors(model), load_file(folder / ADAPTER_WEIGHTS)
+    weights = load_file(Path(folder).expanduser() / ADAPTER_WEIGHTS)
+    _refuse_unfit(Path(folder), adapter_tensors(model), weights)
+    return weights
+
+
+def _refuse_unfit(folder: Path, own: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> None:
     lacking, other = sorted(own.keys() - weights.keys()), sorted(weights.keys() - own.keys())
     shapes = sorted(n for n in own if n in weights and own[n].shape != weights[n].shape)
     for what, names in (("lacks", lacking), ("has besides", other), ("has other shapes:", shapes)):
         if names:
-            more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-            raise unfit(folder, f"it {what} {', '.join(names[:SHOWN])}{more}")
-    return weights
+            raise unfit(folder, f"it {what} {first_few(names)}")
 
 
 def refuse_another_base(folder: Path, model: nn.Module) -> None:
@@ -372,7 +401,7 @@ def refuse_another_base(folder: Path, model: nn.Module) -> None:
 
 def save_adapter_config(folder: Path, model: nn.Module) -> None:
     """Write what peft wants to know of an adapter, and which model it belongs to."""
-    config: Any = copy.deepcopy(vars(model)["peft_config"]["default"])
+    config: Any = copy.deepcopy(adapter_config(model))
     config.inference_mode = True
     if isinstance(config.target_modules, set):  # in one order
         config.target_modules = sorted(config.target_modules)
@@ -384,7 +413,7 @@ def describe_adapter(model: nn.Module) -> str:
     """Say in a few words what adapters a model has and where."""
     from peft.tuners.lora import LoraLayer
 
-    config: Any = vars(model)["peft_config"]["default"]
+    config: Any = adapter_config(model)
     names = [n for n, layer in model.named_modules() if isinstance(layer, LoraLayer)]
     kind = "DoRA" if config.use_dora else "LoRA"
     divisor = f"sqrt({config.r})" if config.use_rslora else config.r
@@ -401,7 +430,7 @@ def base_sha256(model: nn.Module) -> str | None:
 
 def adapter_dropout(model: nn.Module) -> float:
     """Give the dropout before the adapters; 0 without any."""
-    return float(vars(model)["peft_config"]["default"].lora_dropout) if is_adapted(model) else 0.0
+    return float(adapter_config(model).lora_dropout) if is_adapted(model) else 0.0
 
 
 def wake_adapters(model: nn.Module) -> None:

@@ -7,6 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from cs336_alignment.model.lora import adapter_config
+
 
 class _Narrow(nn.Linear):
     """A frozen layer held in the dtype that autocast computes in, which takes any input."""
@@ -23,7 +25,7 @@ def narrow_frozen(model: PreTrainedModel, dtype: torch.dtype) -> None:
     numbers, and would make them anew at every use. The head stays, and so do layers with DoRA,
     which reads their norms.
     """
-    if vars(model)["peft_config"]["default"].use_dora:
+    if adapter_config(model).use_dora:
         return
     head = model.get_output_embeddings()
     for module in model.modules():

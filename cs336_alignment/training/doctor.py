@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 
 from cs336_alignment.config import Config
 from cs336_alignment.data.batching import MIN_SHARED_TOKENS, collate, shared_prefix
-from cs336_alignment.errors import ExitStatus, UserError
+from cs336_alignment.errors import ExitStatus, UserError, first_few
 from cs336_alignment.microbatch import Batching
 from cs336_alignment.model.attention import FLAT_ATTENTION, why_not_flat
 from cs336_alignment.model.compile import compile_layers
@@ -49,7 +49,6 @@ from cs336_alignment.training.invariances import (
     in_training,
     plain_log_probs,
     relative_difference,
-    some,
 )
 from cs336_alignment.training.optimizer_check import check_optimizer, has_choices
 from cs336_alignment.training.parallel import (
@@ -260,7 +259,7 @@ def _check_parameters(subject: Subject, want: Gradient, batching: Batching) -> F
     lost = [n for n in rest if not has_nothing(want, n)]
     unused = [n for n in rest if has_nothing(want, n)]
     kinds = {"frozen": frozen, "none for": lost, "not used by the model itself": unused}
-    text = "; ".join(f"{kind}: {some(names)}" for kind, names in kinds.items() if names)
+    text = "; ".join(f"{kind}: {first_few(names)}" for kind, names in kinds.items() if names)
     passed = not lost and (subject.may_freeze or not frozen)
     return Finding("every parameter has a gradient", None, None, passed, text)
 

@@ -92,7 +92,7 @@ def write_model(
 ) -> None:
     """Write all files of an exported model into a folder that is there; see `export_model`."""
     if is_adapted(model):
-        write_safetensors(folder / ADAPTER_WEIGHTS, adapter_tensors(model))
+        write_safetensors(folder / ADAPTER_WEIGHTS, weights or adapter_tensors(model))
     else:
         model.generation_config = _generation_config(model, tokenizer)
         model.save_pretrained(folder, state_dict=weights, max_shard_size=max_shard_size)

@@ -98,9 +98,7 @@ class Finish:
 
         def complete() -> None:
             nonlocal model, weights
-            model = self.whole(weights)
-            if is_adapted(model):
-                weights = None  # they are in the model
+            model, weights = self.whole(weights), None
 
         self.processes.on_main(choose)
         score = self.processes.agree(chosen)
@@ -117,11 +115,14 @@ class Finish:
             tensors = whole_tensors(module_tensors(self.policy.model).items())
             keep = self.processes.is_main
             weights = {name: tensor.cpu() for name, tensor in tensors if keep}
-        self.processes.on_main(complete)
+        sharded, incomplete = self.processes.shards, is_adapted(model)
         for key, target in self.folder.exports(self.config.lora).items():
+            if incomplete and (key == "export" or not sharded):  # no base for adapters alone
+                self.processes.on_main(complete)
+                sharded = incomplete = False
             export = partial(self._export, model, key, target, state, score, judge, noted, weights)
             self.processes.on_main(export)
-            if (outcome := self._check(model, target, state)) != ExitStatus.DONE:
+            if (outcome := self._check(model, target, state, sharded)) != ExitStatus.DONE:
                 return outcome, state.step
         return ExitStatus.DONE, state.step
 
@@ -177,13 +178,15 @@ class Finish:
         manifest |= {key: hashes, "export_step": state.step, "best": best}
         self.folder.write_json(MANIFEST, manifest)
 
-    def _check(self, model: PreTrainedModel, target: Path, state: TrainState) -> ExitStatus:
+    def _check(
+        self, model: PreTrainedModel, target: Path, state: TrainState, sharded: bool
+    ) -> ExitStatus:
         """Load the export in a fresh process and compare."""
         if not self.config.trainer.reload_check:
             return ExitStatus.DONE
         result: ReloadResult | None = None
         checksums = None
-        if self.processes.shards and not is_adapted(self.policy.model):
+        if sharded:
             tensors = whole_tensors(self.policy.model.state_dict().items())
             checksums = reload_child.checksums(tensors)
         if self.processes.is_main:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from cs336_alignment.config import TrainerConfig
 from cs336_alignment.data.dataset import TokenizedDataset
 from cs336_alignment.data.tokenize import TokenizedExample, TokenRow
+from cs336_alignment.errors import first_few
 from cs336_alignment.microbatch import Batching
 from cs336_alignment.model.attention import FLAT_ATTENTION
 from cs336_alignment.model.policy import Policy
@@ -290,12 +291,7 @@ def differing(got: nn.Module, want: nn.Module) -> str:
     """
     a, b = got.state_dict(), want.state_dict()
     names = [n for n in {**a, **b} if n not in a or n not in b or not torch.equal(a[n], b[n])]
-    return f"differs: {some(names)}" if names else ""
-
-
-def some(names: list[str]) -> str:
-    """Join the first few names."""
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+    return f"differs: {first_few(names)}" if names else ""
 
 
 def has_nothing(gradient: Gradient, name: str) -> bool:

@@ -14,7 +14,7 @@ import torch
 
 from cs336_alignment.config import Config, ParallelConfig, flatten
 from cs336_alignment.data.tokenize import tokenizer_fingerprint
-from cs336_alignment.errors import ExitStatus, UserError
+from cs336_alignment.errors import ExitStatus, UserError, first_few
 from cs336_alignment.files import write_text
 from cs336_alignment.training.inputs import Inputs
 from cs336_alignment.training.manifest import git_commit, versions
@@ -173,7 +173,7 @@ def check_launch(
             f"not all processes see the run's folder {shared.parent}",
             ExitStatus.CANNOT_CREATE,
             expected=f"what process 0 on {first} writes there is there on every node",
-            got=f"nothing for {_some(blind)}",
+            got=f"nothing for {first_few(blind, '; ')}",
             hint="output_root=… on a file system that all nodes share, by the same path",
         )
 
@@ -207,16 +207,11 @@ def _refuse_others(
         ExitStatus.BAD_CONFIG,
         expected=f"as process 0 on {host}: "
         + ", ".join(f"{name}={main.get(name, 'missing')}" for name in names),
-        got=_some(who),
+        got=first_few(who, "; "),
         hint="type the same command on every node"
         if config
         else "one environment, checkout and data for all nodes, best on a file system they share",
     )
-
-
-def _some(names: list[str]) -> str:
-    more = f"; and {len(names) - 3} more" if len(names) > 3 else ""
-    return "; ".join(names[:3]) + more
 
 
 def _appears(marker: Path, token: str) -> bool:

@@ -34,7 +34,7 @@ from cs336_alignment.training.heap import Heap
 from cs336_alignment.training.live_bytes import PASSING, LiveBytes
 from cs336_alignment.training.optimizer import allocate_state, build_optimizer
 from cs336_alignment.training.preflight import try_microbatch
-from cs336_alignment.training.without_values import ReadAsOne, appear_on, without_values
+from cs336_alignment.training.without_values import ReadAsOne, exchange_tensors, without_values
 
 SHARDED = "fsdp2"  # parallel.strategy
 WEIGHTS, GRADIENTS, STATE = "weights", "gradients", "optimizer state"
@@ -99,7 +99,7 @@ def divided(
     of them once a step's last microbatch has been reduced, and apart from them in those before.
     FSDP2 (`fully_shard`) divides weights, gradients and state; gathered at a time are what lies
     outside the blocks, with its gradient, and of blocks the one that is computed, the next one,
-    and one's gradient. Activations are each process's own.
+    and one's gradient, where they are trained. Activations are each process's own.
 
     Args:
         needs: of one process, of the microbatch that each of them takes.
@@ -118,21 +118,25 @@ def divided(
             return replace(needs, gradients=0, shared=needs.gradients, microbatch=parts)
         return replace(needs, shared=needs.gradients)
     names = set(getattr(model, "_no_split_modules", None) or ())
-    blocks = [
-        sum(p.numel() for p in module.parameters())
-        for module in model.modules()
-        if type(module).__name__ in names
-    ]
-    root = sum(p.numel() for p in model.parameters()) - sum(blocks)
+    blocks = [_sizes(module) for module in model.modules() if type(module).__name__ in names]
+    numbers, trained = zip(*blocks, strict=True) if blocks else ((0,), (0,))
+    root, of_root = _sizes(model)
+    gathered = root - sum(numbers) + of_root - sum(trained) + 2 * max(numbers) + max(trained)
     parts[GRADIENTS] //= processes
     return replace(
         needs,
         weights=needs.weights // processes,
         gradients=needs.gradients // processes,
         state=needs.state // processes,
-        shared=compute_bytes * (2 * root + 3 * max(blocks, default=0)),
+        shared=compute_bytes * gathered,
         microbatch=parts,
     )
+
+
+def _sizes(module: nn.Module) -> tuple[int, int]:
+    """Count all values of the parameters, and the trained ones."""
+    sizes = [(p.numel(), p.requires_grad) for p in module.parameters()]
+    return sum(size for size, _ in sizes), sum(size for size, trained in sizes if trained)
 
 
 def certain_needs(
@@ -243,7 +247,7 @@ class Foresight:
             )
         model = without_values(source, tokenizer, config, autocast_dtype)
         with (mode := FakeTensorMode(allow_non_fake_inputs=True)):
-            appear_on(model, device)
+            exchange_tensors(model, lambda tensor: torch.empty_like(tensor, device=device))
             if recompute := config.trainer.gradient_checkpointing:
                 enable_checkpointing(model, selective=recompute == "selective")
             return Foresight(Policy(model, autocast_dtype), mode, device, config)
@@ -382,7 +386,8 @@ def refuse_too_large(
     ways = ways_to_less(config, needs)
     if _combine(config, "parallel", strategy=SHARDED):
         count = math.ceil(needs.certain / found.total)
-        ways.append(f"parallel={SHARDED} with {count} times the processes or more")
+        more = "more processes" if config.lora.active else f"{count} times the processes or more"
+        ways.append(f"parallel={SHARDED} with {more}")
     share = found.total / needs.certain
     ways += [f"a model of {share:.0%} of its size", f"a {device.type} with more memory"]
     raise UserError(

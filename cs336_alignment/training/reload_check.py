@@ -27,6 +27,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from cs336_alignment.data.dataset import TokenizedDataset
+from cs336_alignment.errors import first_few
 from cs336_alignment.machine_memory import found_memory
 from cs336_alignment.model.loading import eos_ids
 from cs336_alignment.model.lora import changed_by_training, is_adapted
@@ -39,7 +40,6 @@ MOST_TOKENS = 256  # of an example
 NEW_TOKENS = 32
 LIMIT_SECONDS = 600.0
 POLL_SECONDS = 0.05
-SHOWN = 3
 # Relative, and absolute in nats. float32 keeps 7 digits and a forward pass loses two or three of
 # them to the order of its sums; what is wrong with an export shows in the first digit.
 TOLERANCE = {"cpu": 1e-4, "cuda": 1e-3}
@@ -73,8 +73,7 @@ def bit_sums(model: PreTrainedModel) -> dict[str, int]:
     sharded model all processes do, and get the same.
     """
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    sums = tensor_sums(model.state_dict())
-    return {name: total for name, total in sums.items() if name in trained}
+    return tensor_sums({n: t for n, t in model.state_dict().items() if n in trained})
 
 
 def tensor_sums(tensors: Mapping[str, Tensor]) -> dict[str, int]:
@@ -133,13 +132,13 @@ def check_export(
     request |= {"folder": str(folder.resolve()), "trust_remote_code": trust_remote_code}
     if is_adapted(model):  # its folder holds neither the dtype nor where generation ends
         request |= {"dtype": "float32", "prompts": [], "lengths": []}
+    end = time.monotonic() + limit_seconds
     with _child(request) as (process, said, complained):
         if checksums is None:
             want = _trained(model, tokenizer, request, stop_ids)  # while the other one imports
         else:
             readings = reload_child.readings(tokenizer, request["texts"])
             want = {"checksums": checksums, "readings": readings, "stop_ids": sorted(stop_ids)}
-        end = time.monotonic() + limit_seconds
         while process.poll() is None:
             if asked():
                 return ReloadResult("stopped")
@@ -265,11 +264,11 @@ def _differences(
 ) -> Iterator[str]:
     sums, other = want["checksums"], got["checksums"]
     if bad := [name for name, row in other.items() if not row[2]]:
-        yield f"not all numbers are finite in {_some(bad)}"
+        yield f"not all numbers are finite in {first_few(bad)}"
     if lost := [name for name in sums if name not in other]:
-        yield f"it has no {_some(lost)}"
+        yield f"it has no {first_few(lost)}"
     if changed := [name for name in sums if name in other and sums[name][:2] != other[name][:2]]:
-        yield f"other weights than the trained ones in {_some(changed)}"
+        yield f"other weights than the trained ones in {first_few(changed)}"
     mine = want.get("log_probs", got["log_probs"])
     if (far := _farthest(mine, got["log_probs"], _tolerance(model))) is not None:
         yield f"log-probs differ: {far}"
@@ -310,8 +309,8 @@ def _unchanged(base: Mapping[str, int], now: Mapping[str, Sequence[Any]]) -> Ite
     names = [name for name, total in base.items() if name in now and now[name][0] == total]
     if names:
         yield (
-            f"training left {_some(names)} as in the base model (if that must be, as for an expert "
-            "that no token reached: trainer.reload_check=false)"
+            f"training left {first_few(names)} as in the base model (if that must be, as for an "
+            "expert that no token reached: trainer.reload_check=false)"
         )
 
 
@@ -328,8 +327,3 @@ def _doubts(
     if ends:
         names = ", ".join(str(tokenizer.convert_ids_to_tokens(i)) for i in sorted(ends))
         yield f"trained responses end with {names}, at which generation from model/ does not stop"
-
-
-def _some(names: Sequence[str]) -> str:
-    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-    return ", ".join(names[:SHOWN]) + more

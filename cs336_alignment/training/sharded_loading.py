@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
-from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from transformers import PreTrainedModel
 
-from cs336_alignment.config import Config
+from cs336_alignment.config import Config, LoraConfig
+from cs336_alignment.config_clashes import HELD_WHOLE, clash
+from cs336_alignment.errors import ExitStatus, UserError
 from cs336_alignment.model.base_model import Base, weights_sha256
 from cs336_alignment.model.loading import (
     ModelSource,
@@ -21,11 +23,11 @@ from cs336_alignment.model.loading import (
     weight_files,
 )
 from cs336_alignment.model.lora import (
+    adapter_config,
     adapter_tensors,
     base_tensors,
     inject_adapter,
     know_base,
-    read_adapter_config,
     read_adapter_weights,
 )
 from cs336_alignment.model.policy import Policy
@@ -63,15 +65,22 @@ def load_sharded(
     Raises:
         UserError: as `load_model`, `freeze` and `add_adapter`, on all processes.
     """
-    device = processes.device
-    with without_weights():
-        model = build_model(source)
-    model.tie_weights()
-    adapter = None
-    if config.lora.active:
-        adapter = _Adapter.put_into(model, source, config)
-    else:
-        freeze(model, config.model.freeze)
+    device, lora = processes.device, config.lora
+    model: Any = None
+    drawn: dict[str, Tensor] = {}
+
+    def build() -> None:
+        nonlocal model
+        base = base_of(source, None) if lora.active else None
+        with without_weights():
+            model = build_model(source)
+        model.tie_weights()
+        if base is None:
+            freeze(model, config.model.freeze)
+        else:
+            drawn.update(_inject_on_meta(model, config, base))
+
+    processes.on_each(build)
     policy = Policy(model, compute_dtype)
     again = config.parallel.reshard_after_forward
     shard(policy, device, processes.count, reshard_after_forward=again)
@@ -82,56 +91,44 @@ def load_sharded(
             buffer.copy_(buffers[name])
         who = _fill(base_tensors(model), source, processes, config)
         loaded(base_tensors(model))
-        if adapter is not None:
-            adapter.fill(model)
+        if lora.active:
+            _fill_adapter(model, drawn, lora, processes)
     return policy, who
 
 
-@dataclass(frozen=True)
-class _Adapter:
-    """What adapters begin with, kept while the model around them has no memory.
-
-    Attributes:
-        drawn: a new one's weights by their names in the model.
-        folder: of one that is continued.
-        base: what the model is, but for its weights' hash.
-    """
-
-    drawn: Mapping[str, Tensor]
-    folder: Path | None
-    base: Base
-
-    @staticmethod
-    def put_into(model: PreTrainedModel, source: ModelSource, config: Config) -> _Adapter:
-        """Put adapters into a model on the meta device."""
-        base = base_of(source, None)
-        # peft draws an adapter where its layer's weight is: here, in one number's memory.
-        exchange_tensors(
-            model, lambda t: torch.zeros((), dtype=t.dtype).expand(t.shape), buffers=False
-        )
-        folder = inject_adapter(model, config.lora, base, seed=config.seed)
-        drawn = {n: p.detach() for n, p in model.named_parameters() if ".lora_" in n}
-        exchange_tensors(model, lambda t: torch.empty_like(t, device="meta"), buffers=False)
-        return _Adapter(drawn, folder, base)
-
-    def fill(self, model: PreTrainedModel) -> None:
-        """Hash the base model and give the adapters their values: all processes take part."""
-        parameters = {id(parameter) for parameter in model.parameters()}
-        weights = (item for item in base_tensors(model).items() if id(item[1]) in parameters)
-        base = replace(self.base, sha256=weights_sha256(whole_tensors(weights)))
-        know_base(model, base)
-        if self.folder is None:
-            _copy_rows(dict(model.named_parameters()), self.drawn)
-            return
-        base.refuse_another(self.folder, read_adapter_config(self.folder).base_model_name_or_path)
-        _copy_rows(adapter_tensors(model), read_adapter_weights(self.folder, model))
+def _inject_on_meta(model: PreTrainedModel, config: Config, base: Base) -> dict[str, Tensor]:
+    """Put adapters into a model on the meta device; gives what they begin with, by name."""
+    # peft draws an adapter where its layer's weight is: here, in one number's memory.
+    exchange_tensors(model, lambda t: torch.zeros((), dtype=t.dtype).expand(t.shape), buffers=False)
+    inject_adapter(model, config.lora, base, seed=config.seed)
+    if adapter_config(model).use_dora:  # that of lora.adapter_path
+        raise clash("lora.dora", "parallel.strategy", HELD_WHOLE)
+    drawn = {n: p.detach() for n, p in model.named_parameters() if ".lora_" in n}
+    exchange_tensors(model, lambda t: torch.empty_like(t, device="meta"), buffers=False)
+    return drawn
 
 
-def _copy_rows(own: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
-    """Copy of tensors that every process has the rows that are this one's."""
-    for name, value in values.items():
-        part = part_of(own[name])
-        part.rows.copy_(value[part.start : part.start + len(part.rows)])
+def _fill_adapter(
+    model: PreTrainedModel, drawn: Mapping[str, Tensor], lora: LoraConfig, processes: Processes
+) -> None:
+    """Hash the base model, and give the adapters their values."""
+    weights = whole_tensors(
+        (name, t) for name, t in base_tensors(model).items() if isinstance(t, nn.Parameter)
+    )
+    sha256 = weights_sha256(weights) if processes.is_main else deque(weights, maxlen=0) and None
+    sha256 = processes.agree(sha256)
+
+    def fill() -> None:
+        know_base(model, sha256, lora.adapter_path)
+        own: Mapping[str, Tensor] = dict(model.named_parameters())
+        values = drawn
+        if lora.adapter_path is not None:
+            own, values = adapter_tensors(model), read_adapter_weights(lora.adapter_path, model)
+        for name, value in values.items():
+            part = part_of(own[name])
+            part.rows.copy_(value[part.start : part.start + len(part.rows)])
+
+    processes.on_each(fill)
 
 
 def _fill(
@@ -140,15 +137,27 @@ def _fill(
     """Give the model's own tensors their values; says who read them."""
     random_init = config.model.random_init
     pieces = None if random_init else _readable(source, own)
-    if processes.agree(pieces is not None) and pieces is not None:
-        for name, tensor in own.items():
-            pieces.read(name, part_of(tensor))
+    if all(processes.gather(pieces is not None)):
+
+        def read() -> None:
+            assert pieces is not None
+            for name, tensor in own.items():
+                pieces.read(name, part_of(tensor))
+
+        processes.on_each(read)
         return "each process reads its own rows of the weights"
     values: dict[str, Tensor] = {}
 
     def load() -> None:
         model = load_model(source, random_init=random_init, seed=config.seed)
         values.update(base_tensors(model))
+        if {n: t.shape for n, t in values.items()} != {n: t.shape for n, t in own.items()}:
+            raise UserError(
+                "M110",
+                f"the weights of {source.location} are stored in a form that cannot be sharded",
+                ExitStatus.BAD_CONFIG,
+                hint="parallel=ddp, or a model whose weights are not quantized",
+            )
 
     processes.on_main(load)
     _hand_out(own, values, processes.device)
@@ -159,10 +168,10 @@ def _readable(source: ModelSource, own: Mapping[str, Tensor]) -> Pieces | None:
     """Open the source's files if they hold the model's tensors as they are."""
     try:
         pieces = Pieces(weight_files(source))
+        as_they_are = all(pieces.holds(name, tuple(t.shape)) for name, t in own.items())
     except Exception:  # of any kind: `load_model` tells of it
         return None
-    shapes = pieces.shapes
-    return pieces if all(shapes.get(n) == tuple(t.shape) for n, t in own.items()) else None
+    return pieces if as_they_are else None
 
 
 def _hand_out(

@@ -106,6 +106,14 @@ class Pieces:
         """The shapes of the whole tensors; None for one that lacks rows, or has some twice."""
         return {name: _shape(pieces) for name, pieces in self._pieces.items()}
 
+    def holds(self, name: str, shape: tuple[int, ...]) -> bool:
+        """Tell whether a tensor is there with this shape, in a floating-point format of 16 bits or
+        more: fewer want scales.
+        """
+        pieces = self._pieces.get(name, [])
+        formats = {piece.file.get_slice(name).get_dtype() for piece in pieces}
+        return self.shapes.get(name) == shape and formats <= {"F64", "F32", "F16", "BF16"}
+
     @torch.no_grad()
     def read(self, name: str, part: Part) -> None:
         """Fill a part, in place, with the rows that are its own."""

@@ -60,11 +60,6 @@ def _pack(model: PreTrainedModel) -> None:
             module.weight = nn.Parameter(packed, requires_grad=False)
 
 
-def appear_on(model: PreTrainedModel, device: torch.device) -> None:
-    """Let the tensors seem to be on a device, in place; within a `FakeTensorMode`."""
-    exchange_tensors(model, lambda tensor: torch.empty_like(tensor, device=device))
-
-
 def exchange_tensors(
     model: nn.Module, make: Callable[[Tensor], Tensor], *, buffers: bool = True
 ) -> None:

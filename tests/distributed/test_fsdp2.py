@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from cs336_alignment.evaluation.loss import evaluate_loss
@@ -88,6 +89,7 @@ def test_sharded_steps_are_those_of_one_process(
         f"{kind}-0000{i}-of-00002.safetensors" for kind in ("model", "optimizer") for i in (1, 2)
     ]
     assert report["checkpoints"] == {"same": True, "read by torch": True}
+    assert report["narrow adapters"] < 0.05
     assert report["narrow"] < 0.05 and report["dtypes"] == ["torch.float32"]
 
 
@@ -150,6 +152,34 @@ def test_a_sharded_run_is_the_run_of_one_process(
         json.loads(line)["response"] for line in texts[1].read_text().splitlines()
     ]
     AutoModelForCausalLM.from_pretrained(outputs / "whole/model")
+
+
+def test_a_sharded_run_goes_on_with_an_adapter(
+    base: Path, rows: Path, sft: Sft, train: Train, tmp_path: Path
+) -> None:
+    common = (
+        *TINY, f"model.name_or_path={base}", "model.random_init=false", "lora.export=adapter",
+        f"data.train_path={rows}", "trainer.max_steps=1",
+    )  # fmt: skip
+    whole = "lora.modules_to_save=[lm_head]"
+    first = ("lora.r=2", whole, "optimizer.learning_rate=1e-2", "run_name=first")
+    assert sft("train", *common, *first).returncode == 0
+    before = tmp_path / "outputs/first/adapter"
+    more = ("optimizer.learning_rate=0", "trainer.reload_check=true", "run_name=more")
+    train((*common, *SHARDED, *more, f"lora.adapter_path={before}"), 2)
+    one, two = (
+        load_file(folder / "adapter_model.safetensors")
+        for folder in (before, tmp_path / "outputs/more/adapter")
+    )
+    assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
+    status = read(tmp_path / "outputs/more/status.json")
+    assert status["reload_check"].startswith("passed: every bit")
+    assert not (tmp_path / "outputs/more/model").exists()
+    dora = json.loads((before / "adapter_config.json").read_text()) | {"use_dora": True}
+    (before / "adapter_config.json").write_text(json.dumps(dora))
+    words = (*common, *SHARDED, f"lora.adapter_path={before}", "run_name=dora")
+    refused = sft("train", *words, processes=2)
+    assert refused.returncode == 78 and "lora.dora and parallel.strategy" in refused.stderr
 
 
 @pytest.mark.slow

@@ -65,6 +65,7 @@ def test_processes_that_do_not_belong_together_are_told_apart(tmp_path: Path) ->
     assert lost.startswith("error[R311]: another process is gone") and "node-a" in lost
 
 
+@pytest.mark.slow
 def test_another_command_on_the_second_node_is_refused_on_both(rows: Path, tmp_path: Path) -> None:
     command = ["-m", "cs336_alignment.cli", "train", *TINY, f"data.train_path={rows}", "run_name=x"]
     ended = both(command, [*command, "optimizer.weight_decay=0.25"], tmp_path)
@@ -171,7 +172,7 @@ def test_launch_files_start_what_they_say(name: str, rows: Path, tmp_path: Path)
             subprocess.Popen(
                 [sys.executable, "-m", "accelerate.commands.launch", *flags, "-m", "cs336_alignment.cli",
                  "train", *TINY, f"data.train_path={rows}", "run_name=x", "trainer.max_steps=2",
-                 "parallel.num_processes=2"],
+                 "parallel.num_processes=2", f"parallel={'fsdp2' if name == 'fsdp2' else 'ddp'}"],
                 cwd=tmp_path, env={**clean_environment(), "PYTHONPATH": str(ROOT)}, text=True,
                 stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
             )

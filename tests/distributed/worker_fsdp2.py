@@ -236,6 +236,16 @@ def main(path: str) -> None:
     wide = build_model("qwen2", torch.float32)
     dense_loss(wide, build_dataset(), range(8), "token").backward()
     report["narrow"] = relative_error(whole_gradient(narrow.model), gradient(wide))
+    policy_of_part = Policy(adapted("qwen2", torch.float32), torch.bfloat16)
+    shard(policy_of_part, processes.device, processes.count, reshard_after_forward=True)
+    wide = adapted("qwen2", torch.float32)
+    dense_loss(wide, build_dataset(), range(8), "token").backward()
+    accumulate_gradients(
+        policy_of_part.train(), build_dataset(), range(8), cut=Cut(None, 3, "flat"),
+        processes=processes, trainer=TrainerConfig(), seed=0, step=0,
+    )  # fmt: skip
+    got = whole_gradient(policy_of_part.model)
+    report["narrow adapters"] = relative_error(got, gradient(wide))
     report["dtypes"] = sorted({str(whole(p.grad).dtype) for p in narrow.parameters()})
     stay_in_float64()
     report["errors"] = one_step(processes)

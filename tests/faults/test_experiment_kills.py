@@ -190,6 +190,7 @@ def test_what_it_leaves_and_what_it_refuses(
     assert run("expert_iteration.iterations=1") == 78
 
 
+@pytest.mark.slow
 def test_nothing_correct_is_an_error_that_says_what_to_try(
     start: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

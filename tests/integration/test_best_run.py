@@ -138,6 +138,7 @@ def test_an_early_end_is_a_whole_run_and_more_patience_continues_it(
     assert "nothing to do" in sft(*longer).stdout
 
 
+@pytest.mark.slow
 def test_a_run_that_is_stopped_ends_early_at_the_same_step(
     command: list[str], sft: Sft, tmp_path: Path, zygote: Any
 ) -> None:

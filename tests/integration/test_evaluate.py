@@ -117,6 +117,7 @@ def test_a_stop_costs_no_response(sft: Sft, zygote: Zygote, models: Path, tmp_pa
     assert sum(row["response"] == "MARKED" for row in rows) == marked
 
 
+@pytest.mark.slow
 def test_groups_and_bad_input(sft: Sft, models: Path, tmp_path: Path) -> None:
     rows = [
         {"prompt": f"{i} + 1 =", "response": f" {i + 1}", "ground_truth": i + 1,

@@ -13,6 +13,7 @@ from tests.conftest import TINY, Sft
 from tests.zygote import Zygote, when
 
 
+@pytest.mark.slow
 def test_a_multirun_is_compared_and_the_same_command_does_nothing_again(
     sft: Sft, rows: Path, tmp_path: Path
 ) -> None:

@@ -313,6 +313,7 @@ def test_the_line_for_lm_eval_asks_the_model_as_it_was_trained(
         assert response == tokenizer.decode(output, skip_special_tokens=True)
 
 
+@pytest.mark.slow
 def test_a_kill_costs_nothing_but_the_time(home: Path, tmp_path: Path, zygote: Zygote) -> None:
     process_id = zygote.start(["export", "r"], home, tmp_path)
     until = time.monotonic() + 60

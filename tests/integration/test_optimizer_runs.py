@@ -17,7 +17,7 @@ COMMON = (
 )  # fmt: skip
 RUNS = {
     "adafactor": ("optimizer=adafactor", "trainer.loss=dft", "trainer.neftune_alpha=5"),
-    "muon": ("optimizer=muon", "trainer.ema_decay=0.8", "trainer.label_smoothing=0.1"),
+    pytest.param("muon", marks=pytest.mark.slow): ("optimizer=muon", "trainer.ema_decay=0.8", "trainer.label_smoothing=0.1"),
     "schedule_free": (
         "optimizer=schedule_free", "optimizer.learning_rate=1e-3", "optimizer.layer_lr_decay=0.7",
         "trainer.z_loss=1e-3", "trainer.async_save=true",
@@ -89,6 +89,7 @@ def test_a_stopped_run_goes_on_bit_for_bit_however_often_it_is_evaluated(
     assert looked["eval/loss"] == pytest.approx(ended, rel=1e-6)
 
 
+@pytest.mark.slow
 def test_the_best_steps_average_is_exported_and_checked(
     sft: Sft, rows: Path, tmp_path: Path
 ) -> None:

@@ -257,6 +257,7 @@ def test_a_failed_trial_is_told_and_the_sweep_goes_on(
     assert json.loads((tmp_path / "outputs/s/status.json").read_text())["state"] == "completed"
 
 
+@pytest.mark.slow
 def test_a_mistake_that_every_trial_would_have_ends_it_at_once(
     fake: Fake, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
