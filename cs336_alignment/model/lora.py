@@ -131,7 +131,7 @@ def read_adapter_config(folder: Path) -> Any:
             f"{folder} holds no adapter",
             ExitStatus.NOT_FOUND,
             expected=f"{ADAPTER_CONFIG} and {ADAPTER_WEIGHTS}",
-            hint="a checkpoint in parts, which training alone reads: a run ends with adapter/"
+            hint="a checkpoint in parts: `cs336-sft export RUN` makes it whole"
             if (folder / "sharded").is_dir()
             else "of the hub: hf download NAME --local-dir FOLDER",
         )

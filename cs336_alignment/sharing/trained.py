@@ -13,14 +13,26 @@ from cs336_alignment.compose import config_of_run
 from cs336_alignment.config import Config
 from cs336_alignment.errors import ExitStatus, UserError
 from cs336_alignment.model.loading import (
+    ModelSource,
+    base_of,
+    build_model,
     load_adapted,
     load_model,
     load_tokenizer,
     resolve_model,
 )
+from cs336_alignment.model.lora import add_adapter, merge_adapter
 from cs336_alignment.report_command import find_run
 from cs336_alignment.sharing.export_folder import read_json
-from cs336_alignment.training.checkpoint import INDEX, STATE, find_latest, folder_of, verify
+from cs336_alignment.training.checkpoint import (
+    INDEX,
+    SHARDED,
+    STATE,
+    find_latest,
+    folder_of,
+    restore_weights,
+    verify,
+)
 from cs336_alignment.training.run_folder import (
     ADAPTER,
     CONFIG,
@@ -152,6 +164,25 @@ def load_trained(
     """
     source = resolve_model(str(folder), None, config.model.trust_remote_code)
     tokenizer = load_tokenizer(source)
+    if (folder / SHARDED).is_dir():
+        return _join_parts(folder, source, config, adapter=adapter), tokenizer
     if adapter:
         return load_adapted(source), tokenizer
     return load_model(source, random_init=False, seed=config.seed), tokenizer
+
+
+def _join_parts(
+    folder: Path, source: ModelSource, config: Config, *, adapter: bool
+) -> PreTrainedModel:
+    """Make a whole model of a checkpoint of which several processes wrote a part each."""
+    if config.lora.active:
+        options = config.model
+        source = resolve_model(options.name_or_path, options.revision, options.trust_remote_code)
+        model = load_model(source, random_init=False, seed=config.seed)
+        add_adapter(model, config.lora, base_of(source, model), seed=config.seed)
+    else:
+        model = build_model(source)
+    restore_weights(folder, model)
+    if config.lora.active and not adapter:
+        merge_adapter(model)
+    return model
