@@ -4,14 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
 from torch.optim import Optimizer
-from transformers import PreTrainedModel
 
 from cs336_alignment.config import DEFAULT_MICROBATCH_TOKENS, Config
 from cs336_alignment.cores import keep_freed_memory
@@ -21,12 +18,9 @@ from cs336_alignment.errors import ExitStatus, UserError
 from cs336_alignment.evaluation.evaluator import Evaluator
 from cs336_alignment.evaluation.rewards import code_of
 from cs336_alignment.evaluation.sampling import doubtful_sampling
-from cs336_alignment.model.loading import check_fits, load_model
-from cs336_alignment.model.lora import adapter_tensors, copy_adapter, is_adapted
-from cs336_alignment.model.narrow import narrowed_to
+from cs336_alignment.model.loading import check_fits
 from cs336_alignment.model.policy import Policy
 from cs336_alignment.model.recompute import enable_checkpointing
-from cs336_alignment.model.trainable import load_to_train
 from cs336_alignment.sharing.hub import announce, push_run
 from cs336_alignment.tracking.console import Console
 from cs336_alignment.tracking.metrics import MetricsFile
@@ -48,14 +42,12 @@ from cs336_alignment.training.launch_check import (
     naming_lost_processes,
     refuse_lone_and_surplus_processes,
 )
-from cs336_alignment.training.manifest import build_manifest, count_parameters
-from cs336_alignment.training.memory import certain_needs, device_memory, refuse_too_large
+from cs336_alignment.training.manifest import build_manifest
 from cs336_alignment.training.optimizer import allocate_state, build_optimizer
 from cs336_alignment.training.parallel import (
     Processes,
     is_main_process_before_start,
     refuse_launcher_options,
-    set_threads,
 )
 from cs336_alignment.training.preflight import (
     accumulates,
@@ -68,7 +60,6 @@ from cs336_alignment.training.preflight import (
     telling_out_of_memory,
     warm_up_compiled,
 )
-from cs336_alignment.training.reload_check import bit_sums, tensor_sums, trained_sums
 from cs336_alignment.training.report import describe_run, resume_command, say_goodbye
 from cs336_alignment.training.run_folder import (
     ADAPTER,
@@ -80,7 +71,7 @@ from cs336_alignment.training.run_folder import (
     Decision,
     RunFolder,
 )
-from cs336_alignment.training.sharded_loading import load_sharded
+from cs336_alignment.training.run_model import RunModel
 from cs336_alignment.training.status import StatusFile
 from cs336_alignment.training.step import Cut
 from cs336_alignment.training.stop import StopNow, StopRequest
@@ -204,7 +195,6 @@ class _Run:
     status: StatusFile
     stop: StopRequest
     inputs: Inputs
-    base: dict[str, int] = field(default_factory=dict)  # the weights before training
 
     def to_the_end(self, precision: str) -> ExitStatus:
         """Load the model, fail early where something is wrong, then train."""
@@ -212,9 +202,9 @@ class _Run:
         if self.processes.device.type == "cpu":
             keep_freed_memory()
         dtype = choose_precision(precision, self.processes.device)
-        self._refuse_too_large(dtype)
-        self.console.note(f"loading {config.model.name_or_path}")
-        policy = self._load(dtype)
+        source = RunModel(config, self.inputs, self.processes, self.console)
+        source.refuse_too_large(dtype)
+        policy, before = source.load(dtype)
         model = policy.model
         parts = [part for part in (data, held_out) if part is not None]
         longest = max(int(part.dataset.lengths.max()) for part in parts)
@@ -238,70 +228,12 @@ class _Run:
             num_processes=self.processes.count, total_steps=total_steps,
         ):  # fmt: skip
             self.console.note(line)
-        return self._fit(policy, plan, cut, total_steps)
+        return self._fit(policy, source, before, plan, cut, total_steps)
 
-    def _load(self, dtype: torch.dtype | None) -> Policy:
-        """Load the model onto the device, whole or this process's part of it, and choose what of
-        it is trained.
-        """
-        config, source = self.config, self.inputs.source
-        processes = self.processes
-        watched = config.trainer.reload_check and (processes.is_main or processes.shards)
-        before: dict[str, int] = {}
-        if processes.shards:
-
-            def filled(tensors: Mapping[str, Tensor]) -> None:
-                before.update(tensor_sums(tensors) if watched and config.lora.active else {})
-
-            policy, who = load_sharded(source, processes, config, dtype, filled)
-            set_threads(processes.local_count, policy.model.num_parameters())
-            held = count_parameters(policy.model)["local_parameters"]
-            self.console.note(f"{'sharded':<10} {held:,} parameters a process; {who}")
-            self.base = trained_sums(policy.model, before) if watched else {}
-            return policy
-
-        def loaded(model: PreTrainedModel) -> None:
-            set_threads(processes.local_count, model.num_parameters())
-            before.update(bit_sums(model) if watched else {})
-
-        model = load_to_train(
-            source, self.inputs.tokenizer, config, processes.device, dtype, loaded
-        )
-        self.base = trained_sums(model, before) if watched else {}
-        return Policy(model, dtype).to(processes.device)
-
-    def _whole(
-        self, model: PreTrainedModel, gathered: Mapping[str, Tensor] | None
-    ) -> PreTrainedModel:
-        """Give a trained model with its frozen weights in full, read anew if they are not.
-
-        Args:
-            model: as trained.
-            gathered: what of a sharded one was trained.
-        """
-        full = self.config.lora.quantize is None and narrowed_to(model) is None
-        if not is_adapted(model) or (full and gathered is None):
-            return model
-        self.console.note(f"loading {self.config.model.name_or_path} in full precision")
-        fresh = load_model(self.inputs.source, random_init=False, seed=self.config.seed)
-        copy_adapter(model, fresh, adapter_tensors(model) if gathered is None else gathered)
-        return fresh
-
-    def _refuse_too_large(self, dtype: torch.dtype | None) -> None:
-        """Refuse before it is loaded what cannot be trained in the memory found."""
-        processes, config = self.processes, self.config
-        needs = certain_needs(
-            self.inputs.source, self.inputs.tokenizer, config, dtype, processes.count
-        )
-        if isinstance(needs, str):
-            self.console.note(f"{'memory':<10} not foretold: {needs}")
-            return
-        found = device_memory(processes.device, processes.local_count)
-        warning = refuse_too_large(needs, found, processes.device, config)
-        if warning is not None:
-            self.console.warn(warning)
-
-    def _fit(self, policy: Policy, plan: StepPlan, cut: Cut, total_steps: int) -> ExitStatus:
+    def _fit(
+        self, policy: Policy, source: RunModel, before: Mapping[str, int], plan: StepPlan, cut: Cut,
+        total_steps: int,
+    ) -> ExitStatus:  # fmt: skip
         config, tokenizer = self.config, self.inputs.tokenizer
         data = self.inputs.data.train
         optimizer = build_optimizer(policy.model, config.optimizer)
@@ -363,8 +295,8 @@ class _Run:
                 manifest["stopped_early"] = state.step < total_steps
                 finish = Finish(
                     config, self.folder, self.console, self.processes, self.stop, self.status,
-                    tokenizer, self.inputs.data, policy, self.base,
-                    whole=lambda gathered: self._whole(policy.model, gathered),
+                    tokenizer, self.inputs.data, policy, before,
+                    whole=lambda gathered: source.in_full(policy.model, gathered),
                 )  # fmt: skip
                 tracker.draw(config.run_name or "")  # the card shows the curves
                 with average.shown():

@@ -27,7 +27,7 @@ LAYERS = [
     {"tracking"}, {"evaluation"},
     {"sharing.card", "sharing.hub"},
     {"training.earlier_config", "training.held_out", "training.inputs", "training.run_folder", "training.export", "training.manifest", "training.report",
-     "training.trainer", "training.run", "training.doctor", "training.optimizer_check", "training.invariances",
+     "training.trainer", "training.run", "training.run_model", "training.doctor", "training.optimizer_check", "training.invariances",
      "training.token_check", "training.best", "training.finish", "training.reload_check",
      "training.reload_child", "training.launch_check", "training.memory_trial"},
     {"data_commands", "chat_command", "memory_command", "report_command", "env_command", "cluster_job"}, {"sharing"}, {"export_command"},
