@@ -26,6 +26,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from cs336_alignment.compose_errors import config_folder, no_such_key, presets, translate
+from cs336_alignment.compose_groups import refuse_hidden_groups
 from cs336_alignment.config import ALL_KEYS, DEFAULT_WARMUP_RATIO, Config
 from cs336_alignment.config_check import check
 from cs336_alignment.config_clashes import clash, warmup_clash
@@ -89,6 +90,7 @@ def run_with_config(
                 hint=f"add hydra/launcher={chosen} to the command",
             )
         try:
+            refuse_hidden_groups(composed)
             if HydraConfig.get().mode != RunMode.MULTIRUN:
                 single.append(to_config(composed, verb, HydraConfig.get().overrides.task))
             else:

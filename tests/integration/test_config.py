@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 
 import pytest
 
 from cs336_alignment import cli, compose
 from cs336_alignment.config import Config
-from cs336_alignment.errors import ExitStatus
+from cs336_alignment.errors import ExitStatus, UserError
 from tests.conftest import ROOT, Sft
 
 GIVEN = ("model.name_or_path=m", "data.train_path=d.jsonl")
@@ -200,6 +201,51 @@ def test_a_multirun_with_a_mistake_does_not_begin_and_leaves_no_file(
     status, error = error_of(capsys, *GIVEN, "-m", "evaluation.reward=r1_zero,r1_zero")
     assert (status, ran) == (78, []) and "C140" in error
     assert list(tmp_path.iterdir()) == []
+
+
+HIDDEN = (
+    (("experiment=gsm8k_dataset_size", "model=smollm2"),
+     ["model.name_or_path=models/SmolLM2-135M-Instruct"]),
+    (("experiment=quickstart", "model=smollm2", "data=gsm8k", "data.max_length=64"),
+     ["model.name_or_path=models/SmolLM2-135M-Instruct", "model.random_init=false",
+      "data.train_path=openai/gsm8k:main:train", "data.eval_path=openai/gsm8k:main:test",
+      "data.max_train_examples=null", "data.max_eval_examples=null"]),
+    (("experiment=gsm8k_smollm2", "optimizer=adafactor"), ["optimizer.learning_rate=0.001"]),
+    (("optimizer=adamw", "experiment=gsm8k_smollm2"), ["optimizer.learning_rate=2e-05"]),
+    (("experiment=quickstart", "optimizer=adafactor"),
+     ["optimizer.learning_rate=0.001", "optimizer.betas=[0.9,0.999]", "optimizer.weight_decay=0.0",
+      "optimizer.warmup_ratio=0.03"]),
+    (("-m", "experiment=quickstart", "optimizer=adafactor,muon", "optimizer.weight_decay=0",
+      "optimizer.warmup_ratio=0"), ["optimizer.learning_rate=0.001", "optimizer.betas=[0.9,0.999]"]),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(("arguments", "line"), HIDDEN, ids=lambda part: " ".join(part))
+def test_a_preset_hides_no_group_that_was_typed(
+    arguments: tuple[str, ...], line: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    status, error = error_of(capsys, *arguments)
+    assert status == 78 and error.count("error[") == 1 and "error[C136]" in error, error
+    said = error.split("hint: add ")[1].split(", or leave ")[0]
+    assert shlex.split(said) == line
+    assert next(word for word in arguments if word.startswith("experiment=")) in error
+    assert composed(*arguments, *line)  # the line is enough
+
+
+def test_groups_that_a_preset_leaves_alone(tmp_path: Path) -> None:
+    """A group whose own values stand is as it was; what it merely inherits is the preset's."""
+    (config,) = composed("experiment=quickstart", "optimizer=muon", "logger=none", "parallel=single")
+    assert (config.optimizer.name, config.optimizer.learning_rate) == ("muon", 3e-3)
+    (config,) = composed("experiment=gsm8k_smollm2", "model=smollm2", "data=gsm8k")
+    assert config.data.max_train_examples == 256
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment/mine.yaml").write_text(
+        "# @package _global_\ndefaults:\n  - override /logger: none\noptimizer:\n  eps: 1e-6\n"
+    )
+    mine = ("--config-dir", str(tmp_path), "experiment=mine", *GIVEN)
+    assert composed(*mine, "optimizer=muon", "logger=wandb")[0].logger.backend == "wandb"
+    with pytest.raises(UserError, match=r"C136.*optimizer=adamw(.|\n)*optimizer.eps=1e-08"):
+        composed(*mine, "optimizer=adamw")
 
 
 def test_hydra_flags_and_no_litter(sft: Sft, tmp_path: Path) -> None:
