@@ -49,7 +49,7 @@ def fill_folder(
         step: that they are of.
         options: the form.
         tools: make GGUF of it; None: it stays a Hugging Face folder.
-        name: what `from_pretrained` will take.
+        name: of the folder that it will be, for the card.
         console: is told what is done.
 
     Returns:

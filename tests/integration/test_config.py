@@ -234,7 +234,9 @@ def test_a_preset_hides_no_group_that_was_typed(
 
 def test_groups_that_a_preset_leaves_alone(tmp_path: Path) -> None:
     """A group whose own values stand is as it was; what it merely inherits is the preset's."""
-    (config,) = composed("experiment=quickstart", "optimizer=muon", "logger=none", "parallel=single")
+    (config,) = composed(
+        "experiment=quickstart", "optimizer=muon", "logger=none", "parallel=single"
+    )
     assert (config.optimizer.name, config.optimizer.learning_rate) == ("muon", 3e-3)
     (config,) = composed("experiment=gsm8k_smollm2", "model=smollm2", "data=gsm8k")
     assert config.data.max_train_examples == 256

@@ -116,9 +116,11 @@ def test_the_card_is_valid_and_its_code_runs(home: Path, monkeypatch: pytest.Mon
     for part in ("| eval/loss |", "(loss.png)", "| rows.jsonl | 40 | 40 |", "optimizer.learning_rate: 0.01",
                  "{question}", "torch ", "| steps | 4 (the best eval/loss: "):  # fmt: skip
         assert part in text, part
+    assert 'name = "model"  # this folder' in text and "outputs" not in code_of(text)
     assert str(home) not in text and (path.parent / "loss.png").read_bytes()[:4] == b"\x89PNG"
     said = io.StringIO()
     with contextlib.redirect_stdout(said):
+        monkeypatch.chdir(path.parents[1])
         exec(compile(code_of(text), str(path), "exec"), {})
     assert said.getvalue().strip()
 
@@ -271,6 +273,18 @@ def test_other_data_than_the_trained_are_refused(
     assert export("r", "export.format=jsonl") == 65
     assert "error[R382]" in capsys.readouterr().err
     assert list((home / "outputs/r/exports").iterdir()) == []
+
+
+def test_rows_of_a_run_with_new_tokens(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The tokenizer is that of training: with the tokens that the run added."""
+    words = ["train", *TINY, "data.train_path=rows.jsonl", "run_name=n", "trainer.max_steps=1",
+             "model.new_tokens=[Add]"]  # fmt: skip
+    assert cli.run(words) == 0, capsys.readouterr().err
+    assert export("n", "export.format=jsonl") == 0, capsys.readouterr().err
+    rows = (home / "outputs/n/exports/rows-jsonl/train.jsonl").read_text().splitlines()
+    tokenizer = AutoTokenizer.from_pretrained(home / "outputs/n/model")
+    added = tokenizer.convert_tokens_to_ids("Add")
+    assert len(rows) == 40 and all(added in json.loads(row)["input_ids"] for row in rows)
 
 
 @pytest.mark.slow
