@@ -14,7 +14,7 @@ from pathlib import Path
 
 from cs336_alignment.cluster_job import as_cluster_job
 from cs336_alignment.config import Config
-from cs336_alignment.config_names import FLAGS, VALUE_FLAGS, nearest_key
+from cs336_alignment.config_names import FLAGS, VALUE_FLAGS, what_was_meant
 from cs336_alignment.errors import ExitStatus, UserError
 from cs336_alignment.multirun import Outcome
 from cs336_alignment.quiet import silence
@@ -288,12 +288,10 @@ def _foreign_flag(flag: str, value: str) -> UserError:
             f"put the file at {folder}/experiment/{stem}.yaml and type: "
             f"--config-dir {folder} experiment={stem}"
         )
-    elif name in ("bf16", "fp16"):
-        hint = "type trainer.precision=bf16 (auto chooses it where the GPU has it)"
-    elif near := nearest_key(name):
-        hint = f"type {near}={value}"
     else:
-        hint = "overrides are section.key=value; `cs336-sft train --help` shows every key"
+        hint = what_was_meant(name, value) or (
+            "overrides are section.key=value; `cs336-sft train --help` shows every key"
+        )
     return UserError("C001", f"{flag} is not a flag of this command", ExitStatus.USAGE, hint=hint)
 
 

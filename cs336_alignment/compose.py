@@ -28,7 +28,7 @@ from yaml import YAMLError
 from cs336_alignment.compose_errors import config_folder, no_such_key, presets, translate
 from cs336_alignment.compose_groups import refuse_hidden_groups
 from cs336_alignment.config import ALL_KEYS, DEFAULT_WARMUP_RATIO, Config
-from cs336_alignment.config_check import check
+from cs336_alignment.config_check import check, refuse_secrets
 from cs336_alignment.config_clashes import clash, warmup_clash
 from cs336_alignment.config_names import VALUE_FLAGS
 from cs336_alignment.errors import ExitStatus, UserError, UserErrors
@@ -76,6 +76,8 @@ def run_with_config(
     Raises:
         UserError: the config is wrong (78), of several runs of all of them.
     """
+    # Words that no key of the config holds, `hydra.launcher.setup=…`, are in what resumes a run.
+    refuse_secrets((word.partition("=")[0], word) for word in arguments)
     ConfigStore.instance().store(name="schema", node=Config, provider="cs336_alignment")
     single: list[Config] = []
     runs: list[SweptRun] = []

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 from pathlib import Path
 
 import pytest
 
 from cs336_alignment import cli, compose
-from cs336_alignment.config import Config
+from cs336_alignment.config import ALL_KEYS, Config
+from cs336_alignment.config_names import ALIASES, SENTENCES, nearest_key
 from cs336_alignment.errors import ExitStatus, UserError
 from tests.conftest import ROOT, Sft
 
@@ -118,6 +120,16 @@ def test_contract_defaults() -> None:
         (("--learning_rate", "1e-5"), 2, ("type optimizer.learning_rate=1e-5",)),
         (("--learning-rate=1e-5",), 2, ("type optimizer.learning_rate=1e-5",)),
         (("--num_train_epochs", "2"), 2, ("type trainer.num_train_epochs=2",)),
+        (("--load_in_4bit", "True"), 2, ("hint: type lora.quantize=nf4\n",)),
+        (("--load_in_4bit", "False"), 2, ("leave it out: lora.quantize is as it was",)),
+        (("--load_in_8bit", "True"), 2, ("lora.quantize=nf4",)),
+        (("--val_set_size", "0.1"), 2, ("type data.eval_fraction=0.1",)),
+        (("--packing",), 2, ("trainer.batching=auto",)),
+        (("--plot_loss",), 2, ("report.html",)),
+        (("--num_beams", "4"), 2, ("`cs336-sft train --help` shows every key",)),
+        (("trainer.deepspeed=x.json",), 78, ("did you mean parallel=fsdp2?",)),
+        (("data.packing=true",), 78, ("no key data.packing", "trainer.batching=auto")),
+        (("max_samples=9",), 78, ("no key max_samples", "data.max_train_examples")),
         (("--config", "dir/x.yaml"), 2, ("--config-dir dir experiment=x",)),
     ],
 )  # fmt: skip
@@ -133,6 +145,44 @@ def test_mistakes(
     assert "Traceback" not in error
     for text in texts:
         assert text in error
+
+
+def test_other_frameworks_words_are_answered_with_what_exists() -> None:
+    groups = {path.name for path in (ROOT / "configs").iterdir()}
+    for word, meant in ALIASES.items():
+        key = meant.partition("=")[0]
+        assert key in ALL_KEYS or key in groups, word
+    for sentence in SENTENCES.values():
+        for key in re.findall(r"\b([a-z]+\.[a-z_]+)=", sentence):
+            assert key in ALL_KEYS, sentence
+    extra = {"lora.quantize=nf4": ["lora.r=4"], "trainer.metric_for_best_model=eval/loss":
+             ["data.eval_path=e", "trainer.eval_steps=100"]}  # fmt: skip
+    for override in {meant for meant in ALIASES.values() if "=" in meant}:
+        assert composed(*GIVEN, override, *extra.get(override, [])), override
+    for word in (
+        "hub_tokens",
+        "eval_stratgy",
+        "num_beams",
+        "top_k",
+        "ignore_index",
+        "system_prompt",
+    ):
+        assert nearest_key(word) is None, word  # merely alike
+
+
+@pytest.mark.parametrize("secret", ["hf_" + "a1" * 17, "correct-horse"])
+def test_no_secret_is_typed_for_hydra(
+    secret: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was typed stands in `status.json`, as the command that goes on."""
+    monkeypatch.setenv("MY_PASSWORD", "correct-horse")
+    word = f"+hydra.job.env_set.HF_TOKEN={secret}"
+    status, error = error_of(capsys, *GIVEN, word)
+    assert status == 78 and "error[C116]: +hydra.job.env_set.HF_TOKEN holds a secret" in error
+    assert secret not in error
+    status, error = error_of(capsys, *GIVEN, "-m", "seed=1,2", "hydra/launcher=slurm",
+                             f"hydra.launcher.setup=['export HF_TOKEN={secret}']")  # fmt: skip
+    assert status == 78 and "error[C116]: hydra.launcher.setup holds a secret" in error
 
 
 def test_several_mistakes_come_together(capsys: pytest.CaptureFixture[str]) -> None:
