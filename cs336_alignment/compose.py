@@ -39,6 +39,7 @@ from cs336_alignment.multirun import (
     refuse_equal_names,
     run_all,
     status_of,
+    time_of_status,
 )
 
 MIXTURE = "mixture"  # stands for the path where data.sources names several
@@ -152,7 +153,12 @@ def _compose(verb: str, arguments: Sequence[str], task: Callable[[DictConfig], A
         except (HydraException, OmegaConfBaseException) as failure:
             raise translate(failure) from failure
         except ValueError as failure:  # flags that do not combine, a plain error in Hydra
-            raise UserError("C115", str(failure), ExitStatus.BAD_CONFIG) from failure
+            raise UserError(
+                "C115",
+                str(failure),
+                ExitStatus.BAD_CONFIG,
+                hint="give one of these flags: `cs336-sft train --hydra-help` explains them",
+            ) from failure
         except AssertionError as failure:  # names that Hydra's own code takes for impossible
             raise UserError(
                 "C107",
@@ -160,6 +166,7 @@ def _compose(verb: str, arguments: Sequence[str], task: Callable[[DictConfig], A
                 ExitStatus.BAD_CONFIG,
                 expected="section.key=value",
                 got=" ".join(arguments),
+                hint="every word after the verb is one key, `=` and a value, or a flag",
             ) from failure
 
 
@@ -190,13 +197,14 @@ def _hand_over(
         return int(status_of(run_all([_swept_run(composed, verb, arguments)], job)))
 
     print(f"{len(runs)} runs are handed to {_typed_launcher(arguments)}", flush=True)
+    earlier = [time_of_status(run) for run in runs]
     try:
         _compose(verb, arguments, task)
     except UserError:
         raise
     except Exception as failure:  # of a job that the cluster ended: the others' results count
         print(f"warning: a job failed: {failure}", file=sys.stderr, flush=True)
-    return [outcome_of(run) for run in runs]
+    return [outcome_of(run, time) for run, time in zip(runs, earlier, strict=True)]
 
 
 def _joined(failures: Sequence[Exception]) -> Exception:

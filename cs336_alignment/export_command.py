@@ -50,6 +50,7 @@ def export(config: Config, name: str, given: Collection[str]) -> ExitStatus:
             f"{', '.join(useless)} has no effect on an export",
             ExitStatus.BAD_CONFIG,
             expected="export.…, hub.… or output_root; all else is as the run was trained",
+            hint="leave it out; to train otherwise: cs336-sft train with another run_name",
         )
     if launched_processes() > 1:
         raise UserError(

@@ -57,7 +57,6 @@ from cs336_alignment.training.preflight import (
 from cs336_alignment.training.step import Cut
 
 MARGIN = 0.1  # of the free memory is left alone: other programs, evaluation, checkpoints
-SMALLEST_BUDGET = 256
 MAX_TRIES = 6
 
 

@@ -53,6 +53,7 @@ from cs336_alignment.training.preflight import (
 )
 
 LONG_SECONDS = 60.0  # then two passes are enough
+LIMIT_SECONDS = 3600.0  # for loading a model and some passes
 
 
 @dataclass(frozen=True)
@@ -114,6 +115,11 @@ def measure(config: Config, processes: int, room: int) -> Trial | None:
     child.start()
     theirs.close()
     try:
+        if not ours.poll(LIMIT_SECONDS):
+            raise UserError(
+                "R307", f"a microbatch took more than {LIMIT_SECONDS:.0f} s", ExitStatus.INTERNAL,
+                hint="a lower trainer.microbatch_tokens or data.max_length",
+            )  # fmt: skip
         result: Trial | UserError | None = ours.recv()
     except EOFError:
         child.join()

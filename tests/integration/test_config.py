@@ -130,6 +130,10 @@ def test_contract_defaults() -> None:
         (("trainer.deepspeed=x.json",), 78, ("did you mean parallel=fsdp2?",)),
         (("data.packing=true",), 78, ("no key data.packing", "trainer.batching=auto")),
         (("max_samples=9",), 78, ("no key max_samples", "data.max_train_examples")),
+        (("--html", "page.html"), 2, ("--html is not a flag of train", "inspect and report")),
+        (("--memory",), 2, ("--memory is not a flag of train", "belongs to doctor")),
+        (("--config-name", "x"), 2, ("--config-dir . experiment=x",)),
+        (("--cfg", "job", "--multirun"), 78, ("error[C115]", "hint: give one")),
         (("--config", "dir/x.yaml"), 2, ("--config-dir dir experiment=x",)),
     ],
 )  # fmt: skip

@@ -25,7 +25,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cs336_alignment import cli
 from cs336_alignment.data.templates import load_template
-from cs336_alignment.sharing import model_export
+from cs336_alignment.sharing import gguf, model_export
 from cs336_alignment.training.reload_check import ReloadResult
 from tests.conftest import TINY, Zygote, clean_environment
 
@@ -172,7 +172,8 @@ def test_which_weights_are_meant(home: Path, capsys: pytest.CaptureFixture[str])
         (("r", "export.format=jsonl", "export.dtype=bf16"), 78, "C104"),
     ):  # fmt: skip
         assert export(*words) == status, words
-        assert f"error[{code}]" in capsys.readouterr().err
+        error = capsys.readouterr().err
+        assert f"error[{code}]" in error and "hint: " in error, error
     shutil.rmtree(run / "model")
     shutil.rmtree(run / "checkpoints/step-000004")
     assert export("r", "export.checkpoint=best") == 66
@@ -220,6 +221,14 @@ def test_gguf_is_made_by_the_converter_that_is_there(
     quantized = folder.with_name("step-000004-Q4_K_M-gguf")
     assert (quantized / "r-Q4_K_M.gguf").read_bytes() == b"GGUFQ4_K_M"
     assert {path.suffix for path in quantized.iterdir()} == {".gguf", ".md", ".png", ".json"}
+    monkeypatch.setattr(gguf, "NOTE_SECONDS", 0.2)
+    slow = tools / "slow.py"  # asks, and waits for no answer
+    slow.write_text(
+        "import sys, time\ntime.sleep(0.5)\nsys.exit(sys.stdin.read() or 'nobody there')\n"
+    )
+    assert export("r", "export.format=gguf", f"export.gguf_converter={slow}") == 70
+    printed = capsys.readouterr()
+    assert "nobody there" in printed.err and "convert  still at work" in printed.out
     assert export("r", "export.format=gguf", "export.dtype=fp16") == 70
     error = capsys.readouterr().err
     assert "error[R362]" in error and "KeyError: 'f16'" in error
