@@ -34,7 +34,7 @@ test-gpu: install ## run the tests that need a CUDA device
 faults: install ## break runs in every way that is known and print what survived (minutes)
 	$(BIN)/python -m pytest -q -n 2 --dist worksteal tests -m "fault and not long"
 
-faults-long: install ## kill runs a hundred times at random and compare them with whole ones (a quarter of an hour)
+faults-long: install ## kill runs 120 times at random and compare them with whole ones (a quarter of an hour)
 	$(BIN)/python -m pytest -q -s tests -m long
 
 guards: install ## take each guard out of a copy of the code and see that a test notices (minutes)

@@ -5,116 +5,101 @@ runs.
 from __future__ import annotations
 
 import difflib
+import importlib
 import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from cs336_alignment.cluster_job import as_cluster_job
 from cs336_alignment.config import Config
-from cs336_alignment.config_names import FLAGS, VALUE_FLAGS, nearest_key
+from cs336_alignment.config_names import FLAGS, VALUE_FLAGS, what_was_meant
 from cs336_alignment.errors import ExitStatus, UserError
 from cs336_alignment.multirun import Outcome
 from cs336_alignment.quiet import silence
 from cs336_alignment.training.stop import StopNow, StopRequest, end_with_launcher
 
-MEMORY = "--memory"  # the doctor's
-FILE_FLAGS = {"--config", "--config_file", "--config-file", "--yaml"}
+HTML, MEMORY = "--html", "--memory"
+FILE_FLAGS = {"--config", "--config_file", "--config-file", "--yaml", "--config-name", "-cn"}
 
 
 @dataclass(frozen=True)
 class Verb:
-    """One command: its name, a line of help, and what runs with the arguments after it."""
+    """One command.
+
+    Attributes:
+        name: as typed.
+        help: a line.
+        run: what runs, with the arguments after it.
+        flags: its own, besides Hydra's.
+    """
 
     name: str
     help: str
     run: Callable[[Sequence[str]], ExitStatus]
+    flags: frozenset[str] = frozenset()
+
+
+def _call(where: str, *values: Any) -> Any:
+    """Call `module:function` of this package, which is imported only now."""
+    module, _, name = where.partition(":")
+    return getattr(importlib.import_module(f"cs336_alignment.{module}"), name)(*values)
+
+
+def _with_config(
+    verb: str, arguments: Sequence[str], where: str, *more: Any, **how: Any
+) -> ExitStatus:
+    """Call `module:function` with the config that arguments describe, and with what follows it.
+    Keywords go to `run_with_config`.
+    """
+    from cs336_alignment.compose import run_with_config
+
+    def job(config: Config) -> ExitStatus:
+        return ExitStatus(_call(where, config, *more))
+
+    return run_with_config(verb, arguments, job, **how)
 
 
 def _train(arguments: Sequence[str]) -> ExitStatus:
-    from cs336_alignment.compose import run_with_config
-
-    def job(config: Config) -> ExitStatus:
-        from cs336_alignment.training.run import train
-
-        return train(config, arguments)
-
     def after_all(outcomes: Sequence[Outcome]) -> None:
-        from cs336_alignment.experiments.run_table import show_multirun
+        _call("experiments.run_table:show_multirun", outcomes)
 
-        show_multirun(outcomes)
-
-    return run_with_config("train", arguments, job, after_all, as_cluster_job)
+    return _with_config(
+        "train", arguments, "training.run:train", arguments,
+        after_all=after_all, as_cluster_job=as_cluster_job,
+    )  # fmt: skip
 
 
 def _evaluate(arguments: Sequence[str]) -> ExitStatus:
-    from cs336_alignment.compose import run_with_config
-
-    def job(config: Config) -> ExitStatus:
-        from cs336_alignment.evaluation.run import evaluate
-
-        return evaluate(config)
-
-    return run_with_config("evaluate", arguments, job)
+    return _with_config("evaluate", arguments, "evaluation.run:evaluate")
 
 
 def _prepare(arguments: Sequence[str]) -> ExitStatus:
-    from cs336_alignment.compose import run_with_config
-
-    def job(config: Config) -> ExitStatus:
-        from cs336_alignment.data_commands import prepare
-
-        return prepare(config)
-
-    return run_with_config("prepare", arguments, job)
+    return _with_config("prepare", arguments, "data_commands:prepare")
 
 
 def _inspect(arguments: Sequence[str]) -> ExitStatus:
-    from cs336_alignment.compose import run_with_config
-
-    arguments, html = take_html(arguments)
-
-    def job(config: Config) -> ExitStatus:
-        from cs336_alignment.data_commands import inspect
-
-        return inspect(config, html)
-
-    return run_with_config("inspect", arguments, job)
+    words, html = take_html(arguments)
+    return _with_config("inspect", words, "data_commands:inspect", html)
 
 
 def _doctor(arguments: Sequence[str]) -> ExitStatus:
-    from cs336_alignment.compose import run_with_config
-
     words = [word for word in arguments if word != MEMORY]
-
-    def job(config: Config) -> ExitStatus:
-        if len(words) < len(arguments):
-            from cs336_alignment.memory_command import report_memory
-
-            return report_memory(config)
-        from cs336_alignment.training.doctor import doctor
-
-        return doctor(config)
-
-    return run_with_config("doctor", words, job)
+    asked = (
+        "memory_command:report_memory" if len(words) < len(arguments) else "training.doctor:doctor"
+    )
+    return _with_config("doctor", words, asked)
 
 
 def _expert_iteration(arguments: Sequence[str]) -> ExitStatus:
-    from cs336_alignment.compose import run_with_config
-
-    def job(config: Config) -> ExitStatus:
-        from cs336_alignment.experiments.expert_iteration import expert_iteration
-
-        return expert_iteration(config, arguments)
-
-    return run_with_config("expert-iteration", arguments, job)
+    where = "experiments.expert_iteration:expert_iteration"
+    return _with_config("expert-iteration", arguments, where, arguments)
 
 
 def _sweep(arguments: Sequence[str]) -> ExitStatus:
-    from cs336_alignment.compose import run_with_config
-
     if {"-m", "--multirun"} & set(arguments):
         raise UserError(
             "C144",
@@ -123,54 +108,29 @@ def _sweep(arguments: Sequence[str]) -> ExitStatus:
             hint="leave -m away and give sweep.space=…; for every combination: cs336-sft train -m",
         )
     words = [*arguments, "hydra.mode=RUN"]  # whatever a preset says for `train`
-
-    def job(config: Config) -> ExitStatus:
-        from cs336_alignment.experiments.sweep import sweep
-
-        return sweep(config, arguments)
-
-    return run_with_config("sweep", words, job)
+    return _with_config("sweep", words, "experiments.sweep:sweep", arguments)
 
 
 def _chat(arguments: Sequence[str]) -> ExitStatus:
-    from cs336_alignment.compose import run_with_config
-
-    model, overrides = take_model(arguments, "chat", "the folder of a run or model, or a hub id")
-
-    def job(config: Config) -> ExitStatus:
-        from cs336_alignment.chat_command import chat
-
-        given = [word.split("=", 1)[0].lstrip("+~") for word in overrides if "=" in word]
-        return chat(config, model, given)
-
-    return run_with_config("chat", overrides, job)
+    model, words = take_model(arguments, "chat", "the folder of a run or model, or a hub id")
+    return _with_config("chat", words, "chat_command:chat", model, _keys(words))
 
 
 def _export(arguments: Sequence[str]) -> ExitStatus:
-    from cs336_alignment.compose import run_with_config
-
-    run, overrides = take_model(arguments, "export", "a run, by its folder or name")
-
-    def job(config: Config) -> ExitStatus:
-        from cs336_alignment.export_command import export
-
-        given = [word.split("=", 1)[0].lstrip("+~") for word in overrides if "=" in word]
-        return export(config, run, given)
-
-    return run_with_config("export", overrides, job)
+    run, words = take_model(arguments, "export", "a run, by its folder or name")
+    return _with_config("export", words, "export_command:export", run, _keys(words))
 
 
 def _env(arguments: Sequence[str]) -> ExitStatus:
-    from cs336_alignment.env_command import env
-
-    return env(arguments)
+    return ExitStatus(_call("env_command:env", arguments))
 
 
 def _report(arguments: Sequence[str]) -> ExitStatus:
-    from cs336_alignment.report_command import report
+    return ExitStatus(_call("report_command:report", *take_html(arguments)))
 
-    words, html = take_html(arguments)
-    return report(words, html)
+
+def _keys(words: Sequence[str]) -> list[str]:
+    return [word.split("=", 1)[0].lstrip("+~") for word in words if "=" in word]
 
 
 def take_model(arguments: Sequence[str], verb: str, what: str) -> tuple[str, list[str]]:
@@ -208,7 +168,7 @@ def take_html(arguments: Sequence[str]) -> tuple[list[str], Path | None]:
     html: Path | None = None
     words = iter(arguments)
     for word in words:
-        if word == "--html" or word.startswith("--html="):
+        if word == HTML or word.startswith(f"{HTML}="):
             name = word.partition("=")[2] or next(words, "")
             if not name:
                 raise UserError(
@@ -225,12 +185,25 @@ VERBS = (
     Verb(
         "prepare", "tokenize the data into the cache, and count what becomes of the rows", _prepare
     ),
-    Verb("inspect", "see what is trained, token by token (--html FILE: a page)", _inspect),
     Verb(
-        "doctor", "prove the invariances on this model and data (--memory: what it takes)", _doctor
+        "inspect",
+        "see what is trained, token by token (--html FILE: a page)",
+        _inspect,
+        frozenset({HTML}),
+    ),
+    Verb(
+        "doctor",
+        "prove the invariances on this model and data (--memory: what it takes)",
+        _doctor,
+        frozenset({MEMORY}),
     ),
     Verb("evaluate", "loss, generations and rewards of a model, checkpoint or export", _evaluate),
-    Verb("report", "a page and plots of a run, or of several side by side", _report),
+    Verb(
+        "report",
+        "a page and plots of a run, or of several side by side",
+        _report,
+        frozenset({HTML}),
+    ),
     Verb("expert-iteration", "sample, keep what is correct, train on it, again", _expert_iteration),
     Verb("sweep", "search over keys with Optuna; each trial is a run", _sweep),
     Verb("chat", "talk to a run's model, a model folder or a hub id", _chat),
@@ -252,8 +225,8 @@ def usage() -> str:
     return "\n".join(lines)
 
 
-def refuse_foreign_flags(arguments: Sequence[str]) -> None:
-    """Refuse flags of another tool's style with the override to type instead.
+def refuse_foreign_flags(arguments: Sequence[str], verb: Verb) -> None:
+    """Refuse flags of another tool's style, or of another verb, with what to type instead.
 
     Raises:
         UserError: a flag that is not Hydra's (2).
@@ -268,11 +241,16 @@ def refuse_foreign_flags(arguments: Sequence[str]) -> None:
         if flag in VALUE_FLAGS:
             skip = not equals
             continue
-        if flag in FLAGS:
+        if flag in FLAGS or flag in verb.flags:
+            skip = flag == HTML and not equals
             continue
-        if flag == "--html":
-            skip = not equals
-            continue
+        if owners := [other.name for other in VERBS if flag in other.flags]:
+            raise UserError(
+                "C001",
+                f"{flag} is not a flag of {verb.name}",
+                ExitStatus.USAGE,
+                hint=f"it belongs to {' and '.join(owners)}",
+            )
         following = arguments[index + 1] if index + 1 < len(arguments) else ""
         if not equals:
             value = following if following and not following.startswith("-") else "true"
@@ -288,12 +266,10 @@ def _foreign_flag(flag: str, value: str) -> UserError:
             f"put the file at {folder}/experiment/{stem}.yaml and type: "
             f"--config-dir {folder} experiment={stem}"
         )
-    elif name in ("bf16", "fp16"):
-        hint = "type trainer.precision=bf16 (auto chooses it where the GPU has it)"
-    elif near := nearest_key(name):
-        hint = f"type {near}={value}"
     else:
-        hint = "overrides are section.key=value; `cs336-sft train --help` shows every key"
+        hint = what_was_meant(name, value) or (
+            "overrides are section.key=value; `cs336-sft train --help` shows every key"
+        )
     return UserError("C001", f"{flag} is not a flag of this command", ExitStatus.USAGE, hint=hint)
 
 
@@ -341,8 +317,7 @@ def run(arguments: list[str]) -> ExitStatus:
                 expected="one of " + ", ".join(verb.name for verb in VERBS),
                 hint=_verb_hint(arguments),
             )
-        own = {MEMORY} if verb.name == "doctor" else set()
-        refuse_foreign_flags([word for word in arguments[1:] if word not in own])
+        refuse_foreign_flags(arguments[1:], verb)
         return verb.run(arguments[1:])
     except UserError as error:
         if speaks:

@@ -26,8 +26,9 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from cs336_alignment.compose_errors import config_folder, no_such_key, presets, translate
+from cs336_alignment.compose_groups import refuse_hidden_groups
 from cs336_alignment.config import ALL_KEYS, DEFAULT_WARMUP_RATIO, Config
-from cs336_alignment.config_check import check
+from cs336_alignment.config_check import check, refuse_secrets
 from cs336_alignment.config_clashes import clash, warmup_clash
 from cs336_alignment.config_names import VALUE_FLAGS
 from cs336_alignment.errors import ExitStatus, UserError, UserErrors
@@ -38,6 +39,7 @@ from cs336_alignment.multirun import (
     refuse_equal_names,
     run_all,
     status_of,
+    time_of_status,
 )
 
 MIXTURE = "mixture"  # stands for the path where data.sources names several
@@ -75,6 +77,8 @@ def run_with_config(
     Raises:
         UserError: the config is wrong (78), of several runs of all of them.
     """
+    # Words that no key of the config holds, `hydra.launcher.setup=…`, are in what resumes a run.
+    refuse_secrets((word.partition("=")[0], word) for word in arguments)
     ConfigStore.instance().store(name="schema", node=Config, provider="cs336_alignment")
     single: list[Config] = []
     runs: list[SweptRun] = []
@@ -89,6 +93,7 @@ def run_with_config(
                 hint=f"add hydra/launcher={chosen} to the command",
             )
         try:
+            refuse_hidden_groups(composed)
             if HydraConfig.get().mode != RunMode.MULTIRUN:
                 single.append(to_config(composed, verb, HydraConfig.get().overrides.task))
             else:
@@ -148,7 +153,12 @@ def _compose(verb: str, arguments: Sequence[str], task: Callable[[DictConfig], A
         except (HydraException, OmegaConfBaseException) as failure:
             raise translate(failure) from failure
         except ValueError as failure:  # flags that do not combine, a plain error in Hydra
-            raise UserError("C115", str(failure), ExitStatus.BAD_CONFIG) from failure
+            raise UserError(
+                "C115",
+                str(failure),
+                ExitStatus.BAD_CONFIG,
+                hint="give one of these flags: `cs336-sft train --hydra-help` explains them",
+            ) from failure
         except AssertionError as failure:  # names that Hydra's own code takes for impossible
             raise UserError(
                 "C107",
@@ -156,6 +166,7 @@ def _compose(verb: str, arguments: Sequence[str], task: Callable[[DictConfig], A
                 ExitStatus.BAD_CONFIG,
                 expected="section.key=value",
                 got=" ".join(arguments),
+                hint="every word after the verb is one key, `=` and a value, or a flag",
             ) from failure
 
 
@@ -186,13 +197,14 @@ def _hand_over(
         return int(status_of(run_all([_swept_run(composed, verb, arguments)], job)))
 
     print(f"{len(runs)} runs are handed to {_typed_launcher(arguments)}", flush=True)
+    earlier = [time_of_status(run) for run in runs]
     try:
         _compose(verb, arguments, task)
     except UserError:
         raise
     except Exception as failure:  # of a job that the cluster ended: the others' results count
         print(f"warning: a job failed: {failure}", file=sys.stderr, flush=True)
-    return [outcome_of(run) for run in runs]
+    return [outcome_of(run, time) for run, time in zip(runs, earlier, strict=True)]
 
 
 def _joined(failures: Sequence[Exception]) -> Exception:

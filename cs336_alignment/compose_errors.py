@@ -11,7 +11,7 @@ from hydra.errors import MissingConfigException, OverrideParseException
 from omegaconf.errors import InterpolationResolutionError
 
 from cs336_alignment.config import ALL_KEYS, ColumnsConfig, SourceConfig
-from cs336_alignment.config_names import nearest_key
+from cs336_alignment.config_names import what_was_meant
 from cs336_alignment.errors import ExitStatus, Place, UserError
 
 PACKAGE = Path(__file__).resolve().parent
@@ -31,13 +31,12 @@ def presets() -> str:
 
 def no_such_key(key: str, place: Place | None = None) -> UserError:
     """Build the error for a key that does not exist, with the nearest one that does."""
-    near = nearest_key(key)
     return UserError(
         "C101",
         f"there is no key {key}",
         ExitStatus.BAD_CONFIG,
         place=place,
-        hint=f"did you mean {near}?" if near else "`cs336-sft train --cfg job` prints every key",
+        hint=what_was_meant(key) or "`cs336-sft train --cfg job` prints every key",
     )
 
 
@@ -158,14 +157,13 @@ def _unknown_preset(text: str) -> UserError:
     known = sorted(path.stem for path in folder.glob("*.yaml"))
     if not known:
         groups = sorted(path.name for path in config_folder().iterdir() if path.is_dir())
-        near = nearest_key(group or choice) or next(
-            iter(difflib.get_close_matches(group, groups, n=1)), None
-        )
+        near = next(iter(difflib.get_close_matches(group, groups, n=1)), None)
         return UserError(
             "C101",
             f"there is no key {group or choice}",
             ExitStatus.BAD_CONFIG,
-            hint=f"did you mean {near}?" if near else f"groups: {', '.join(groups)}",
+            hint=what_was_meant(group or choice)
+            or (f"did you mean {near}?" if near else f"groups: {', '.join(groups)}"),
         )
     near = next(iter(difflib.get_close_matches(choice, known, n=1)), None)
     return UserError(

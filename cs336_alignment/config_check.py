@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -247,7 +247,9 @@ _RULES = (
 )
 
 
-def _secrets(values: Mapping[str, Any], environment: Mapping[str, str]) -> Iterator[UserError]:
+def _secrets(
+    values: Iterable[tuple[str, Any]], environment: Mapping[str, str]
+) -> Iterator[UserError]:
     """Find keys, tokens and passwords: a config goes into files, to wandb and onto screens."""
     known = {
         value: name
@@ -256,7 +258,7 @@ def _secrets(values: Mapping[str, Any], environment: Mapping[str, str]) -> Itera
         and value[0] not in "/~"  # where a key lies, not the key
         and SECRET_WORDS & set(re.split(r"[^a-z]+", name.lower()))
     }
-    for key, value in values.items():
+    for key, value in values:
         text = str(value)
         name = next((known[secret] for secret in known if secret in text), None)
         if name is not None or SECRET_SHAPE.search(text):
@@ -269,6 +271,16 @@ def _secrets(values: Mapping[str, Any], environment: Mapping[str, str]) -> Itera
             )
 
 
+def refuse_secrets(values: Iterable[tuple[str, Any]]) -> None:
+    """Refuse keys, tokens and passwords among values of keys, or words as they were typed.
+
+    Raises:
+        UserErrors: every one, unshown, exit status 78.
+    """
+    if errors := list(_secrets(values, os.environ)):
+        raise UserErrors(errors)
+
+
 def check(config: Config) -> None:
     """Refuse values out of range and options that do not combine.
 
@@ -279,8 +291,7 @@ def check(config: Config) -> None:
         UserErrors: every mistake at once, exit status 78.
     """
     values = dict(flatten(config))
-    if errors := list(_secrets(values, os.environ)):
-        raise UserErrors(errors)  # alone: the others would show values
+    refuse_secrets(values.items())  # alone: the others would show values
     errors = [
         UserError(
             "C103",

@@ -22,7 +22,7 @@ from cs336_alignment.data.token_page import write_page
 from cs336_alignment.data.token_view import ViewedExample, print_examples, view_tokens
 from cs336_alignment.errors import ExitStatus, UserError
 from cs336_alignment.evaluation.verify import verifying
-from cs336_alignment.model.loading import load_tokenizer, resolve_model
+from cs336_alignment.model.loading import open_model
 from cs336_alignment.tracking.console import Console
 
 FIELD = ", field "  # as places name one
@@ -36,7 +36,7 @@ def prepare(config: Config) -> ExitStatus:
         UserError: as `prepare_run` does.
     """
     console = Console()
-    tokenizer = _tokenizer(config)
+    _, tokenizer = open_model(config.model)
     start = time.perf_counter()
     data = _prepare(config, tokenizer, console)
     seconds = time.perf_counter() - start
@@ -64,7 +64,7 @@ def inspect(config: Config, html: Path | None) -> ExitStatus:
         UserError: there is no such example (78), and as `prepare_run` does.
     """
     console = Console()
-    tokenizer = _tokenizer(config)
+    _, tokenizer = open_model(config.model)
     data = _prepare(config, tokenizer, console)
     for line in data.warnings:
         console.warn(line)
@@ -90,14 +90,6 @@ def inspect(config: Config, html: Path | None) -> ExitStatus:
         ) from failure
     console.note(f"page     {html}")
     return ExitStatus.DONE
-
-
-def _tokenizer(config: Config) -> PreTrainedTokenizerBase:
-    model = config.model
-    return load_tokenizer(
-        resolve_model(model.name_or_path, model.revision, model.trust_remote_code),
-        model.new_tokens,
-    )
 
 
 def _prepare(config: Config, tokenizer: PreTrainedTokenizerBase, console: Console) -> RunData:

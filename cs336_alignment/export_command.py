@@ -14,7 +14,7 @@ from cs336_alignment.data.splits import RunData, prepare_run
 from cs336_alignment.errors import ExitStatus, UserError
 from cs336_alignment.evaluation.verify import verifying
 from cs336_alignment.files import sha256_of
-from cs336_alignment.model.loading import load_tokenizer, resolve_model
+from cs336_alignment.model.loading import open_model
 from cs336_alignment.sharing.chat_template import ALONE
 from cs336_alignment.sharing.export_folder import NOTE, making, read_json
 from cs336_alignment.sharing.gguf import find_tools
@@ -50,6 +50,7 @@ def export(config: Config, name: str, given: Collection[str]) -> ExitStatus:
             f"{', '.join(useless)} has no effect on an export",
             ExitStatus.BAD_CONFIG,
             expected="export.…, hub.… or output_root; all else is as the run was trained",
+            hint="leave it out; to train otherwise: cs336-sft train with another run_name",
         )
     if launched_processes() > 1:
         raise UserError(
@@ -104,7 +105,7 @@ def _export_model(run: TrainedRun, options: ExportConfig, console: Console) -> t
     with making(target, made_of, console) as folder:
         if folder is not None:
             made_of["reload_check"] = fill_folder(
-                folder, run, source, step, options, tools, str(target), console
+                folder, run, source, step, options, tools, target.resolve().name, console
             )
     sizes = [path.stat().st_size for path in target.rglob("*") if path.is_file()]
     console.note(f"export   {target}: {len(sizes)} files, {sum(sizes) / 2**20:,.1f} MiB")
@@ -132,10 +133,7 @@ def _export_rows(run: TrainedRun, options: ExportConfig, console: Console) -> No
     made_of = _made_of(run, steps, options, hashes)
     with making(target, made_of, console) as folder:
         if folder is not None:
-            model = config.model
-            tokenizer = load_tokenizer(
-                resolve_model(model.name_or_path, model.revision, model.trust_remote_code)
-            )
+            _, tokenizer = open_model(config.model)
             with verifying(config.evaluation) as verify:
                 data = prepare_run(
                     config.data, tokenizer, seed=config.seed, progress=console.progress,

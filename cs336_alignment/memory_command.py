@@ -18,7 +18,7 @@ from cs336_alignment.data.splits import RunData
 from cs336_alignment.errors import ExitStatus, UserError
 from cs336_alignment.machine_memory import Memory, resident_memory
 from cs336_alignment.microbatch import Batching
-from cs336_alignment.model.loading import check_fits, load_tokenizer, resolve_model
+from cs336_alignment.model.loading import check_fits, open_model
 from cs336_alignment.tracking.console import Console
 from cs336_alignment.training.heap import Heap
 from cs336_alignment.training.inputs import load_data
@@ -57,7 +57,6 @@ from cs336_alignment.training.preflight import (
 from cs336_alignment.training.step import Cut
 
 MARGIN = 0.1  # of the free memory is left alone: other programs, evaluation, checkpoints
-SMALLEST_BUDGET = 256
 MAX_TRIES = 6
 
 
@@ -169,9 +168,8 @@ class Outlook:
     @staticmethod
     def of(config: Config, console: Console) -> Outlook:
         """Prepare the data, and build the model without values."""
-        options, processes = config.model, config.parallel.num_processes or 1
-        source = resolve_model(options.name_or_path, options.revision, options.trust_remote_code)
-        tokenizer = load_tokenizer(source, options.new_tokens)
+        processes = config.parallel.num_processes or 1
+        source, tokenizer = open_model(config.model)
         data = load_data(config, tokenizer, console)
         base, keeps = 0, False
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

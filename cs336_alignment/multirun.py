@@ -111,17 +111,42 @@ def run_all(runs: Sequence[SweptRun], job: Callable[[Config], ExitStatus]) -> li
     return outcomes
 
 
-def outcome_of(run: SweptRun) -> Outcome:
-    """Read from a run's folder how it ended, where another process ran it."""
-    assert run.config.run_name is not None
-    path = Path(run.config.output_root).expanduser() / run.config.run_name / "status.json"
+def time_of_status(run: SweptRun) -> int | None:
+    """Give when a run's state was last written down, before another process runs it; None: never.
+
+    It is compared with itself alone, so clocks of other machines may differ.
+    """
     try:
-        left = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return Outcome(run, ExitStatus.INTERNAL, f"the job left no {path}")
-    if left["exit_code"] is None:
+        return _status_file(run).stat().st_mtime_ns
+    except OSError:
+        return None
+
+
+def outcome_of(run: SweptRun, earlier: int | None = None) -> Outcome:
+    """Read from a run's folder how it ended, where another process ran it.
+
+    Args:
+        run: which.
+        earlier: of `time_of_status`, before. A file that is as it was is of an earlier attempt: it
+            counts where the run was complete and there was nothing to do.
+    """
+    path = _status_file(run)
+    try:
+        written, left = time_of_status(run), json.loads(path.read_text(encoding="utf-8"))
+        code, error = left.get("exit_code"), left.get("error")
+        status = None if code is None else ExitStatus(code)
+    except (OSError, ValueError, AttributeError):
+        return Outcome(run, ExitStatus.INTERNAL, f"the job left no {path} that can be read")
+    if written == earlier and status != ExitStatus.DONE:
+        return Outcome(run, ExitStatus.INTERNAL, f"the job did not come to write {path} anew")
+    if status is None:
         return Outcome(run, ExitStatus.INTERNAL, "it still runs, or its job was ended")
-    return Outcome(run, ExitStatus(left["exit_code"]), left["error"])
+    return Outcome(run, status, error)
+
+
+def _status_file(run: SweptRun) -> Path:
+    assert run.config.run_name is not None
+    return Path(run.config.output_root).expanduser() / run.config.run_name / "status.json"
 
 
 def status_of(outcomes: Sequence[Outcome]) -> ExitStatus:

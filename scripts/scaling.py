@@ -75,13 +75,18 @@ class Model:
 
     @property
     def head(self) -> int:
-        """Parameters of the LM head, and of the embedding if that is another."""
+        """Parameters of the LM head alone."""
         return self.vocabulary * self.hidden
+
+    @property
+    def root(self) -> int:
+        """Parameters of embedding and head, which are gathered together; tied ones are one."""
+        return self.head * (1 if self.tied else 2)
 
     @property
     def parameters(self) -> int:
         """All of them."""
-        return self.layers * self.layer + self.head * (1 if self.tied else 2)
+        return self.layers * self.layer + self.root
 
 
 MODELS = {
@@ -89,7 +94,6 @@ MODELS = {
     "Qwen2.5-0.5B": Model(24, 896, 4864, 14, 2, 64, 151936, True),
     "Qwen3-0.6B": Model(28, 1024, 3072, 16, 8, 128, 151936, True),
     "Qwen2.5-1.5B": Model(28, 1536, 8960, 12, 2, 128, 151936, True),
-    "Llama-3.2-3B": Model(28, 3072, 8192, 24, 8, 128, 128256, True),
     "Qwen3-4B": Model(36, 2560, 9728, 32, 8, 128, 151936, True),
     "Llama-2-7B": Model(32, 4096, 11008, 32, 32, 128, 32000),
     "Qwen2.5-7B": Model(28, 3584, 18944, 28, 4, 128, 152064),
@@ -118,7 +122,7 @@ class Run:
         microbatches: of a step on one GPU.
         length: of a row, in tokens.
         response: the share of tokens that the head sees.
-        lora: adapters on a base in bf16 that is not trained.
+        lora: adapters on a base that is not trained.
         compiled: layers.
         reduce_bytes: of a gradient on the wire.
     """
@@ -181,11 +185,12 @@ def collective(size: float, gpus: int, gpu: Gpu) -> float:
 def memory_of(model: Model, run: Run, gpus: int) -> float:
     """Estimate the peak of one GPU in GiB; fp32 weights, gradients and moments, bf16 compute."""
     shards = {"ddp": 1, "hsdp": min(gpus, NODE), "fsdp2": gpus}[run.strategy]
-    state = model.parameters * (2 if run.lora else 16) / shards
-    if run.strategy == "ddp":
-        cast = 0 if run.lora else 2 * model.parameters  # autocast keeps bf16 copies
-    else:  # two layers on their way in bf16, one's whole gradient, the head
-        cast = 2 * (2 * model.layer + model.head) + (0 if run.lora else 4 * model.layer)
+    state = model.parameters * (4 if run.lora else 16) / shards
+    if run.strategy == "ddp":  # held whole, frozen layers are in bf16; else autocast copies them
+        cast = -2 * model.layers * model.layer if run.lora else 2 * model.parameters
+    else:  # in bf16 two layers and what lies outside of them; gradients of one, and of that
+        cast = 4 * model.layer + 2 * model.root
+        cast += 0 if run.lora else 4 * model.layer + 2 * model.root
     return (state + cast + run.tokens * activations(model, run)) / GIB + BESIDE
 
 

@@ -25,7 +25,7 @@ from cs336_alignment.evaluation.verify import verifying
 from cs336_alignment.experiments.expert_summary import choose_iteration, show_summary
 from cs336_alignment.experiments.samples import ROWS, Sampler
 from cs336_alignment.files import flush_tree, sha256_of
-from cs336_alignment.model.loading import load_tokenizer, resolve_model
+from cs336_alignment.model.loading import open_model
 from cs336_alignment.tracking.console import Console
 from cs336_alignment.training.earlier_config import (
     FREE,
@@ -122,9 +122,7 @@ class _Whole:
         """Take the iterations one after another, then say what they came to."""
         config, begin = self.config, time.monotonic()
         model = config.model
-        tokenizer = load_tokenizer(
-            resolve_model(model.name_or_path, model.revision, model.trust_remote_code)
-        )
+        _, tokenizer = open_model(model)
         with verifying(config.evaluation) as verify:
             prepared = prepare_run(
                 config.data, tokenizer, seed=config.seed, progress=self.console.progress,

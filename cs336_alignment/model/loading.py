@@ -28,6 +28,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from cs336_alignment.config import ModelConfig
 from cs336_alignment.errors import ExitStatus, UserError
 from cs336_alignment.model.base_model import Base, weights_sha256
 from cs336_alignment.model.lora import (
@@ -106,6 +107,16 @@ def resolve_model(name_or_path: str, revision: str | None, trust_remote_code: bo
             + ("; `make smollm2` makes this one" if "SmolLM2" in name_or_path else ""),
         )
     return ModelSource(name_or_path, revision, trust_remote_code)
+
+
+def open_model(model: ModelConfig) -> tuple[ModelSource, PreTrainedTokenizerBase]:
+    """Find the model that a config names, and load its tokenizer with the new tokens.
+
+    Raises:
+        UserError: as `resolve_model` and `load_tokenizer` say.
+    """
+    source = resolve_model(model.name_or_path, model.revision, model.trust_remote_code)
+    return source, load_tokenizer(source, model.new_tokens)
 
 
 def load_tokenizer(source: ModelSource, new_tokens: Sequence[str] = ()) -> PreTrainedTokenizerBase:

@@ -18,6 +18,7 @@ from yaml import YAMLError
 
 from cs336_alignment.config import Config, flatten
 from cs336_alignment.data.layout import ASKING
+from cs336_alignment.data.sources import COMPRESSED, ENDINGS, ending_of
 from cs336_alignment.data.templates import PLACEHOLDER, PromptTemplate
 from cs336_alignment.tracking.run_record import RunRecord, read_run
 
@@ -40,7 +41,7 @@ class Card:
         chosen: why this step; None: it is the last one.
         trained_tokens: up to this step; None: unknown.
         template: of questions; None: the tokenizer's chat template.
-        name: what `from_pretrained` takes: a folder or a hub id.
+        name: what `from_pretrained` takes, beside the folder: its last name.
         form: how the weights are written, where that is not as they were trained.
         gguf: the name of the GGUF file beside the card; None: the weights are safetensors.
         adapter: whether they are adapters alone, which peft loads with their base model.
@@ -71,13 +72,15 @@ class Card:
     def _head(self, record: RunRecord) -> Iterator[str]:
         model, data = self.config.model, self.config.data
         base = model.name_or_path
-        is_id = bool(HUB_ID.fullmatch(base)) and not Path(base).is_dir()
+        # Where it was trained `a/b` may have been a folder; what came from the hub has a commit.
+        is_id = record.manifest.get("model_revision") is not None and HUB_ID.fullmatch(base)
         source = data.train_path.partition(":")[0].partition("@")[0]
-        on_hub = bool(HUB_ID.fullmatch(source)) and not Path(source).exists() and "@" not in source
+        on_hub = HUB_ID.fullmatch(source) and not Path(source).exists()
+        on_hub = on_hub and ending_of(Path(source)) not in (*ENDINGS, *COMPRESSED, ".txt")
         found: Mapping[str, Any] = {
             "base_model": base if is_id else None,
             "license": license_of(base, model.revision),
-            "datasets": [source] if on_hub and not source.endswith((".jsonl", ".json")) else None,
+            "datasets": [source] if on_hub else None,
         }
         metadata = ModelCardData(
             library_name="gguf" if self.gguf else "peft" if self.adapter else "transformers",
@@ -178,7 +181,8 @@ def shorten(value: Any) -> str:
     """Show a value without the folders of this machine, which are nobody's business."""
     text = str(value)
     path = Path(text)
-    return f"…/{path.name}" if path.is_absolute() or text.startswith("~") else text
+    elsewhere = path.is_absolute() or text.startswith("~") or ".." in path.parts
+    return f"…/{path.name}" if elsewhere else text
 
 
 def _section(title: str, lines: Iterator[str]) -> list[str]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +16,7 @@ CONVERTERS = ("convert_hf_to_gguf.py", "convert_hf_to_gguf", "convert-hf-to-gguf
 QUANTIZER = "llama-quantize"
 OUT_TYPES = {"fp32": "f32", "bf16": "bf16", "fp16": "f16"}
 MAGIC = b"GGUF"
+NOTE_SECONDS = 60.0
 HINT = (
     "llama.cpp brings it: clone its repository, `pip install -r requirements.txt` there, and put "
     "the folder on PATH or give export.gguf_converter=…/convert_hf_to_gguf.py"
@@ -58,7 +61,10 @@ def find_tools(converter: str | None, quantizes: bool) -> Tools:
     return Tools(Path(found), None if quantizer is None else Path(quantizer))
 
 
-def convert(tools: Tools, model: Path, target: Path, dtype: str, quantized: str | None) -> None:
+def convert(
+    tools: Tools, model: Path, target: Path, dtype: str, quantized: str | None,
+    note: Callable[[str], None],
+) -> None:  # fmt: skip
     """Make a GGUF file.
 
     Args:
@@ -67,6 +73,7 @@ def convert(tools: Tools, model: Path, target: Path, dtype: str, quantized: str 
         target: the file.
         dtype: of the weights: fp32, bf16 or fp16.
         quantized: what the quantizer makes of them; None: nothing.
+        note: prints a line, now and then while a program works.
 
     Raises:
         UserError: one of the programs fails (70).
@@ -75,19 +82,33 @@ def convert(tools: Tools, model: Path, target: Path, dtype: str, quantized: str 
     python = [sys.executable] if tools.converter.suffix == ".py" else []
     kind = OUT_TYPES[dtype]
     command = [*python, str(tools.converter), str(model)]
-    _run([*command, "--outfile", str(whole), "--outtype", kind], whole)
+    _run([*command, "--outfile", str(whole), "--outtype", kind], whole, note)
     if quantized is not None:
-        _run([str(tools.quantizer), str(whole), str(target), quantized], target)
+        _run([str(tools.quantizer), str(whole), str(target), quantized], target, note)
         whole.unlink()
     with target.open("rb") as file:
         if file.read(len(MAGIC)) != MAGIC:
             raise _failed(command, f"{target.name} is no GGUF file")
 
 
-def _run(command: list[str], made: Path) -> None:
-    done = subprocess.run(command, capture_output=True, text=True, errors="replace")
-    if done.returncode or not made.is_file():
-        said = (done.stdout + done.stderr).strip().splitlines()
+def _run(command: list[str], made: Path, note: Callable[[str], None]) -> None:
+    begin = time.monotonic()
+    with subprocess.Popen(
+        command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        text=True, errors="replace",
+    ) as program:  # fmt: skip
+        try:
+            while True:
+                try:
+                    out, error = program.communicate(timeout=NOTE_SECONDS)
+                    break
+                except subprocess.TimeoutExpired:
+                    note(f"convert  still at work, {(time.monotonic() - begin) / 60:.0f} min")
+        except BaseException:
+            program.kill()
+            raise
+    if program.returncode or not made.is_file():
+        said = (out + error).strip().splitlines()
         raise _failed(command, " / ".join(said[-3:]) or "it said nothing")
 
 

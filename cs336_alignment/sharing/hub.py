@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from huggingface_hub import HfApi, constants, get_token
@@ -17,6 +17,7 @@ from cs336_alignment.config import HubConfig
 from cs336_alignment.errors import ExitStatus, UserError
 from cs336_alignment.files import write_json, write_text
 from cs336_alignment.tracking.run_record import MANIFEST
+from cs336_alignment.training.parallel import is_main_process_before_start
 
 OFFLINE = "HF_HUB_OFFLINE=1"
 # Weights of an earlier upload in other files, which loaders might take for those of now.
@@ -25,7 +26,8 @@ NAME_LINE = re.compile(r"^name = .*  # this folder", re.MULTILINE)  # of the car
 
 
 def announce(config: HubConfig, warn: Callable[[str], None]) -> None:
-    """Say or refuse, before anything is made, what would keep it from being pushed.
+    """Say or refuse, before anything is made, what would keep it from being pushed: by the main
+    process, where the token must be.
 
     Args:
         config: the hub section.
@@ -34,7 +36,7 @@ def announce(config: HubConfig, warn: Callable[[str], None]) -> None:
     Raises:
         UserError: nobody is logged in (78).
     """
-    if not config.push_to_hub:
+    if not config.push_to_hub or not is_main_process_before_start():
         return
     if constants.is_offline_mode():
         warn(f"hub.push_to_hub=true and {OFFLINE}: nothing will be pushed")
@@ -66,16 +68,15 @@ def push(
         The address of the model on the hub; None: the hub is switched off, and nothing was sent.
 
     Raises:
-        UserError: it cannot be pushed (74); the folder is as it was.
+        UserError: it cannot be pushed (74); the folder is as it was, but for that name.
     """
     if constants.is_offline_mode():
         return None
     wanted = config.hub_model_id or name
     try:
-        hub = HfApi()
+        hub, card = HfApi(), folder / "README.md"
+        text = card.read_text(encoding="utf-8")  # first: no repository for what is not there
         made = hub.create_repo(wanted, private=config.hub_private_repo, exist_ok=True)
-        card = folder / "README.md"
-        text = card.read_text(encoding="utf-8")
         line = f"name = {json.dumps(made.repo_id)}  # this folder"
         write_text(card, NAME_LINE.sub(lambda _: line, text))
         hub.upload_folder(
@@ -94,14 +95,15 @@ def push(
 
 
 def push_run(
-    run: Path, config: HubConfig, *, again: str, note: Callable[[str], None],
+    exports: Mapping[str, Path], config: HubConfig, *, again: str, note: Callable[[str], None],
     warn: Callable[[str], None],
 ) -> None:  # fmt: skip
-    """Push the model of a run that is complete, if its manifest does not say that it is there. A
-    failure is told, and is none of the run's.
+    """Push the model of a run that is complete, or its adapter where it exports that alone, if its
+    manifest does not say that it is there. A failure is told, and is none of the run's.
 
     Args:
-        run: its folder, held by this process.
+        exports: of the run, whose folder this process holds, by the manifest's name for their
+            hashes.
         config: the hub section.
         again: the command that tries once more.
         note: prints a line.
@@ -109,16 +111,18 @@ def push_run(
     """
     if not config.push_to_hub:
         return
+    key = "export" if "export" in exports else "adapter"
+    run = exports[key].parent
     path, name = run / MANIFEST, run.resolve().name
     manifest = json.loads(path.read_text(encoding="utf-8"))
-    wanted = {"to": config.hub_model_id or name, "export": manifest.get("export")}
+    wanted = {"to": config.hub_model_id or name, key: manifest.get(key)}
     pushed = manifest.get("pushed") or {}
     if {key: pushed.get(key) for key in wanted} == wanted:
         note(f"hub      {pushed['url']}  (pushed by an earlier command)")
         return
     message = f"{name}, step {manifest.get('export_step')}"
     try:
-        url = push(run / "model", config, name, message=message, again=again, leave=[])
+        url = push(exports[key], config, name, message=message, again=again, leave=[])
     except UserError as error:
         warn(f"the run is complete, and its model was not pushed\n{error}")
         return

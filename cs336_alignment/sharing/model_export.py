@@ -49,7 +49,7 @@ def fill_folder(
         step: that they are of.
         options: the form.
         tools: make GGUF of it; None: it stays a Hugging Face folder.
-        name: what `from_pretrained` will take.
+        name: of the folder that it will be, for the card.
         console: is told what is done.
 
     Returns:
@@ -79,7 +79,7 @@ def fill_folder(
     outcome = _check(plain, model, tokenizer, probes, run, console)
     if tools is not None and file is not None:
         console.note(f"convert  {tools.converter.name}")
-        convert(tools, plain, folder / file, options.dtype, options.gguf_type)
+        convert(tools, plain, folder / file, options.dtype, options.gguf_type, console.note)
         for path in sorted(plain.rglob("*"), reverse=True):  # what lies in a folder comes first
             if path.name in ("README.md", CURVES):
                 path.rename(folder / path.name)

@@ -145,6 +145,8 @@ def compare_with_ledger(
             "what was written is not what data_ledger.json counts",
             ExitStatus.INTERNAL,
             got="; ".join(wrong),
+            hint="the ledger is of other data, or this is a mistake of this program: train again "
+            "with another run_name, and report it with what `cs336-sft env` prints",
         )
 
 

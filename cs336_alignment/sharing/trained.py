@@ -145,7 +145,12 @@ def find_weights(
             hint="export.checkpoint=latest, or the number of a step that is there",
         )
     if (reason := verify(folder)) is not None:
-        raise UserError("R203", f"the checkpoint {folder} is damaged: {reason}", ExitStatus.IO)
+        raise UserError(
+            "R203",
+            f"the checkpoint {folder} is damaged: {reason}",
+            ExitStatus.IO,
+            hint="export.checkpoint=latest takes the latest that is whole",
+        )
     return folder, int(read_json(folder / STATE)["progress"]["step"])
 
 

@@ -19,14 +19,7 @@ from cs336_alignment.errors import ExitStatus, UserError, first_few
 from cs336_alignment.microbatch import Batching
 from cs336_alignment.model.attention import FLAT_ATTENTION, why_not_flat
 from cs336_alignment.model.compile import compile_layers
-from cs336_alignment.model.loading import (
-    ModelSource,
-    base_of,
-    check_fits,
-    load_model,
-    load_tokenizer,
-    resolve_model,
-)
+from cs336_alignment.model.loading import ModelSource, base_of, check_fits, load_model, open_model
 from cs336_alignment.model.lora import is_adapted, merge_adapter, wake_adapters
 from cs336_alignment.model.policy import Policy
 from cs336_alignment.model.recompute import disable_checkpointing, enable_checkpointing
@@ -106,8 +99,7 @@ def doctor(config: Config) -> ExitStatus:
 def examine(config: Config, processes: Processes, console: Console) -> Iterator[Finding]:
     """Load model and data as training does, and yield the outcome of every check as it comes."""
     options = config.model
-    source = resolve_model(options.name_or_path, options.revision, options.trust_remote_code)
-    tokenizer = load_tokenizer(source, options.new_tokens)
+    source, tokenizer = open_model(config.model)
     data = load_data(config, tokenizer, console)
     yield from guarded(
         "text and tokens", lambda: check_tokens(data.train, tokenizer, config, NUM_EXAMPLES)

@@ -171,7 +171,7 @@ class Finish:
         run, adapter = self.folder.path, is_adapted(model)
         template, trained = self.data.train.template, state.response_tokens_seen
         card = Card(
-            self.config, run, state.step, why, trained, template, str(target), adapter=adapter
+            self.config, run, state.step, why, trained, template, target.name, adapter=adapter
         )
         export_model(target, model, self.tokenizer, str(card), [run / CURVES], weights=weights)
         hashes = {path.name: sha256_of(path) for path in target.glob("*.safetensors")}

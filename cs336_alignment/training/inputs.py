@@ -16,7 +16,7 @@ from cs336_alignment.evaluation.rewards import (
     make_reward,
 )
 from cs336_alignment.evaluation.verify import verifying
-from cs336_alignment.model.loading import ModelSource, load_tokenizer, resolve_model
+from cs336_alignment.model.loading import ModelSource, open_model
 from cs336_alignment.tracking.console import Console
 
 
@@ -43,13 +43,12 @@ def load_inputs(config: Config, console: Console) -> Inputs:
     Raises:
         UserError: the model or data cannot be found or are bad, or a reward cannot be imported.
     """
-    model, evaluation = config.model, config.evaluation
+    evaluation = config.evaluation
     reward = REWARDS["r1_zero"]
     if evaluation.generation_steps is not None:  # else nothing is graded, no code of users' runs
         reward = make_reward(evaluation)
         console.note(describe_reward(evaluation, reward))
-    source = resolve_model(model.name_or_path, model.revision, model.trust_remote_code)
-    tokenizer = load_tokenizer(source, model.new_tokens)
+    source, tokenizer = open_model(config.model)
     return Inputs(source, tokenizer, load_data(config, tokenizer, console), reward)
 
 

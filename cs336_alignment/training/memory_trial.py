@@ -28,7 +28,7 @@ from cs336_alignment.machine_memory import (
     resident_memory,
 )
 from cs336_alignment.microbatch import Batching
-from cs336_alignment.model.loading import load_tokenizer, resolve_model
+from cs336_alignment.model.loading import open_model
 from cs336_alignment.model.policy import Policy
 from cs336_alignment.model.recompute import enable_checkpointing
 from cs336_alignment.model.trainable import load_to_train
@@ -53,6 +53,7 @@ from cs336_alignment.training.preflight import (
 )
 
 LONG_SECONDS = 60.0  # then two passes are enough
+LIMIT_SECONDS = 3600.0  # for loading a model and some passes
 
 
 @dataclass(frozen=True)
@@ -114,6 +115,11 @@ def measure(config: Config, processes: int, room: int) -> Trial | None:
     child.start()
     theirs.close()
     try:
+        if not ours.poll(LIMIT_SECONDS):
+            raise UserError(
+                "R307", f"a microbatch took more than {LIMIT_SECONDS:.0f} s", ExitStatus.INTERNAL,
+                hint="a lower trainer.microbatch_tokens or data.max_length",
+            )  # fmt: skip
         result: Trial | UserError | None = ours.recv()
     except EOFError:
         child.join()
@@ -155,10 +161,9 @@ def try_worst(config: Config, processes: int, room: int | None = None) -> Trial:
     Raises:
         UserError: memory does not suffice (70), or whatever stops a run.
     """
-    options, trainer = config.model, config.trainer
+    trainer = config.trainer
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    source = resolve_model(options.name_or_path, options.revision, options.trust_remote_code)
-    tokenizer = load_tokenizer(source, options.new_tokens)
+    source, tokenizer = open_model(config.model)
     dtype = choose_precision(trainer.precision, device)
     data = load_data(config, tokenizer, Console(enabled=False))
     if device.type == "cpu":

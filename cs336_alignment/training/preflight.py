@@ -114,9 +114,9 @@ def describe_batches(
         f"{plan.steps_per_epoch:,} steps an epoch (the last of {last}); {total_steps:,} in all = "
         f"{total_steps / plan.steps_per_epoch:.4g} epochs",
     ]
-    if cut.microbatch_tokens is not None and max(lengths) > cut.microbatch_tokens:
+    if cut.microbatch_tokens is not None and lengths.max() > cut.microbatch_tokens:
         lines.append(
-            f"the longest example has {max(lengths):,} tokens, more than a microbatch's "
+            f"the longest example has {lengths.max():,} tokens, more than a microbatch's "
             f"{cut.microbatch_tokens:,}: it gets a microbatch of its own"
         )
     if cut.batching == "flat_shared_prefix":
@@ -170,7 +170,7 @@ def largest_microbatch(
 
     candidates: list[list[int]] = []
     if len(steps) > STEPS_LOOKED_AT:
-        candidates.append([int(max(range(len(lengths)), key=lengths.__getitem__))])
+        candidates.append([int(lengths.argmax())])
     for step in steps[:STEPS_LOOKED_AT]:
         candidates += plan_microbatches(
             plan.example_ids(step), lengths,
@@ -320,8 +320,8 @@ def telling_out_of_memory(device: torch.device) -> Iterator[None]:
             f"the memory of the {device.type} does not suffice for a microbatch",
             ExitStatus.INTERNAL,
             got=text.splitlines()[0] if text else None,
-            hint="lower trainer.microbatch_tokens or data.max_length, or set "
-            "trainer.gradient_checkpointing=true",
+            hint="lower trainer.microbatch_tokens or data.max_length; what else this run could do, "
+            "`cs336-sft doctor --memory …` with the same words says",
         ) from failure
 
 

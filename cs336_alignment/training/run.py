@@ -109,8 +109,8 @@ def train(
     outcome = _train(config, arguments, verb=verb, processes=processes)
     if outcome == ExitStatus.DONE and console.enabled:
         again = resume_command(arguments, verb)
-        run = RunFolder(config).path
-        push_run(run, config.hub, again=again, note=console.note, warn=console.warn)
+        exports = RunFolder(config).exports(config.lora)
+        push_run(exports, config.hub, again=again, note=console.note, warn=console.warn)
     return outcome
 
 

@@ -16,7 +16,7 @@ import pytest
 from cs336_alignment.cluster_job import as_cluster_job
 from cs336_alignment.config import Config
 from cs336_alignment.errors import ExitStatus, UserError
-from cs336_alignment.multirun import SweptRun, outcome_of
+from cs336_alignment.multirun import SweptRun, outcome_of, time_of_status
 from cs336_alignment.training.stop import StopRequest
 from tests.conftest import ROOT, TINY, Sft, without_times
 
@@ -105,6 +105,26 @@ def test_what_a_job_left_says_how_it_ended(tmp_path: Path) -> None:
     ):
         (tmp_path / "x/status.json").write_text(f'{{"exit_code": {code}, "error": null}}')
         assert outcome_of(run).status == status
+    for text in ("[]", "{}", '{"exit_code": 3}', "{"):  # not as this release writes it
+        (tmp_path / "x/status.json").write_text(text)
+        assert outcome_of(run).status == ExitStatus.INTERNAL
+
+
+def test_what_an_earlier_attempt_left_is_not_a_jobs(tmp_path: Path) -> None:
+    run = SweptRun(Config(run_name="x", output_root=str(tmp_path)), "x", {})
+    assert time_of_status(run) is None
+    path = tmp_path / "x/status.json"
+    path.parent.mkdir()
+    path.write_text('{"exit_code": 65, "error": "of then"}')
+    earlier = time_of_status(run)
+    left = outcome_of(run, earlier)  # the job never began
+    assert left.status == ExitStatus.INTERNAL and left.error is not None
+    assert "of then" not in left.error and "did not come to write" in left.error
+    path.write_text('{"exit_code": 75, "error": null}')
+    os.utime(path, ns=(0, 1))  # a clock that goes after counts, too
+    assert outcome_of(run, earlier).status == ExitStatus.STOPPED
+    path.write_text('{"exit_code": 0, "error": null}')
+    assert outcome_of(run, time_of_status(run)).status == ExitStatus.DONE  # nothing was to do
 
 
 @pytest.mark.slow

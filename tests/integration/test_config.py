@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import re
+import shlex
 from pathlib import Path
 
 import pytest
 
 from cs336_alignment import cli, compose
-from cs336_alignment.config import Config
-from cs336_alignment.errors import ExitStatus
+from cs336_alignment.config import ALL_KEYS, Config
+from cs336_alignment.config_names import ALIASES, SENTENCES, nearest_key
+from cs336_alignment.errors import ExitStatus, UserError
 from tests.conftest import ROOT, Sft
 
 GIVEN = ("model.name_or_path=m", "data.train_path=d.jsonl")
@@ -117,6 +120,20 @@ def test_contract_defaults() -> None:
         (("--learning_rate", "1e-5"), 2, ("type optimizer.learning_rate=1e-5",)),
         (("--learning-rate=1e-5",), 2, ("type optimizer.learning_rate=1e-5",)),
         (("--num_train_epochs", "2"), 2, ("type trainer.num_train_epochs=2",)),
+        (("--load_in_4bit", "True"), 2, ("hint: type lora.quantize=nf4\n",)),
+        (("--load_in_4bit", "False"), 2, ("leave it out: lora.quantize is as it was",)),
+        (("--load_in_8bit", "True"), 2, ("lora.quantize=nf4",)),
+        (("--val_set_size", "0.1"), 2, ("type data.eval_fraction=0.1",)),
+        (("--packing",), 2, ("trainer.batching=auto",)),
+        (("--plot_loss",), 2, ("report.html",)),
+        (("--num_beams", "4"), 2, ("`cs336-sft train --help` shows every key",)),
+        (("trainer.deepspeed=x.json",), 78, ("did you mean parallel=fsdp2?",)),
+        (("data.packing=true",), 78, ("no key data.packing", "trainer.batching=auto")),
+        (("max_samples=9",), 78, ("no key max_samples", "data.max_train_examples")),
+        (("--html", "page.html"), 2, ("--html is not a flag of train", "inspect and report")),
+        (("--memory",), 2, ("--memory is not a flag of train", "belongs to doctor")),
+        (("--config-name", "x"), 2, ("--config-dir . experiment=x",)),
+        (("--cfg", "job", "--multirun"), 78, ("error[C115]", "hint: give one")),
         (("--config", "dir/x.yaml"), 2, ("--config-dir dir experiment=x",)),
     ],
 )  # fmt: skip
@@ -132,6 +149,44 @@ def test_mistakes(
     assert "Traceback" not in error
     for text in texts:
         assert text in error
+
+
+def test_other_frameworks_words_are_answered_with_what_exists() -> None:
+    groups = {path.name for path in (ROOT / "configs").iterdir()}
+    for word, meant in ALIASES.items():
+        key = meant.partition("=")[0]
+        assert key in ALL_KEYS or key in groups, word
+    for sentence in SENTENCES.values():
+        for key in re.findall(r"\b([a-z]+\.[a-z_]+)=", sentence):
+            assert key in ALL_KEYS, sentence
+    extra = {"lora.quantize=nf4": ["lora.r=4"], "trainer.metric_for_best_model=eval/loss":
+             ["data.eval_path=e", "trainer.eval_steps=100"]}  # fmt: skip
+    for override in {meant for meant in ALIASES.values() if "=" in meant}:
+        assert composed(*GIVEN, override, *extra.get(override, [])), override
+    for word in (
+        "hub_tokens",
+        "eval_stratgy",
+        "num_beams",
+        "top_k",
+        "ignore_index",
+        "system_prompt",
+    ):
+        assert nearest_key(word) is None, word  # merely alike
+
+
+@pytest.mark.parametrize("secret", ["hf_" + "a1" * 17, "correct-horse"])
+def test_no_secret_is_typed_for_hydra(
+    secret: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was typed stands in `status.json`, as the command that goes on."""
+    monkeypatch.setenv("MY_PASSWORD", "correct-horse")
+    word = f"+hydra.job.env_set.HF_TOKEN={secret}"
+    status, error = error_of(capsys, *GIVEN, word)
+    assert status == 78 and "error[C116]: +hydra.job.env_set.HF_TOKEN holds a secret" in error
+    assert secret not in error
+    status, error = error_of(capsys, *GIVEN, "-m", "seed=1,2", "hydra/launcher=slurm",
+                             f"hydra.launcher.setup=['export HF_TOKEN={secret}']")  # fmt: skip
+    assert status == 78 and "error[C116]: hydra.launcher.setup holds a secret" in error
 
 
 def test_several_mistakes_come_together(capsys: pytest.CaptureFixture[str]) -> None:
@@ -200,6 +255,53 @@ def test_a_multirun_with_a_mistake_does_not_begin_and_leaves_no_file(
     status, error = error_of(capsys, *GIVEN, "-m", "evaluation.reward=r1_zero,r1_zero")
     assert (status, ran) == (78, []) and "C140" in error
     assert list(tmp_path.iterdir()) == []
+
+
+HIDDEN = (
+    (("experiment=gsm8k_dataset_size", "model=smollm2"),
+     ["model.name_or_path=models/SmolLM2-135M-Instruct"]),
+    (("experiment=quickstart", "model=smollm2", "data=gsm8k", "data.max_length=64"),
+     ["model.name_or_path=models/SmolLM2-135M-Instruct", "model.random_init=false",
+      "data.train_path=openai/gsm8k:main:train", "data.eval_path=openai/gsm8k:main:test",
+      "data.max_train_examples=null", "data.max_eval_examples=null"]),
+    (("experiment=gsm8k_smollm2", "optimizer=adafactor"), ["optimizer.learning_rate=0.001"]),
+    (("optimizer=adamw", "experiment=gsm8k_smollm2"), ["optimizer.learning_rate=2e-05"]),
+    (("experiment=quickstart", "optimizer=adafactor"),
+     ["optimizer.learning_rate=0.001", "optimizer.betas=[0.9,0.999]", "optimizer.weight_decay=0.0",
+      "optimizer.warmup_ratio=0.03"]),
+    (("-m", "experiment=quickstart", "optimizer=adafactor,muon", "optimizer.weight_decay=0",
+      "optimizer.warmup_ratio=0"), ["optimizer.learning_rate=0.001", "optimizer.betas=[0.9,0.999]"]),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(("arguments", "line"), HIDDEN, ids=lambda part: " ".join(part))
+def test_a_preset_hides_no_group_that_was_typed(
+    arguments: tuple[str, ...], line: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    status, error = error_of(capsys, *arguments)
+    assert status == 78 and error.count("error[") == 1 and "error[C136]" in error, error
+    said = error.split("hint: add ")[1].split(", or leave ")[0]
+    assert shlex.split(said) == line
+    assert next(word for word in arguments if word.startswith("experiment=")) in error
+    assert composed(*arguments, *line)  # the line is enough
+
+
+def test_groups_that_a_preset_leaves_alone(tmp_path: Path) -> None:
+    """A group whose own values stand is as it was; what it merely inherits is the preset's."""
+    (config,) = composed(
+        "experiment=quickstart", "optimizer=muon", "logger=none", "parallel=single"
+    )
+    assert (config.optimizer.name, config.optimizer.learning_rate) == ("muon", 3e-3)
+    (config,) = composed("experiment=gsm8k_smollm2", "model=smollm2", "data=gsm8k")
+    assert config.data.max_train_examples == 256
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment/mine.yaml").write_text(
+        "# @package _global_\ndefaults:\n  - override /logger: none\noptimizer:\n  eps: 1e-6\n"
+    )
+    mine = ("--config-dir", str(tmp_path), "experiment=mine", *GIVEN)
+    assert composed(*mine, "optimizer=muon", "logger=wandb")[0].logger.backend == "wandb"
+    with pytest.raises(UserError, match=r"C136.*optimizer=adamw(.|\n)*optimizer.eps=1e-08"):
+        composed(*mine, "optimizer=adamw")
 
 
 def test_hydra_flags_and_no_litter(sft: Sft, tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cs336_alignment import cli
 from cs336_alignment.data.templates import load_template
-from cs336_alignment.sharing import model_export
+from cs336_alignment.sharing import gguf, model_export
 from cs336_alignment.training.reload_check import ReloadResult
 from tests.conftest import TINY, Zygote, clean_environment
 
@@ -116,9 +116,11 @@ def test_the_card_is_valid_and_its_code_runs(home: Path, monkeypatch: pytest.Mon
     for part in ("| eval/loss |", "(loss.png)", "| rows.jsonl | 40 | 40 |", "optimizer.learning_rate: 0.01",
                  "{question}", "torch ", "| steps | 4 (the best eval/loss: "):  # fmt: skip
         assert part in text, part
+    assert 'name = "model"  # this folder' in text and "outputs" not in code_of(text)
     assert str(home) not in text and (path.parent / "loss.png").read_bytes()[:4] == b"\x89PNG"
     said = io.StringIO()
     with contextlib.redirect_stdout(said):
+        monkeypatch.chdir(path.parents[1])
         exec(compile(code_of(text), str(path), "exec"), {})
     assert said.getvalue().strip()
 
@@ -170,7 +172,8 @@ def test_which_weights_are_meant(home: Path, capsys: pytest.CaptureFixture[str])
         (("r", "export.format=jsonl", "export.dtype=bf16"), 78, "C104"),
     ):  # fmt: skip
         assert export(*words) == status, words
-        assert f"error[{code}]" in capsys.readouterr().err
+        error = capsys.readouterr().err
+        assert f"error[{code}]" in error and "hint: " in error, error
     shutil.rmtree(run / "model")
     shutil.rmtree(run / "checkpoints/step-000004")
     assert export("r", "export.checkpoint=best") == 66
@@ -218,6 +221,14 @@ def test_gguf_is_made_by_the_converter_that_is_there(
     quantized = folder.with_name("step-000004-Q4_K_M-gguf")
     assert (quantized / "r-Q4_K_M.gguf").read_bytes() == b"GGUFQ4_K_M"
     assert {path.suffix for path in quantized.iterdir()} == {".gguf", ".md", ".png", ".json"}
+    monkeypatch.setattr(gguf, "NOTE_SECONDS", 0.2)
+    slow = tools / "slow.py"  # asks, and waits for no answer
+    slow.write_text(
+        "import sys, time\ntime.sleep(0.5)\nsys.exit(sys.stdin.read() or 'nobody there')\n"
+    )
+    assert export("r", "export.format=gguf", f"export.gguf_converter={slow}") == 70
+    printed = capsys.readouterr()
+    assert "nobody there" in printed.err and "convert  still at work" in printed.out
     assert export("r", "export.format=gguf", "export.dtype=fp16") == 70
     error = capsys.readouterr().err
     assert "error[R362]" in error and "KeyError: 'f16'" in error
@@ -271,6 +282,18 @@ def test_other_data_than_the_trained_are_refused(
     assert export("r", "export.format=jsonl") == 65
     assert "error[R382]" in capsys.readouterr().err
     assert list((home / "outputs/r/exports").iterdir()) == []
+
+
+def test_rows_of_a_run_with_new_tokens(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The tokenizer is that of training: with the tokens that the run added."""
+    words = ["train", *TINY, "data.train_path=rows.jsonl", "run_name=n", "trainer.max_steps=1",
+             "model.new_tokens=[Add]"]  # fmt: skip
+    assert cli.run(words) == 0, capsys.readouterr().err
+    assert export("n", "export.format=jsonl") == 0, capsys.readouterr().err
+    rows = (home / "outputs/n/exports/rows-jsonl/train.jsonl").read_text().splitlines()
+    tokenizer = AutoTokenizer.from_pretrained(home / "outputs/n/model")
+    added = tokenizer.convert_tokens_to_ids("Add")
+    assert len(rows) == 40 and all(added in json.loads(row)["input_ids"] for row in rows)
 
 
 @pytest.mark.slow

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 from huggingface_hub import constants
 
 from cs336_alignment import cli
+from cs336_alignment.config import HubConfig
+from cs336_alignment.errors import UserError
+from cs336_alignment.model.loading import load_model, load_tokenizer, resolve_model
 from cs336_alignment.sharing import model_export
+from cs336_alignment.sharing.hub import announce
 from cs336_alignment.training.reload_check import ReloadResult
 from tests.conftest import TINY, Sft
 from tests.fake_hub import TOKEN, USER, FakeHub, fake_hub
@@ -82,6 +87,46 @@ def test_an_export_is_pushed_under_the_name_that_was_asked_for(
     files = hub.files["team/model"]
     assert "model.safetensors" not in files and "export.json" not in files  # loaders would take it
     assert files["notes.txt"] == b"kept" and "model.safetensors.index.json" in files
+
+
+def test_an_adapter_is_pushed_where_nothing_else_is_exported(
+    rows: Path, hub: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    base = tmp_path / "base"
+    source = resolve_model("builtin:arithmetic", None, False)
+    load_model(source, random_init=True, seed=0).save_pretrained(base)
+    load_tokenizer(source).save_pretrained(base)
+    words = ["train", *TINY, f"model.name_or_path={base}", "model.random_init=false", "lora.r=2",
+             "lora.export=adapter", f"data.train_path={rows}", "run_name=r", "trainer.max_steps=1",
+             PUSH]  # fmt: skip
+    assert cli.run(words) == 0
+    assert f"hub      {hub.url}/{USER}/r" in capsys.readouterr().out
+    run, files = tmp_path / "outputs/r", hub.files[f"{USER}/r"]
+    assert files.keys() == {path.name for path in (run / "adapter").iterdir()}
+    assert files["adapter_model.safetensors"] and b"library_name: peft" in files["README.md"]
+    manifest = json.loads((run / "manifest.json").read_text())
+    assert manifest["pushed"]["adapter"] == manifest["adapter"]
+    (run / "run.lock").unlink()
+    assert cli.run(words) == 0
+    assert "pushed by an earlier command" in capsys.readouterr().out and len(hub.messages) == 1
+    # Without a card nothing is pushed, and no repository made.
+    (run / "run.lock").unlink()
+    (run / "adapter/README.md").unlink()
+    assert cli.run([*words, "hub.hub_model_id=ann/other"]) == 0
+    assert "error[R371]" in capsys.readouterr().err and f"{USER}/other" not in hub.files
+
+
+def test_the_token_is_the_main_processes_alone(
+    hub: FakeHub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("HF_TOKEN")
+    monkeypatch.setattr("cs336_alignment.sharing.hub.get_token", lambda: None)
+    for rank in ("0", "1"):
+        monkeypatch.setenv("RANK", rank)
+        with pytest.raises(UserError, match="C170") if rank == "0" else nullcontext():
+            announce(HubConfig(push_to_hub=True), pytest.fail)
 
 
 def test_nothing_is_sent_offline_or_without_a_token(

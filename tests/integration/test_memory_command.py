@@ -8,8 +8,9 @@ import pytest
 from transformers import LlamaConfig
 
 from cs336_alignment.config import Config, DataConfig, ModelConfig, TrainerConfig
-from cs336_alignment.errors import ExitStatus
+from cs336_alignment.errors import ExitStatus, UserError
 from cs336_alignment.model.loading import load_tokenizer, resolve_model
+from cs336_alignment.training import memory_trial
 from cs336_alignment.training.memory_trial import measure
 from tests.conftest import Sft
 
@@ -32,7 +33,9 @@ def test_a_model_beyond_all_memory_is_refused_before_it_is_loaded(
 
 
 @pytest.mark.slow
-def test_a_trial_that_memory_ends_is_told_and_ends_nothing_else(tmp_path: Path) -> None:
+def test_a_trial_that_memory_ends_is_told_and_ends_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     config = Config(
         ModelConfig("builtin:arithmetic", random_init=True),
         DataConfig("builtin:arithmetic", max_train_examples=64, cache_dir=str(tmp_path)),
@@ -40,6 +43,10 @@ def test_a_trial_that_memory_ends_is_told_and_ends_nothing_else(tmp_path: Path) 
     )
     memory_of_children = 2**20  # less than what is there before the model is loaded
     assert measure(config, 1, memory_of_children) is None
+    monkeypatch.setattr(memory_trial, "LIMIT_SECONDS", 0.1)
+    with pytest.raises(UserError, match="R307") as caught:
+        measure(config, 1, memory_of_children)
+    assert caught.value.hint is not None
 
 
 def test_the_doctor_foretells_measures_and_proposes(sft: Sft) -> None:

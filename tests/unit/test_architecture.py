@@ -18,7 +18,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # Lower layers first; a module imports from its own package and from lower layers alone.
 LAYERS = [
     {"cores", "errors", "files", "html_page", "machine_memory", "microbatch", "orphans", "quiet"}, {"config"}, {"multirun"}, {"config_check", "config_clashes", "config_names", "metric_names"},
-    {"compose_errors", "compose", "data", "model", "training.loss"},
+    {"compose_errors", "compose_groups", "compose", "data", "model", "training.loss"},
     {"training.parallel", "training.optimizer", "training.schedule_free", "training.averaging", "training.schedule", "training.checkpoint",
      "training.checkpoint_writer", "training.step", "training.stop", "training.spike",
      "training.preflight", "training.memory", "training.without_values", "training.heap", "training.live_bytes", "training.batching_choice", "training.safetensors_file",
@@ -34,7 +34,7 @@ LAYERS = [
     {"experiments"}, {"cli", "sft"},
 ]  # fmt: skip
 OWNERS = {
-    "hydra": {"compose", "compose_errors"}, "omegaconf": {"compose", "compose_errors"}, "datasets": {"data.sources"},
+    "hydra": {"compose", "compose_errors", "compose_groups"}, "omegaconf": {"compose", "compose_errors", "compose_groups"}, "datasets": {"data.sources"},
     "httpx2": {"evaluation.server_client"}, "vllm": {"evaluation.vllm_backend"},
     "wandb": {"tracking.wandb_logger"}, "matplotlib": {"tracking.plots"}, "accelerate": {"training.parallel"},
     "optuna": {"experiments.study"}, "submitit": {"cluster_job"}, "schedulefree": {"training.schedule_free"},

@@ -64,6 +64,24 @@ def test_what_is_sharded_leaves_a_gpu(scaling: ModuleType) -> None:
     assert kept == sorted(kept, reverse=True)
 
 
+def test_what_is_gathered_and_frozen_by_hand(scaling: ModuleType) -> None:
+    """As `training/memory.divided` counts: what lies outside the layers whole, with its gradient."""
+    model = scaling.MODELS["Llama-3.1-8B"]  # head and embedding are two
+    root, layers = 2 * model.head, 32 * model.layer
+    kept = 16384 * scaling.activations(model, scaling.Run())
+
+    def memory(strategy: str, *, lora: bool) -> float:
+        found = scaling.memory_of(model, scaling.Run(strategy, lora=lora), 8)
+        return (found - scaling.BESIDE) * 2**30 - kept
+
+    parameters = layers + root
+    assert memory("fsdp2", lora=False) == pytest.approx(2 * parameters + 4 * root + 8 * model.layer)
+    assert memory("fsdp2", lora=True) == pytest.approx(parameters / 2 + 2 * root + 4 * model.layer)
+    assert memory("ddp", lora=True) == pytest.approx(2 * layers + 4 * root)
+    tied = scaling.MODELS["Qwen2.5-0.5B"]
+    assert tied.root == tied.head
+
+
 def test_a_step_is_as_long_as_what_takes_longest(scaling: ModuleType) -> None:
     model, h100 = scaling.MODELS["Llama-3.1-8B"], scaling.GPUS["H100"]
     fast = scaling.cost_of(model, scaling.Run(), replace(h100, network=1e6, link=1e6), 8)

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import copy
+import json
 from pathlib import Path
 
 import pytest
-from huggingface_hub import ModelCardData
+from huggingface_hub import ModelCard, ModelCardData
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerBase
 
 from cs336_alignment import cli
+from cs336_alignment.config import Config, DataConfig, ModelConfig
 from cs336_alignment.data.templates import PromptTemplate, load_template
 from cs336_alignment.data.tokenize import tokenize_prompts
 from cs336_alignment.env_command import shown_variables
 from cs336_alignment.model.loading import load_tokenizer, resolve_model
-from cs336_alignment.sharing.card import license_of, shorten
+from cs336_alignment.sharing.card import Card, license_of, shorten
 from cs336_alignment.sharing.chat_template import as_chat_template
 
 ODD = PromptTemplate("odd", 'It\'s {{ "odd" }}, {% x %}\n\\n é 🙂\tQ: {question} \n')
@@ -73,6 +75,25 @@ def test_the_licence_is_that_of_the_base_models_card(tmp_path: Path) -> None:
     (tmp_path / "README.md").write_text("---\n: [\n---\n")
     assert license_of(str(tmp_path), None) is None
     assert (shorten("/home/ann/x.jsonl"), shorten("a/x.jsonl")) == ("…/x.jsonl", "a/x.jsonl")
+    assert shorten("../ann/x.jsonl") == shorten("a/../../ann/x.jsonl") == "…/x.jsonl"
+
+
+def test_a_card_names_the_hubs_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Elsewhere `a/b` may be no folder and have been one where it was trained."""
+    monkeypatch.chdir(tmp_path)
+
+    def head(base: str, data: str, revision: str | None) -> dict[str, object]:
+        (tmp_path / "manifest.json").write_text(json.dumps({"model_revision": revision}))
+        config = Config(model=ModelConfig(base), data=DataConfig(data), run_name="r")
+        card = ModelCard(str(Card(config, tmp_path, 1, None, None, None, "model")))
+        return card.data.to_dict()
+
+    found = head("models/base", "data/train.parquet", None)
+    assert "base_model" not in found and "datasets" not in found
+    found = head("org/base", "org/rows:main:train", "0" * 40)
+    assert (found["base_model"], found["datasets"]) == ("org/base", ["org/rows"])
+    for ending in (".csv", ".tsv", ".ndjson.gz", ".jsonl.zst", ".parquet", ".json", ".txt"):
+        assert "datasets" not in head("org/base", f"data/rows{ending}", None), ending
 
 
 def test_env_shows_no_secret_and_no_folder(
