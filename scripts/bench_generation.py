@@ -107,7 +107,7 @@ class Bench:
             if a != b
         ]
         wrong = sum(gap >= NEAR for gap in gaps)
-        print(f"| {name} | {len(found) - len(gaps)} | {len(gaps) - wrong} | {wrong} |")
+        print(f"| {name} | {len(found) - len(gaps)} | {len(gaps) - wrong} | {wrong} |", flush=True)
         return wrong
 
 
