@@ -17,7 +17,7 @@ COMMON = (
 )  # fmt: skip
 RUNS = {
     "adafactor": ("optimizer=adafactor", "trainer.loss=dft", "trainer.neftune_alpha=5"),
-    pytest.param("muon", marks=pytest.mark.slow): ("optimizer=muon", "trainer.ema_decay=0.8", "trainer.label_smoothing=0.1"),
+    "muon": ("optimizer=muon", "trainer.ema_decay=0.8", "trainer.label_smoothing=0.1"),
     "schedule_free": (
         "optimizer=schedule_free", "optimizer.learning_rate=1e-3", "optimizer.layer_lr_decay=0.7",
         "trainer.z_loss=1e-3", "trainer.async_save=true",
@@ -38,7 +38,7 @@ def weights(run: Path) -> bytes:
     "kind",
     [
         pytest.param("adafactor", marks=pytest.mark.slow),
-        "muon",
+        pytest.param("muon", marks=pytest.mark.slow),
         "schedule_free",
     ],
 )

@@ -40,7 +40,7 @@ from cs336_alignment.model.narrow import narrow_frozen
 from cs336_alignment.model.policy import Policy
 from cs336_alignment.model.recompute import enable_checkpointing
 from cs336_alignment.model.trainable import choose_trained
-from cs336_alignment.training import memory, run
+from cs336_alignment.training import memory, run, run_model
 from cs336_alignment.training.averaging import build_average
 from cs336_alignment.training.live_bytes import LiveBytes
 from cs336_alignment.training.memory import (
@@ -320,7 +320,7 @@ def test_adapters_start_where_all_weights_would_not_fit(
     model.save_pretrained(tmp_path / "base")
     load_tokenizer(source).save_pretrained(tmp_path / "base")
     room = int(1.5 * sum(p.nbytes for p in model.parameters()))
-    monkeypatch.setattr(run, "device_memory", lambda *_: Memory(room, room))
+    monkeypatch.setattr(run_model, "device_memory", lambda *_: Memory(room, room))
     if not whole:
         assert run.train(config, ["run_name=r"]) == ExitStatus.DONE
         return
