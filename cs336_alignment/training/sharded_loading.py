@@ -115,7 +115,8 @@ def _fill_adapter(
     weights = whole_tensors(
         (name, t) for name, t in base_tensors(model).items() if isinstance(t, nn.Parameter)
     )
-    sha256 = weights_sha256(weights) if processes.is_main else deque(weights, maxlen=0) and None
+    # All gather, and one hashes.
+    sha256: Any = weights_sha256(weights) if processes.is_main else deque(weights, maxlen=0)
     sha256 = processes.agree(sha256)
 
     def fill() -> None:

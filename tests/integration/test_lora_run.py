@@ -72,8 +72,9 @@ def test_what_adapters_leave_and_how_they_go_on(
     mine = tmp_path / "tiny-base"
     shutil.copytree(base, mine)
     command = overrides(mine, rows, "lora.r=4", "trainer.max_steps=3", "run_name=r")
-    done = sft("train", *command)
+    done = sft("train", *command, "trainer.reload_check=true")
     assert done.returncode == 0, done.stderr
+    assert done.stdout.count("reload check passed") == 2
     assert "17,408 of them trained (4.49%)" in done.stdout
     run = tmp_path / "outputs/r"
     manifest = json.loads((run / "manifest.json").read_text())
@@ -196,7 +197,7 @@ def test_a_frozen_model_trains_the_rest_alone(
     sft: Sft, base: Path, rows: Path, tmp_path: Path
 ) -> None:
     command = overrides(
-        base, rows, "trainer.max_steps=2", "run_name=r",
+        base, rows, "trainer.max_steps=2", "run_name=r", "trainer.reload_check=true",
         r"model.freeze=['layers\.0\.',embed]", "trainer.gradient_checkpointing=true",
     )  # fmt: skip
     done = sft("train", *command)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from cs336_alignment.config import Config
 from cs336_alignment.config_clashes import clashes
@@ -102,6 +103,17 @@ def test_what_does_not_combine_with_sharding_is_refused() -> None:
     with pytest.raises(UserError, match="evaluate holds the whole model") as caught:
         refuse_sharding(sharded().parallel, "evaluate")
     assert caught.value.status == ExitStatus.BAD_CONFIG
+
+
+def test_numbers_that_want_scales_are_not_read_as_they_are(tmp_path: Path) -> None:
+    rows = torch.ones(4, 3)
+    for dtype, wanted in (
+        (torch.bfloat16, True), (torch.float32, True), (torch.float8_e4m3fn, False), (torch.int8, False),
+    ):  # fmt: skip
+        save_file({"w": rows.to(dtype)}, tmp_path / "w.safetensors")
+        pieces = Pieces([tmp_path / "w.safetensors"])
+        assert pieces.holds("w", (4, 3)) == wanted, dtype
+        assert not pieces.holds("w", (3, 4)) and not pieces.holds("other", (4, 3))
 
 
 LAUNCHED = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_OFFLOAD_PARAMS": "false",
