@@ -35,6 +35,8 @@ OURS: dict[str, list[str]] = {
     "ours_padded": ["trainer.batching=padded"],
     "ours_flat": ["trainer.batching=flat"],
     "ours_shared": ["trainer.batching=flat_shared_prefix"],
+    "ours_flat_compiled": ["trainer.batching=flat", "trainer.compile=true"],
+    "ours_shared_compiled": ["trainer.batching=flat_shared_prefix", "trainer.compile=true"],
 }
 FLOAT32 = {"bf16": False, "gradient_checkpointing": False}
 TRL: dict[str, dict[str, Any]] = {
@@ -53,6 +55,8 @@ LABELS = {
     "ours_padded": "this project, padded",
     "ours_flat": "this project, flat",
     "ours_shared": "this project, flat + shared prefix",
+    "ours_flat_compiled": "this project, flat, compiled layers",
+    "ours_shared_compiled": "this project, flat + shared prefix, compiled layers",
     "trl_default": "TRL as it comes (bf16, checkpointing)",
     "trl_plain": "TRL, fp32, no checkpointing",
     "trl_checkpointing": "TRL, fp32, checkpointing",
@@ -203,17 +207,9 @@ def train_trl(name: str, model: str, tokens: str) -> dict[str, Any]:
 def matrix_rate() -> dict[str, Any]:
     """Measure what matrix products reach in float32: the median of the two shapes, in FLOP/s."""
     import torch
+    from bench_common import SMOLLM2_PRODUCTS, product_rate
 
-    rates = []
-    for m, k, n in ((2048, 576, 1536), (512, 576, 49152)):
-        a, b, product = torch.randn(m, k), torch.randn(n, k), torch.empty(m, n)
-        seconds = []
-        for _ in range(12):
-            begin = time.perf_counter()
-            torch.mm(a, b.T, out=product)
-            seconds.append(time.perf_counter() - begin)
-        rates.append(2 * m * k * n / statistics.median(seconds[2:]))
-    return {"flops": statistics.median(rates)}
+    return {"flops": product_rate(SMOLLM2_PRODUCTS, torch.float32, torch.device("cpu"))}
 
 
 def write_tokens(model: str, data: str, path: Path, folder: Path) -> list[tuple[int, int]]:
@@ -237,25 +233,15 @@ def write_tokens(model: str, data: str, path: Path, folder: Path) -> list[tuple[
 
 
 def useful_flops(model: str, sizes: list[tuple[int, int]]) -> float:
-    """Count what a step over these examples costs at least, forward and backward (3 × forward):
-    every layer on every token, attention on what lies before it, the head on response tokens.
-    """
+    """Count what a step over these examples costs at least, forward and backward."""
+    import torch
+    from bench_common import Shape
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    config = AutoConfig.from_pretrained(model)
-    import torch
-
     with torch.device("meta"):
-        whole = AutoModelForCausalLM.from_config(config)
-    body = whole.num_parameters() - sum(
-        p.numel()
-        for p in {whole.get_input_embeddings().weight, whole.get_output_embeddings().weight}
-    )
-    head = config.vocab_size * config.hidden_size
-    width = config.num_attention_heads * whole.model.layers[0].self_attn.head_dim
-    tokens, responses = (sum(column) for column in zip(*sizes, strict=True))
-    squares = sum(length**2 for length, _ in sizes)
-    return 6.0 * (body * tokens + head * responses + config.num_hidden_layers * width * squares)
+        return Shape.of(AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model))).useful(
+            sizes
+        )
 
 
 def run_arm(arguments: list[str], python: str = sys.executable) -> dict[str, Any]:

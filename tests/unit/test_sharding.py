@@ -13,7 +13,10 @@ from cs336_alignment.config import Config
 from cs336_alignment.config_clashes import clashes
 from cs336_alignment.data.batching import plan_microbatches
 from cs336_alignment.errors import ExitStatus, UserError
-from cs336_alignment.training.parallel import refuse_launcher_options, refuse_sharding
+from cs336_alignment.model.loading import load_model, resolve_model
+from cs336_alignment.model.lora import base_tensors
+from cs336_alignment.training.parallel import Processes, refuse_launcher_options, refuse_sharding
+from cs336_alignment.training.sharded_loading import _fill
 from cs336_alignment.training.shards import Part, Pieces, write_parts
 from tests.conftest import build_dataset
 
@@ -114,6 +117,16 @@ def test_numbers_that_want_scales_are_not_read_as_they_are(tmp_path: Path) -> No
         pieces = Pieces([tmp_path / "w.safetensors"])
         assert pieces.holds("w", (4, 3)) == wanted, dtype
         assert not pieces.holds("w", (3, 4)) and not pieces.holds("other", (4, 3))
+
+
+def test_weights_in_another_form_are_refused(base: Path, processes: Processes) -> None:
+    source = resolve_model(str(base), None, False)
+    own = base_tensors(load_model(source, random_init=False, seed=0))
+    name, weight = next(iter(own.items()))
+    for other in ({name: weight[1:]}, {f"{name}_scale": weight}):
+        with pytest.raises(UserError, match="in a form that cannot be sharded") as caught:
+            _fill(own | other, source, processes, Config())
+        assert caught.value.code == "M110"
 
 
 LAUNCHED = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_OFFLOAD_PARAMS": "false",
