@@ -40,7 +40,7 @@ class Verb:
     name: str
     help: str
     run: Callable[[Sequence[str]], ExitStatus]
-    flags: frozenset[str] = frozenset()
+    flag: str = ""
 
 
 def _call(where: str, *values: Any) -> Any:
@@ -185,31 +185,19 @@ VERBS = (
     Verb(
         "prepare", "tokenize the data into the cache, and count what becomes of the rows", _prepare
     ),
+    Verb("inspect", "see what is trained, token by token (--html FILE: a page)", _inspect, HTML),
     Verb(
-        "inspect",
-        "see what is trained, token by token (--html FILE: a page)",
-        _inspect,
-        frozenset({HTML}),
-    ),
-    Verb(
-        "doctor",
-        "prove the invariances on this model and data (--memory: what it takes)",
-        _doctor,
-        frozenset({MEMORY}),
+        "doctor", "prove the invariances on this model and data (--memory: what it takes)",
+        _doctor, MEMORY,
     ),
     Verb("evaluate", "loss, generations and rewards of a model, checkpoint or export", _evaluate),
-    Verb(
-        "report",
-        "a page and plots of a run, or of several side by side",
-        _report,
-        frozenset({HTML}),
-    ),
+    Verb("report", "a page and plots of a run, or of several side by side", _report, HTML),
     Verb("expert-iteration", "sample, keep what is correct, train on it, again", _expert_iteration),
     Verb("sweep", "search over keys with Optuna; each trial is a run", _sweep),
     Verb("chat", "talk to a run's model, a model folder or a hub id", _chat),
     Verb("export", "a run's model or rows for others: another dtype, GGUF, the hub", _export),
     Verb("env", "what this machine and environment are, for a bug report", _env),
-)
+)  # fmt: skip
 
 
 def usage() -> str:
@@ -241,10 +229,10 @@ def refuse_foreign_flags(arguments: Sequence[str], verb: Verb) -> None:
         if flag in VALUE_FLAGS:
             skip = not equals
             continue
-        if flag in FLAGS or flag in verb.flags:
+        if flag in FLAGS or flag == verb.flag:
             skip = flag == HTML and not equals
             continue
-        if owners := [other.name for other in VERBS if flag in other.flags]:
+        if owners := [other.name for other in VERBS if flag == other.flag]:
             raise UserError(
                 "C001",
                 f"{flag} is not a flag of {verb.name}",

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import IntEnum
 from pathlib import Path
@@ -135,6 +136,23 @@ class UserErrors(UserError):
         elif self.total > 1:
             text += f"\n{self.total} errors in all"
         return text
+
+
+def first_line(failure: BaseException) -> str:
+    """Give the first line that a failure says, or else its kind."""
+    return (str(failure).strip() or type(failure).__name__).splitlines()[0]
+
+
+@contextmanager
+def needing(code: str, key: str, extra: str, instead: str) -> Iterator[None]:
+    """Say in a block that imports an optional library what wants it, and how it is had."""
+    try:
+        yield
+    except ImportError as failure:
+        raise UserError(
+            code, f"{key} needs {extra}", ExitStatus.BAD_CONFIG, got=str(failure),
+            hint=f"pip install 'cs336_alignment[{extra}]', or {instead}",
+        ) from failure  # fmt: skip
 
 
 def first_few(names: Sequence[str], separator: str = ", ") -> str:

@@ -12,6 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
+from cs336_alignment.errors import ExitStatus, UserError
+
 OS_ERROR = re.compile(r"\(os error (\d+)\)")
 READ_BYTES = 2**22
 
@@ -125,3 +127,14 @@ def system_error(failure: Exception) -> str | None:
         return failure.strerror or str(failure)
     found = OS_ERROR.search(str(failure))
     return None if found is None else os.strerror(int(found[1]))
+
+
+@contextmanager
+def telling(code: str, what: str, status: ExitStatus, hint: str) -> Iterator[None]:
+    """Make a UserError of what the system refuses within a block: `what`, and its words."""
+    try:
+        yield
+    except Exception as failure:
+        if isinstance(failure, UserError) or (reason := system_error(failure)) is None:
+            raise
+        raise UserError(code, f"{what}: {reason}", status, hint=hint) from failure

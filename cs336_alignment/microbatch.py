@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
@@ -188,15 +189,24 @@ Record = TypeVar("Record", "Microbatch", FlatLayout, SharedPrefix, TokenWeights,
 
 
 def _moved(record: Record, device: torch.device) -> Record:
-    """Copy all tensors of a record, and of the records in it, to a device."""
+    """Copy all tensors of a record to a device."""
     # A copy from pinned memory waits for nothing.
     pinned = device.type == "cuda"
-    moved: dict[str, Any] = {}
+
+    def move(value: Tensor) -> Tensor:
+        source = value.pin_memory() if pinned and not value.is_cuda else value
+        return source.to(device, non_blocking=True)
+
+    return with_tensors(record, move)
+
+
+def with_tensors(record: Record, change: Callable[[Tensor], Tensor]) -> Record:
+    """Give a record in which every tensor, and every one of the records in it, is changed."""
+    changed: dict[str, Any] = {}
     for item in dataclasses.fields(record):
-        value = getattr(record, item.name)
+        value: Any = getattr(record, item.name)
         if isinstance(value, Tensor):
-            source = value.pin_memory() if pinned and not value.is_cuda else value
-            moved[item.name] = source.to(device, non_blocking=True)
+            changed[item.name] = change(value)
         elif dataclasses.is_dataclass(value):
-            moved[item.name] = value.to(device)  # type: ignore[union-attr]
-    return dataclasses.replace(record, **moved)
+            changed[item.name] = with_tensors(value, change)  # type: ignore[type-var]
+    return dataclasses.replace(record, **changed)

@@ -12,10 +12,12 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import accumulate
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch.nn.utils.rnn import pad_sequence
 
 from cs336_alignment.data.mixture import Mixture
 from cs336_alignment.data.tokenize import TokenizedExample
@@ -255,9 +257,7 @@ def collate(examples: Sequence[TokenizedExample], *, batching: Batching) -> Micr
     # The one shift: position t predicts token t + 1, so the mask moves one to the left.
     masks = [example.response_mask[1 + prefix :] for example in examples]
     if batching != "padded":
-        row_starts = [prefix]
-        for width in widths[:-1]:
-            row_starts.append(row_starts[-1] + width)
+        row_starts = list(accumulate(widths[:-1], initial=prefix))
         parts = [examples[0].input_ids[:prefix]]
         parts += [example.input_ids[prefix:-1] for example in examples]
         positions = [torch.arange(prefix)]
@@ -267,12 +267,9 @@ def collate(examples: Sequence[TokenizedExample], *, batching: Batching) -> Micr
     else:
         stride = max(widths)
         row_starts = [row * stride for row in range(len(examples))]
-        input_ids = torch.zeros((len(examples), stride), dtype=torch.int64)
-        attention_mask = torch.zeros((len(examples), stride), dtype=torch.bool)
-        for row, (example, width) in enumerate(zip(examples, widths, strict=True)):
-            input_ids[row, :width] = example.input_ids[:-1]
-            attention_mask[row, :width] = True
+        input_ids = pad_sequence([example.input_ids[:-1] for example in examples], True)
         position_ids = torch.arange(stride).expand(len(examples), -1)
+        attention_mask = position_ids < torch.tensor(widths)[:, None]
     response_index = torch.cat(
         [mask.nonzero().squeeze(1) + start for mask, start in zip(masks, row_starts, strict=True)]
     )

@@ -66,7 +66,7 @@ def read_choices(row: Row, column: str, values: Any) -> list[Any]:
         raise UserError(
             "D215", "the choices are no list of texts", ExitStatus.BAD_DATA,
             place=Place(row.place.path, row.place.line, column),
-            expected=f"{FEWEST} to {len(LETTERS)} texts, none empty", got=describe(values),
+            expected=f"{FEWEST} to {len(LETTERS)} texts, none empty", got=describe(values)
         )  # fmt: skip
     return choices
 
@@ -95,7 +95,7 @@ def read_letter(row: Row, column: str, choices: Sequence[Any]) -> str:
         place=Place(row.place.path, row.place.line, column),
         expected=f"a letter of A to {LETTERS[len(choices) - 1]}, a number of 0 to "
         f"{len(choices) - 1}, or the text of one choice",
-        got=describe(value), hint=hint,
+        got=describe(value), hint=hint
     )  # fmt: skip
 
 

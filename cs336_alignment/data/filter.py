@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from cs336_alignment.data.dataset import TokenizedDataset
 from cs336_alignment.data.encode import special_tokens
 from cs336_alignment.data.ledger import LedgerEntry
+from cs336_alignment.data.tokenize import decode
 from cs336_alignment.errors import MAX_SHOWN, ExitStatus, Place, UserError, UserErrors
 
 Verify = Callable[[str, str], bool]
@@ -54,8 +55,7 @@ def find_correct(
         ids = dataset.response_ids(number)
         while ids and ids[-1] in stops:
             ids.pop()
-        text = tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-        correct[number] = verify(str(text), str(truth))
+        correct[number] = verify(decode(tokenizer, ids), str(truth))
         advance(1)
     return correct
 

@@ -23,19 +23,11 @@ CALCULATOR = re.compile(r"<<[^<>a-zA-Z]*=[^<>]*>>")  # GSM8K's <<48/2=24>>
 OPTIONAL_ROLES = {*ANYWHERE, *(role for roles in OPTIONAL.values() for role in roles)}
 IGNORED_LABEL = -100  # transformers' mark for a token that is only read
 SHAREGPT_ROLES = {
-    "human": "user",
-    "user": "user",
-    "gpt": "assistant",
-    "chatgpt": "assistant",
-    "assistant": "assistant",
-    "model": "assistant",
-    "bot": "assistant",
-    "system": "system",
-    "tool": "tool",
-    "observation": "tool",
-    "function_response": "tool",
+    "human": "user", "user": "user", "gpt": "assistant", "chatgpt": "assistant",
+    "assistant": "assistant", "model": "assistant", "bot": "assistant", "system": "system",
+    "tool": "tool", "observation": "tool", "function_response": "tool",
     "function_call": "assistant",  # its value is JSON: a call or a list of calls
-}
+}  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,8 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import asdict, dataclass
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import asdict, dataclass, replace
 from importlib import metadata
 from itertools import chain, islice
 from pathlib import Path
@@ -25,9 +25,10 @@ from transformers import PreTrainedTokenizerBase
 
 from cs336_alignment.config import DataConfig, SourceConfig
 from cs336_alignment.cores import count_cores
+from cs336_alignment.data.chat import FIXED_DATE, writes_date
 from cs336_alignment.data.encode import Encoded, Encoder
 from cs336_alignment.data.json_rows import MOST_ROW_BYTES, too_large
-from cs336_alignment.data.layout import Layout, detect
+from cs336_alignment.data.layout import ASKING, Layout, detect
 from cs336_alignment.data.ledger import LedgerEntry
 from cs336_alignment.data.lint import Findings, count_duplicates
 from cs336_alignment.data.sources import Row, Source, open_source
@@ -35,6 +36,7 @@ from cs336_alignment.data.store import Store, StoreWriter, check_store, locked
 from cs336_alignment.data.templates import PromptTemplate, load_template
 from cs336_alignment.data.tokenize import tokenizer_fingerprint
 from cs336_alignment.errors import MAX_SHOWN, ExitStatus, UserError, UserErrors
+from cs336_alignment.files import replacing_folder, telling
 from cs336_alignment.orphans import end_with
 
 BATCH_ROWS = 1_000
@@ -82,9 +84,9 @@ def prepare_source(
     *,
     seed: int,
     split: str,
-    max_examples: int | None,
-    progress: Progress = lambda *_: nullcontext(lambda _: None),
-    note_line: Callable[[str], None] = lambda _: None,
+    limit: int | None,
+    progress: Progress,
+    note: Callable[[str], None],
 ) -> PreparedSource:
     """Tokenize one source, or open what an earlier command tokenized.
 
@@ -98,14 +100,18 @@ def prepare_source(
         tokenizer: of the model.
         seed: of built-in data.
         split: `train` or `test`, for sources that have splits and name none.
-        max_examples: only the first so many rows; None: all.
+        limit: only the first so many rows; None: all.
         progress: shows a bar.
-        note_line: prints a line.
+        note: prints a line.
 
     Raises:
         UserErrors: bad rows: the first 20, and how many (65).
         UserError: nothing to read (66) or nothing left (65); a template that does not exist (78).
     """
+    note(f"reading {source.path}")
+    own = {role: name for role, name in asdict(source.columns).items() if name is not None}
+    wanted = config.format if source.format == "auto" else source.format
+    source = replace(source, columns=replace(config.columns, **own), format=wanted)
     template = load_template(config.prompt_template)
     if config.append_eos and tokenizer.eos_token_id is None:
         raise UserError(
@@ -116,25 +122,44 @@ def prepare_source(
         )
     opened = open_source(source.path, seed=seed, default_split=split)
     for line in opened.notes:
-        note_line(line)
-    options = _options(source, config, template, max_examples)
+        note(line)
+    options = _options(source, config, template, limit)
     key = _key(opened, tokenizer, options)
     folder = cache_folder(config) / key
     lock = ExitStack()
     with _telling_unwritable(folder):
         waiting = "  another command is preparing the same data; waiting for it"
-        lock.enter_context(locked(folder, lambda: note_line(waiting)))
+        lock.enter_context(locked(folder, lambda: note(waiting)))
     with lock:
         if (damage := check_store(folder)) is not None:
             if damage:
-                note_line(f"  prepared data of an earlier command are damaged ({damage}); anew")
-            _prepare(opened, source, config, tokenizer, template, folder, max_examples, progress)
+                note(f"  prepared data of an earlier command are damaged ({damage}); anew")
+            _prepare(opened, source, config, tokenizer, template, folder, limit, progress)
     store = Store(folder)
-    note = store.note
+    written = store.note
+    ledger = LedgerEntry(**written["ledger"])
+    note(f"  format {ledger.format}")
+    if ledger.format.startswith(("messages", "sharegpt")) and writes_date(tokenizer):
+        note(f"  the chat template writes the date, here always {FIXED_DATE:%d %b %Y}: runs repeat")
+    if unused := _unused(ledger.format, template, config):
+        note(f"  without effect on these rows: {', '.join(unused)}")
     return PreparedSource(
-        store, LedgerEntry(**note["ledger"]), Findings(**note["findings"]), template,
-        note["fingerprint"], opened.revision,
+        store, ledger, Findings(**written["findings"]), template, written["fingerprint"],
+        opened.revision,
     )  # fmt: skip
+
+
+def _unused(format: str, template: PromptTemplate | None, config: DataConfig) -> list[str]:
+    """Name the options that were set and say nothing for rows of this kind."""
+    kind = format.partition(" ")[0]
+    asks = kind in ASKING
+    is_chat = kind in ("messages", "sharegpt") or (asks and template is None)
+    names = [] if asks else ["prompt_template"]
+    names += ["append_eos", "add_special_tokens"] if is_chat or kind == "tokens" else []
+    default, set_ = DataConfig(), {name: getattr(config, name) for name in names}
+    return [
+        f"data.{name}={value}" for name, value in set_.items() if value != getattr(default, name)
+    ]
 
 
 def cache_folder(config: DataConfig) -> Path:
@@ -146,19 +171,15 @@ def _options(
     source: SourceConfig, config: DataConfig, template: PromptTemplate | None, limit: int | None
 ) -> dict[str, Any]:
     """Everything of the config that changes what comes out of the data step."""
+    names = (
+        "train_on", "max_length", "overlong", "add_special_tokens", "append_eos", "on_bad_row",
+        "max_bad_fraction",
+    )  # fmt: skip
     return {
-        "format": source.format,
-        "columns": asdict(source.columns),
-        "train_on": config.train_on,
-        "max_length": config.max_length,
-        "overlong": config.overlong,
+        "format": source.format, "columns": asdict(source.columns), "limit": limit,
         "template": None if template is None else asdict(template),
-        "add_special_tokens": config.add_special_tokens,
-        "append_eos": config.append_eos,
-        "on_bad_row": config.on_bad_row,
-        "max_bad_fraction": config.max_bad_fraction,
-        "limit": limit,
-    }
+        **{name: getattr(config, name) for name in names},
+    }  # fmt: skip
 
 
 def _key(source: Source, tokenizer: PreTrainedTokenizerBase, options: dict[str, Any]) -> str:
@@ -196,8 +217,9 @@ def _prepare(
     errors: list[UserError] = []
     digest = hashlib.sha256()
     encoder = Encoder(config, tokenizer, layout, template)
-    writer = _open_writer(folder)
-    try:
+    with ExitStack() as stack:
+        with _telling_unwritable(folder):
+            writer = StoreWriter(stack.enter_context(replacing_folder(folder)))
         with progress(f"tokenizing {Path(opened.path).name}", None) as advance:
             for done in encode_all(encoder, _batches(rows), config.num_workers):
                 ledger.merge(done.ledger)
@@ -222,9 +244,6 @@ def _prepare(
             "ledger": asdict(ledger),
             "findings": asdict(findings),
         })  # fmt: skip
-    except BaseException:
-        writer.abandon()
-        raise
 
 
 def detect_layout(
@@ -429,19 +448,8 @@ def _check_train_on(layout: Layout, train_on: str) -> None:
         )
 
 
-def _open_writer(folder: Path) -> StoreWriter:
-    with _telling_unwritable(folder):
-        return StoreWriter(folder)
-
-
-@contextmanager
-def _telling_unwritable(folder: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as failure:
-        raise UserError(
-            "D310",
-            f"cannot write prepared data to {folder.parent}: {failure.strerror or failure}",
-            ExitStatus.CANNOT_CREATE,
-            hint="choose another folder: data.cache_dir=…",
-        ) from failure
+def _telling_unwritable(folder: Path) -> AbstractContextManager[None]:
+    hint = "choose another folder: data.cache_dir=…"
+    return telling(
+        "D310", f"cannot write prepared data to {folder.parent}", ExitStatus.CANNOT_CREATE, hint
+    )

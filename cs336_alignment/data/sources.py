@@ -20,7 +20,7 @@ from cs336_alignment.data import arithmetic
 from cs336_alignment.data.json_rows import read_json, read_json_lines
 from cs336_alignment.data.row import Row
 from cs336_alignment.data.table_rows import has_header, read_csv, read_dataset, read_parquet
-from cs336_alignment.errors import ExitStatus, Place, UserError
+from cs336_alignment.errors import ExitStatus, Place, UserError, first_line
 
 BUILTIN = "builtin:"
 HUB_SPEC = re.compile(
@@ -299,10 +299,9 @@ def _with_datasets(path: str, default_split: str) -> Source:
             name, config = match["repo"], match["config"] or None
             data = datasets.load_dataset(name, config, split=split, revision=revision)
     except Exception as failure:  # every kind of network, hub and format trouble ends here
-        reason = (str(failure) or type(failure).__name__).splitlines()[0]
         raise UserError(
             "D105",
-            f"cannot load {path} with `datasets`: {reason}",
+            f"cannot load {path} with `datasets`: {first_line(failure)}",
             ExitStatus.NOT_FOUND,
             hint="give the folder of one split inside it"
             if match is None

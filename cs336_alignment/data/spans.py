@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
-from cs336_alignment.data.tokenize import tokenize_plain
+from cs336_alignment.data.tokenize import decode, tokenize_plain
 from cs336_alignment.errors import ExitStatus, Place, UserError
 
 
@@ -245,7 +245,7 @@ def _settle(
     """Choose between the tokens of the pieces and those of the whole text."""
     ids = [token for part, _ in pieces for token in part]
     moved = ids != whole
-    if moved and _decode(ids, tokenizer) != _decode(whole, tokenizer):
+    if moved and decode(tokenizer, ids) != decode(tokenizer, whole):
         if offsets is None:
             raise UserError(
                 "D408",
@@ -262,9 +262,3 @@ def _settle(
     each = [np.full(len(part), weight, dtype=np.float32) for part, weight in pieces]
     joined = np.concatenate(each) if each else np.zeros(0, dtype=np.float32)
     return TokenizedText(np.array(ids, dtype=np.int32), joined, moved)
-
-
-def _decode(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> str:
-    text = tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-    assert isinstance(text, str)
-    return text

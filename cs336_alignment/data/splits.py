@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -16,11 +17,9 @@ from transformers import PreTrainedTokenizerBase
 
 from cs336_alignment.config import DataConfig, SourceConfig
 from cs336_alignment.data.batching import mix_seed
-from cs336_alignment.data.chat import FIXED_DATE, writes_date
 from cs336_alignment.data.dataset import TokenizedDataset
 from cs336_alignment.data.filter import Verify, find_correct, without
 from cs336_alignment.data.formats import Example, to_example
-from cs336_alignment.data.layout import ASKING
 from cs336_alignment.data.ledger import LedgerEntry
 from cs336_alignment.data.lint import MAX_EXAMPLES, Findings, Judged, judge, overlap
 from cs336_alignment.data.mixture import Mixture
@@ -177,11 +176,11 @@ def prepare_run(
         UserError: as `prepare_source`, `find_correct` and `judge` do.
     """
     sources = config.sources or [SourceConfig(config.train_path)]
-    limit = config.max_train_examples
-    prepared = _prepare_all(
-        sources,
-        lambda source: _prepare(source, config, tokenizer, seed, "train", limit, progress, note),
-    )
+    prepare = partial(
+        prepare_source, config=config, tokenizer=tokenizer, seed=seed, split="train",
+        limit=config.max_train_examples, progress=progress, note=note,
+    )  # fmt: skip
+    prepared = _prepare_all(sources, prepare)
     train = PreparedData.of(prepared, mixture=_mixture(sources, prepared, config.mixture_stop))
     held_out = None
     if config.eval_path is not None:
@@ -309,56 +308,11 @@ def _held_out(
     note: Callable[[str], None],
 ) -> PreparedData:
     assert config.eval_path is not None
-    source, limit = SourceConfig(config.eval_path), config.max_eval_examples
-    return PreparedData.of(
-        (_prepare(source, config, tokenizer, seed, "test", limit, progress, note),)
-    )
-
-
-def _prepare(
-    source: SourceConfig,
-    config: DataConfig,
-    tokenizer: PreTrainedTokenizerBase,
-    seed: int,
-    split: str,
-    limit: int | None,
-    progress: Progress,
-    note: Callable[[str], None],
-) -> PreparedSource:
-    note(f"reading {source.path}")
-    own = {role: name for role, name in asdict(source.columns).items() if name is not None}
-    source = replace(source, columns=replace(config.columns, **own))
-    if source.format == "auto":
-        source = replace(source, format=config.format)
     prepared = prepare_source(
-        source,
-        config,
-        tokenizer,
-        seed=seed,
-        split=split,
-        max_examples=limit,
-        progress=progress,
-        note_line=note,
-    )
-    note(f"  format {prepared.ledger.format}")
-    if prepared.ledger.format.startswith(("messages", "sharegpt")) and writes_date(tokenizer):
-        note(f"  the chat template writes the date, here always {FIXED_DATE:%d %b %Y}: runs repeat")
-    if unused := _unused(prepared, config):
-        note(f"  without effect on these rows: {', '.join(unused)}")
-    return prepared
-
-
-def _unused(prepared: PreparedSource, config: DataConfig) -> list[str]:
-    """Name the options that were set and say nothing for rows of this kind."""
-    kind = prepared.ledger.format.partition(" ")[0]
-    asks = kind in ASKING
-    is_chat = kind in ("messages", "sharegpt") or (asks and prepared.template is None)
-    names = [] if asks else ["prompt_template"]
-    names += ["append_eos", "add_special_tokens"] if is_chat or kind == "tokens" else []
-    default, set_ = DataConfig(), {name: getattr(config, name) for name in names}
-    return [
-        f"data.{name}={value}" for name, value in set_.items() if value != getattr(default, name)
-    ]
+        SourceConfig(config.eval_path), config, tokenizer, seed=seed, split="test",
+        limit=config.max_eval_examples, progress=progress, note=note,
+    )  # fmt: skip
+    return PreparedData.of((prepared,))
 
 
 def _mixture(

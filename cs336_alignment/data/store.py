@@ -5,7 +5,6 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,7 +16,7 @@ from numpy.typing import NDArray
 
 from cs336_alignment.data.dataset import Chunk
 from cs336_alignment.data.encode import Encoded
-from cs336_alignment.files import flush_tree, sha256_of, write_json
+from cs336_alignment.files import sha256_of, write_json
 
 DATA = "data.arrow"
 NOTE = "prepared.json"
@@ -110,18 +109,15 @@ class Store:
 
 
 class StoreWriter:
-    """Writes a prepared source batch by batch into a folder that appears when it is complete.
+    """Writes a prepared source batch by batch into a folder that is there.
 
     Args:
-        folder: of the store; `.part` is appended until the end.
+        folder: of the store to be; `finish` makes it one.
     """
 
     def __init__(self, folder: Path) -> None:
-        self._final = folder
-        self._folder = folder.with_name(folder.name + ".part")
-        shutil.rmtree(self._folder, ignore_errors=True)
-        self._folder.mkdir(parents=True)
-        self._writer = pa.ipc.new_file(str(self._folder / DATA), SCHEMA)
+        self._folder = folder
+        self._writer = pa.ipc.new_file(str(folder / DATA), SCHEMA)
 
     def write(self, done: Encoded) -> None:
         """Append a batch."""
@@ -147,16 +143,8 @@ class StoreWriter:
         return Store(self._folder)
 
     def finish(self, note: dict[str, Any]) -> None:
-        """Seal the closed store: from here on it is there for everyone."""
+        """Seal the closed store."""
         write_json(self._folder / NOTE, {**note, DIGEST: sha256_of(self._folder / DATA)})
-        flush_tree(self._folder)
-        shutil.rmtree(self._final, ignore_errors=True)
-        self._folder.rename(self._final)
-
-    def abandon(self) -> None:
-        """Remove what was written."""
-        self._writer.close()
-        shutil.rmtree(self._folder, ignore_errors=True)
 
 
 def check_store(folder: Path) -> str | None:

@@ -13,7 +13,7 @@ from typing import IO, Any
 from cs336_alignment.data.choices import columns_without_header, subject_of
 from cs336_alignment.data.json_rows import MOST_ROW_BYTES, SURROGATE
 from cs336_alignment.data.row import Row
-from cs336_alignment.errors import ExitStatus, Place, UserError
+from cs336_alignment.errors import ExitStatus, Place, UserError, first_line
 
 BATCH_ROWS = 256  # at a time, fewer if they are large
 BATCH_BYTES = 2**25
@@ -126,12 +126,9 @@ def read_parquet(path: Path) -> Iterator[Row | UserError]:
                 yield from _rows_of(batch, path, number)
                 number += batch.num_rows
     except (pa.ArrowException, OSError) as failure:
-        reason = (str(failure) or type(failure).__name__).splitlines()[0]
+        message = f"cannot read the Parquet file: {first_line(failure)}"
         raise UserError(
-            "D108",
-            f"cannot read the Parquet file: {reason}",
-            ExitStatus.BAD_DATA,
-            place=Place(path, number + 1),
+            "D108", message, ExitStatus.BAD_DATA, place=Place(path, number + 1)
         ) from failure
 
 

@@ -17,6 +17,8 @@ from rich.padding import Padding
 from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
+from cs336_alignment.data.tokenize import decode
+
 KINDS = ("trained", "context", "scaffold", "special")
 # Highlighter, not coloured letters: trained spaces are seen too. Both colours are set, so it reads
 # on a light terminal and on a dark one.
@@ -146,23 +148,19 @@ def _texts(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[str]:
     what the whole example has there; until then the next token joins it.
     """
 
-    def decode(some: list[int]) -> str:
-        text = tokenizer.decode(some, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-        return str(text)
-
-    whole = decode(ids)
+    whole = decode(tokenizer, ids)
     texts = [""] * len(ids)
     before = start = done = 0  # the token in front, the first of those that wait, characters given
     known = ""  # ids[before:start] decoded
     for end in range(1, len(ids) + 1):
-        text = decode(ids[before:end])
+        text = decode(tokenizer, ids[before:end])
         new = text[len(known) :]
         if not text.startswith(known) or not whole.startswith(new, done):
             continue
         texts[start] = new
         done += len(new)
         if new:
-            before, known = start, decode(ids[start:end])
+            before, known = start, decode(tokenizer, ids[start:end])
         start = end
     if ids:  # what never came to agree: a decoder that rewrites what it has said
         texts[min(start, len(ids) - 1)] += whole[done:]

@@ -172,6 +172,12 @@ def tokenize_plain(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> 
     return list(encoded["input_ids"])
 
 
+def decode(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int]) -> str:
+    """Give the exact text of tokens: special ones kept, no spaces tidied away."""
+    options = {"skip_special_tokens": False, "clean_up_tokenization_spaces": False}
+    return str(tokenizer.decode(list(tokens), **options))
+
+
 def tokenize_prompt_and_output(
     prompt_strs: Sequence[str], output_strs: Sequence[str], tokenizer: PreTrainedTokenizerBase
 ) -> dict[str, Tensor]:

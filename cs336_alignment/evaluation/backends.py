@@ -12,10 +12,10 @@ from transformers import AutoConfig, GenerationConfig
 from cs336_alignment.config import Config
 from cs336_alignment.config_clashes import clash
 from cs336_alignment.data.chat import writes_date
+from cs336_alignment.data.tokenize import decode
 from cs336_alignment.errors import ExitStatus, UserError
 from cs336_alignment.evaluation.arms import Arm, identity_of
 from cs336_alignment.evaluation.conversations import Asked, find_conversations
-from cs336_alignment.evaluation.generate import decode
 from cs336_alignment.evaluation.sampling import Generator, sampling_of
 from cs336_alignment.evaluation.server_client import ServerClient
 from cs336_alignment.evaluation.server_dialect import Dialect, learn
@@ -125,21 +125,11 @@ def _open_server(
     forms = PromptForms(arm.tokenizer, conversations)
     sampling = sampling_of(options)
     shortest = min(prompts.values(), key=len)
-    box: list[Dialect] = []
-
-    def ask() -> None:
-        box.append(
-            learn(
-                client,
-                model=options.server_model,
-                api=options.server_api,
-                prompt=forms(shortest),
-                sampling=sampling,
-            )
-        )
-
-    processes.on_main(ask)
-    dialect: Dialect = processes.agree(box[0] if box else None)
+    asked = processes.on_main(lambda: learn(
+        client, model=options.server_model, api=options.server_api, prompt=forms(shortest),
+        sampling=sampling,
+    ))  # fmt: skip
+    dialect: Dialect = processes.agree(asked)
     check_positions(dialect.context, longest)
     console.note(f"server     {options.server_url}, model {dialect.model}")
     console.note(f"           {dialect.describe()}")

@@ -13,9 +13,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from cs336_alignment.data.chat import TEMPLATE_ERRORS, with_fixed_date
 from cs336_alignment.data.templates import PromptTemplate
-from cs336_alignment.data.tokenize import tokenize_plain, tokenize_prompts
+from cs336_alignment.data.tokenize import decode, tokenize_plain, tokenize_prompts
 from cs336_alignment.errors import ExitStatus, UserError
-from cs336_alignment.evaluation.generate import decode, draw
+from cs336_alignment.evaluation.generate import draw
 from cs336_alignment.evaluation.sampling import UNFINISHED, Sampling, end_of_stop
 from cs336_alignment.model.loading import eos_ids
 from cs336_alignment.model.padded_decoder import PaddedDecoder

@@ -10,6 +10,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
 from types import FrameType
 
@@ -28,6 +29,7 @@ Show = Callable[[str], None]
 Answer = Callable[[list[int], int, Show, Callable[[], bool]], Reply]
 
 
+@dataclass
 class ChatSession:
     """One chat, from the first question to the end.
 
@@ -38,21 +40,14 @@ class ChatSession:
         max_new_tokens: of a reply, to say when one is cut.
     """
 
-    def __init__(
-        self,
-        conversation: Conversation,
-        answer: Answer,
-        *,
-        context: int | None,
-        max_new_tokens: int,
-    ) -> None:
-        self.conversation = conversation
-        self._answer = answer
-        self._context = context
-        self._max_new_tokens = max_new_tokens
-        self._asked = 0
-        self._replying = False
-        self._interrupted = False
+    conversation: Conversation
+    answer: Answer
+    _: KW_ONLY
+    context: int | None
+    max_new_tokens: int
+    _asked: int = field(default=0, init=False)
+    _replying: bool = field(default=False, init=False)
+    _interrupted: bool = field(default=False, init=False)
 
     def run(self) -> ExitStatus:
         """Take lines until there are no more, `/exit`, or Ctrl-C between replies (130)."""
@@ -92,16 +87,16 @@ class ChatSession:
         if not prompt_ids:
             tell("the tokenizer makes no token of that; the question is not asked")
             return
-        if self._context is not None and len(prompt_ids) >= self._context:
+        if self.context is not None and len(prompt_ids) >= self.context:
             tell(
                 f"the conversation has {len(prompt_ids):,} tokens with this question, and the "
-                f"model's context {self._context:,}: nothing is forgotten unasked, /reset begins "
+                f"model's context {self.context:,}: nothing is forgotten unasked, /reset begins "
                 "anew"
             )
             return
         self._interrupted, self._replying = False, True
         try:
-            reply = self._answer(prompt_ids, self._asked, _show, lambda: self._interrupted)
+            reply = self.answer(prompt_ids, self._asked, _show, lambda: self._interrupted)
         finally:
             self._replying = False
         _show("\n")
@@ -109,15 +104,13 @@ class ChatSession:
         if reply.stopped == "interrupted":
             tell("(stopped; what was said stays in the conversation)")
         elif reply.stopped == "length" and self._fills_context(prompt_ids):
-            tell(f"(cut: the model's context of {self._context:,} tokens is full; /reset)")
+            tell(f"(cut: the model's context of {self.context:,} tokens is full; /reset)")
         elif reply.stopped == "length":
-            tell(f"(cut: evaluation.max_new_tokens={self._max_new_tokens})")
+            tell(f"(cut: evaluation.max_new_tokens={self.max_new_tokens})")
         self.conversation.turns.append((question, reply.text))
 
     def _fills_context(self, prompt_ids: list[int]) -> bool:
-        return self._context is not None and (
-            len(prompt_ids) + self._max_new_tokens > self._context
-        )
+        return self.context is not None and (len(prompt_ids) + self.max_new_tokens > self.context)
 
     def _command(self, line: str) -> bool:
         """Obey a command; False ends the chat."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext, suppress
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -15,9 +15,10 @@ from cs336_alignment.data.dataset import TokenizedDataset
 from cs336_alignment.data.encode import special_tokens
 from cs336_alignment.data.prepare import Progress
 from cs336_alignment.data.templates import PromptTemplate
+from cs336_alignment.data.tokenize import decode
 from cs336_alignment.errors import ExitStatus, UserError
 from cs336_alignment.evaluation.final_answer import OPENING
-from cs336_alignment.evaluation.generate import LocalGenerator, decode
+from cs336_alignment.evaluation.generate import LocalGenerator
 from cs336_alignment.evaluation.grading import close_reward, failures_of
 from cs336_alignment.evaluation.log_generations import generation_row, summarize
 from cs336_alignment.evaluation.loss import evaluate_loss
@@ -60,6 +61,7 @@ class EvaluationResult:
     rows: list[dict[str, Any]]
 
 
+@dataclass
 class Evaluator:
     """Evaluates one policy on one set of examples, shared among processes.
 
@@ -82,50 +84,33 @@ class Evaluator:
         warn: prints a warning.
     """
 
-    def __init__(
-        self,
-        policy: Policy | None,
-        tokenizer: PreTrainedTokenizerBase,
-        dataset: TokenizedDataset,
-        ground_truths: Sequence[str | None],
-        *,
-        config: EvaluationConfig,
-        processes: Processes,
-        microbatch_tokens: int,
-        batching: Batching,
-        seed: int,
-        progress: Progress,
-        reward: RewardFunction,
-        choices: Sequence[Sequence[str]] = (),
-        groups: Sequence[str] = (),
-        asked: Callable[[], ExitStatus | None] = lambda: None,
-        generator: Generator | None = None,
-        warn: Callable[[str], None] = lambda _: None,
-    ) -> None:
-        self.policy = policy
-        self.tokenizer = tokenizer
-        self.dataset = dataset
-        self.config = config
-        self.processes = processes
-        self.microbatch_tokens = microbatch_tokens
-        self.batching = batching
-        self.seed = seed
-        self.progress = progress
-        self.reward = reward
-        self.choices = choices
-        self.groups = groups
-        self.stop_ids = special_tokens(tokenizer).stops
-        self.asked = asked
-        self.warn = warn
-        self.ground_truths = ground_truths
-        self.gradable = gradable_of(ground_truths, config.num_prompts)
-        if generator is None:
-            assert policy is not None
-            generator = LocalGenerator(
-                policy.model, tokenizer, batch_size=config.batch_size,
-                autocast_dtype=policy.autocast_dtype,
+    policy: Policy | None
+    tokenizer: PreTrainedTokenizerBase
+    dataset: TokenizedDataset
+    ground_truths: Sequence[str | None]
+    _: KW_ONLY
+    config: EvaluationConfig
+    processes: Processes
+    microbatch_tokens: int
+    batching: Batching
+    seed: int
+    progress: Progress
+    reward: RewardFunction
+    choices: Sequence[Sequence[str]] = ()
+    groups: Sequence[str] = ()
+    asked: Callable[[], ExitStatus | None] = lambda: None
+    generator: Generator | None = None
+    warn: Callable[[str], None] = lambda _: None
+
+    def __post_init__(self) -> None:
+        self.stop_ids = special_tokens(self.tokenizer).stops
+        self.gradable = gradable_of(self.ground_truths, self.config.num_prompts)
+        if self.generator is None:
+            assert self.policy is not None
+            self.generator = LocalGenerator(
+                self.policy.model, self.tokenizer, batch_size=self.config.batch_size,
+                autocast_dtype=self.policy.autocast_dtype,
             )  # fmt: skip
-        self.generator = generator
 
     def check(self, model: PreTrainedModel | None, template: PromptTemplate | None) -> list[str]:
         """Look before the first generation at what would make it useless.
@@ -237,6 +222,7 @@ class Evaluator:
         failure: UserError | None = None
         here = nullcontext() if self.policy is None else self.processes.held_whole(self.policy)
         with here, self.progress("generation", len(wanted)) as advance, suppress(_Stopped):
+            assert self.generator is not None  # made with the evaluator
             try:
                 generations = self.generator.generate(
                     requests, sampling_of(self.config), advance=note

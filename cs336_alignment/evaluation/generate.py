@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from cs336_alignment.data.tokenize import decode
 from cs336_alignment.errors import ExitStatus, UserError
 from cs336_alignment.evaluation.sampling import Generation, Request, Sampling, end_of_stop
 from cs336_alignment.model.loading import eos_ids
@@ -250,12 +251,6 @@ def draw(logits: Tensor, draws: Tensor, temperature: float, top_p: float) -> Ten
     aim = (draws[:, None] * sums[:, -1:]).clamp(max=sums[:, -1:].nextafter(sums.new_zeros(())))
     chosen = torch.searchsorted(sums, aim, right=True)
     return (chosen if order is None else order.gather(1, chosen)).squeeze(1)
-
-
-def decode(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int]) -> str:
-    """Give the exact text of tokens: special ones kept, no spaces tidied away."""
-    options = {"skip_special_tokens": False, "clean_up_tokenization_spaces": False}
-    return str(tokenizer.decode(list(tokens), **options))
 
 
 def _no_numbers(row: _Row) -> UserError:

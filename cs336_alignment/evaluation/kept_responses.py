@@ -17,9 +17,9 @@ from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 
-from cs336_alignment.errors import ExitStatus, UserError
+from cs336_alignment.errors import ExitStatus
 from cs336_alignment.evaluation.sampling import Generation, Generator, Request, Sampling
-from cs336_alignment.files import system_error
+from cs336_alignment.files import telling
 
 FOLDER = "responses"
 CHUNK_BATCHES = 4  # more would be lost at a stop, fewer would wait for their slowest too often
@@ -66,7 +66,8 @@ class KeptResponses:
         """
         chunk = {_key(r): asdict(g) for r, g in zip(requests, generations, strict=True)}
         line = json.dumps(chunk, ensure_ascii=True).encode() + b"\n"
-        try:
+        hint = "make room and run the same command again: it goes on from what is kept"
+        with telling("R306", f"cannot keep responses in {self._path}", ExitStatus.IO, hint):
             self._path.parent.mkdir(parents=True, exist_ok=True)
             with self._path.open("ab+") as file:
                 if file.tell() and os.pread(file.fileno(), 1, file.tell() - 1) != b"\n":
@@ -74,13 +75,6 @@ class KeptResponses:
                 file.write(line)
                 file.flush()
                 os.fsync(file.fileno())
-        except OSError as failure:
-            raise UserError(
-                "R306",
-                f"cannot keep responses in {self._path}: {system_error(failure)}",
-                ExitStatus.IO,
-                hint="make room and run the same command again: it goes on from what is kept",
-            ) from failure
 
 
 class KeptGenerator:

@@ -9,12 +9,13 @@ from collections.abc import Callable, Collection, Sequence
 import numpy as np
 import torch
 
-from cs336_alignment.data.batching import collate, plan_microbatches
+from cs336_alignment.data.batching import collate
 from cs336_alignment.data.dataset import TokenizedDataset
 from cs336_alignment.microbatch import Batching
 from cs336_alignment.model.policy import Policy
 from cs336_alignment.training.loss import masked_normalize
 from cs336_alignment.training.parallel import Processes
+from cs336_alignment.training.step import Cut
 
 
 def evaluate_loss(
@@ -56,15 +57,8 @@ def evaluate_loss(
     names = list(dict.fromkeys(groups))
     group_of = torch.tensor([names.index(name) for name in groups], dtype=torch.int64)
     stops = torch.tensor(sorted(stop_ids), dtype=torch.int64, device=device)
-    microbatches = plan_microbatches(
-        range(len(dataset)),
-        dataset.lengths,
-        num_processes=processes.count,
-        process_index=processes.index,
-        microbatch_tokens=microbatch_tokens,
-        gradient_accumulation_steps=None,
-        batching=batching,
-        in_step=processes.shards,
+    microbatches = Cut(microbatch_tokens, None, batching).of_process(
+        range(len(dataset)), dataset.lengths, processes.count, processes.index, processes.shards
     )
     sums = torch.zeros(5 + len(names), dtype=torch.float64, device=device)
     training = policy.training

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ from cs336_alignment.evaluation.kept_responses import (
 from cs336_alignment.evaluation.rewards import RewardFunction, code_of, describe_reward, make_reward
 from cs336_alignment.evaluation.summary import Summary, summarize_evaluation, to_json
 from cs336_alignment.evaluation.summary_page import brief_table_of, to_markdown
-from cs336_alignment.files import write_json, write_text
+from cs336_alignment.files import telling, write_json, write_text
 from cs336_alignment.microbatch import Batching
 from cs336_alignment.model.loading import (
     check_fits,
@@ -88,14 +88,10 @@ def evaluate(config: Config) -> ExitStatus:
         reward = make_reward(config.evaluation)
         console.note(describe_reward(config.evaluation, reward))
         arms = prepare_arms(config, console)
-        results = [
-            (
-                _asking
-                if number == 0 and config.evaluation.backend != "transformers"
-                else open_evaluator
-            )(arm, config, precision, folder, processes, console, reward).run(generate=True)
-            for number, arm in enumerate(arms)
-        ]
+        opening = Opening(config, precision, folder, processes, console, reward)
+        first = opening.model if config.evaluation.backend == "transformers" else opening.backend
+        opens = [first, *[opening.model] * (len(arms) - 1)]
+        results = [open_(arm).run(generate=True) for open_, arm in zip(opens, arms, strict=True)]
         if processes.is_main:
             report: dict[str, Any] = {**subject, "options": asdict(config.evaluation)}
             if (code := code_of(reward)) is not None:
@@ -133,107 +129,86 @@ def _refuse_another(path: Path, subject: dict[str, str | None]) -> None:
         )
 
 
-def open_evaluator(
-    arm: Arm,
-    config: Config,
-    precision: str,
-    folder: Path,
-    processes: Processes,
-    console: Console,
-    reward: RewardFunction,
-) -> Evaluator:
-    """Load a model and give what evaluates it, its responses kept on disk as they come.
+@dataclass(frozen=True)
+class Opening:
+    """Makes evaluators, their responses kept on disk as they come.
 
-    Args:
-        arm: the model and its examples.
-        config: of the command.
-        precision: as `refuse_launcher_options` gave it.
-        folder: responses are kept in its `responses/`.
-        processes: share the work.
-        console: shows what happens.
-        reward: grades.
+    Attributes:
+        config: the whole configuration.
+        precision: as the launcher or the config asks for it.
+        folder: of the evaluation; responses are kept in it.
+        processes: who shares the work.
+        console: for notes and progress.
+        reward: grades responses.
     """
-    if processes.device.type == "cpu":
-        keep_freed_memory()
-    console.note(f"loading {arm.options.name_or_path}")
-    if arm.options.random_init:
-        console.warn(f"its weights are drawn from seed {config.seed} (model.random_init=true)")
-    model = load_model(arm.source, random_init=arm.options.random_init, seed=config.seed)
-    set_threads(processes.local_count, model.num_parameters())
-    dataset = arm.dataset
-    longest = int(dataset.lengths.max())
-    check_fits(model, arm.data.largest_token_id, longest)
-    dtype = choose_precision(precision, processes.device)
-    policy = Policy(model, dtype).to(processes.device)
-    choice = choose_batching(policy, config.trainer.batching, longest)
-    evaluator = _evaluator(arm, config, processes, console, reward, policy, choice.batching)
-    for line in evaluator.check(model, arm.data.template):
-        console.warn(line)
-    identity = identity_of(arm, model, config) if processes.is_main else ""
-    identity = f"{identity} {dtype} {processes.device.type}"
-    backend = Backend(evaluator.generator, identity, config.evaluation.batch_size)
-    evaluator.generator = _keeping(backend, folder, processes, console)
-    return evaluator
 
+    config: Config
+    precision: str
+    folder: Path
+    processes: Processes
+    console: Console
+    reward: RewardFunction
 
-def _asking(
-    arm: Arm,
-    config: Config,
-    precision: str,
-    folder: Path,
-    processes: Processes,
-    console: Console,
-    reward: RewardFunction,
-) -> Evaluator:
-    """Give what evaluates the responses of another backend; see `open_evaluator`."""
-    gradable = gradable_of(arm.ground_truths, config.evaluation.num_prompts)
-    refuse_nothing_to_ask(gradable, config)
-    backend = open_backend(arm, gradable, config, precision, processes, console)
-    keeping = _keeping(backend, folder, processes, console)
-    # The layout is that of a loss, which is not evaluated.
-    evaluator = _evaluator(arm, config, processes, console, reward, None, "padded", keeping)
-    for line in evaluator.check(None, arm.data.template):
-        console.warn(line)
-    return evaluator
+    def model(self, arm: Arm) -> Evaluator:
+        """Load an arm's model and give what evaluates it.
 
+        Raises:
+            UserError: the model cannot be loaded, or the data do not fit it (66, 78).
+        """
+        config, processes, console = self.config, self.processes, self.console
+        if processes.device.type == "cpu":
+            keep_freed_memory()
+        console.note(f"loading {arm.options.name_or_path}")
+        if arm.options.random_init:
+            console.warn(f"its weights are drawn from seed {config.seed} (model.random_init=true)")
+        model = load_model(arm.source, random_init=arm.options.random_init, seed=config.seed)
+        set_threads(processes.local_count, model.num_parameters())
+        longest = int(arm.dataset.lengths.max())
+        check_fits(model, arm.data.largest_token_id, longest)
+        dtype = choose_precision(self.precision, processes.device)
+        policy = Policy(model, dtype).to(processes.device)
+        choice = choose_batching(policy, config.trainer.batching, longest)
+        evaluator = self._evaluator(arm, policy, choice.batching)
+        identity = identity_of(arm, model, config) if processes.is_main else ""
+        identity = f"{identity} {dtype} {processes.device.type}"
+        assert evaluator.generator is not None
+        backend = Backend(evaluator.generator, identity, config.evaluation.batch_size)
+        evaluator.generator = self._keeping(backend)
+        return evaluator
 
-def _evaluator(
-    arm: Arm,
-    config: Config,
-    processes: Processes,
-    console: Console,
-    reward: RewardFunction,
-    policy: Policy | None,
-    batching: Batching,
-    generator: KeptGenerator | None = None,
-) -> Evaluator:
-    return Evaluator(
-        policy,
-        arm.tokenizer,
-        arm.dataset,
-        arm.ground_truths,
-        config=config.evaluation,
-        processes=processes,
-        microbatch_tokens=config.trainer.microbatch_tokens or DEFAULT_MICROBATCH_TOKENS,
-        batching=batching,
-        seed=config.seed,
-        progress=console.progress,
-        reward=reward,
-        choices=arm.choices,
-        warn=console.warn,
-        generator=generator,
-    )
+    def backend(self, arm: Arm) -> Evaluator:
+        """Give what evaluates the responses of another backend."""
+        gradable = gradable_of(arm.ground_truths, self.config.evaluation.num_prompts)
+        refuse_nothing_to_ask(gradable, self.config)
+        backend = open_backend(
+            arm, gradable, self.config, self.precision, self.processes, self.console
+        )
+        # The layout is that of a loss, which is not evaluated.
+        return self._evaluator(arm, None, "padded", self._keeping(backend))
 
+    def _evaluator(
+        self, arm: Arm, policy: Policy | None, batching: Batching,
+        generator: KeptGenerator | None = None,
+    ) -> Evaluator:  # fmt: skip
+        config = self.config
+        evaluator = Evaluator(
+            policy, arm.tokenizer, arm.dataset, arm.ground_truths, config=config.evaluation,
+            processes=self.processes, batching=batching, seed=config.seed,
+            microbatch_tokens=config.trainer.microbatch_tokens or DEFAULT_MICROBATCH_TOKENS,
+            progress=self.console.progress, reward=self.reward, choices=arm.choices,
+            warn=self.console.warn, generator=generator,
+        )  # fmt: skip
+        for line in evaluator.check(None if policy is None else policy.model, arm.data.template):
+            self.console.warn(line)
+        return evaluator
 
-def _keeping(
-    backend: Backend, folder: Path, processes: Processes, console: Console
-) -> KeptGenerator:
-    """Put what is kept of an earlier command, and will be of this one, before a generator."""
-    identity = processes.agree(backend.identity)
-    kept = KeptResponses(folder / FOLDER, identity, processes.index)
-    if kept.kept:
-        console.note(f"going on: {kept.kept:,} responses of an earlier command are there")
-    return KeptGenerator(backend.generator, kept, batch_size=backend.batch_size)
+    def _keeping(self, backend: Backend) -> KeptGenerator:
+        """Put what is kept of an earlier command, and will be of this one, before a generator."""
+        identity = self.processes.agree(backend.identity)
+        kept = KeptResponses(self.folder / FOLDER, identity, self.processes.index)
+        if kept.kept:
+            self.console.note(f"going on: {kept.kept:,} responses of an earlier command are there")
+        return KeptGenerator(backend.generator, kept, batch_size=backend.batch_size)
 
 
 def _write(
@@ -257,7 +232,12 @@ def _write(
         baseline = others[0].rows if others else None
         summary = summarize_evaluation(model.rows, baseline, groups=groups, seed=config.seed)
         report |= to_json(summary)
-    try:
+    with telling(
+        "R101",
+        f"cannot write to {folder}",
+        ExitStatus.CANNOT_CREATE,
+        "choose another output_root=… or run_name=…",
+    ):
         folder.mkdir(parents=True, exist_ok=True)
         if summary is not None:
             write_generations(folder / GENERATIONS, model.rows)
@@ -265,13 +245,6 @@ def _write(
                 write_generations(folder / BASELINE_GENERATIONS, other.rows)
             write_text(folder / PAGE, _page(summary, model, names, config))
         write_json(folder / RESULT, report)
-    except OSError as failure:
-        raise UserError(
-            "R101",
-            f"cannot write to {folder}: {failure.strerror or failure}",
-            ExitStatus.CANNOT_CREATE,
-            hint="choose another output_root=… or run_name=…",
-        ) from failure
     show_examples(console, model.rows, EXAMPLES_SHOWN)
     _show(console, summary, results, names)
 
@@ -279,14 +252,8 @@ def _write(
 def _page(summary: Summary, model: EvaluationResult, names: Sequence[str], config: Config) -> str:
     options = asdict(config.evaluation)
     shown = (
-        "backend",
-        "reward",
-        "max_new_tokens",
-        "min_new_tokens",
-        "temperature",
-        "top_p",
-        "stop",
-    )
+        "backend", "reward", "max_new_tokens", "min_new_tokens", "temperature", "top_p", "stop",
+    )  # fmt: skip
     return to_markdown(
         summary,
         model.rows,

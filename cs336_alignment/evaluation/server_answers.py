@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from transformers import PreTrainedTokenizerBase
 
-from cs336_alignment.evaluation.generate import decode
+from cs336_alignment.data.tokenize import decode
 from cs336_alignment.evaluation.sampling import Generation, Sampling, end_of_stop
 
 ENDED = ("stop", "stop_sequence", "eos_token")  # Text Generation Inference has names of its own

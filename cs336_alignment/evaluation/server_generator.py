@@ -6,14 +6,14 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import KW_ONLY, dataclass, field
 from queue import Empty, SimpleQueue
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from cs336_alignment.data.tokenize import special_prefix
+from cs336_alignment.data.tokenize import decode, special_prefix
 from cs336_alignment.evaluation.conversations import Asked
-from cs336_alignment.evaluation.generate import decode
 from cs336_alignment.evaluation.sampling import Generation, Request, Sampling
 from cs336_alignment.evaluation.server_answers import (
     Answer,
@@ -54,6 +54,7 @@ class PromptForms:
         return Prompt(prompt_ids, text, ({"role": "user", "content": text},))
 
 
+@dataclass
 class ServerGenerator:
     """Generates by a server; see `Generator`.
 
@@ -67,25 +68,15 @@ class ServerGenerator:
         warn: takes a line of what is not as it should be, once.
     """
 
-    def __init__(
-        self,
-        client: ServerClient,
-        dialect: Dialect,
-        tokenizer: PreTrainedTokenizerBase,
-        *,
-        forms: PromptForms,
-        eos: Collection[str],
-        concurrency: int,
-        warn: Callable[[str], None] = lambda _: None,
-    ) -> None:
-        self._client = client
-        self._dialect = dialect
-        self._tokenizer = tokenizer
-        self._forms = forms
-        self._eos = eos
-        self._concurrency = concurrency
-        self._warn = warn
-        self._counted = False
+    client: ServerClient
+    dialect: Dialect
+    tokenizer: PreTrainedTokenizerBase
+    _: KW_ONLY
+    forms: PromptForms
+    eos: Collection[str]
+    concurrency: int
+    warn: Callable[[str], None] = lambda _: None
+    _counted: bool = field(default=False, init=False)
 
     def generate(
         self,
@@ -128,7 +119,7 @@ class ServerGenerator:
             on_done(number, answer)
 
         # Threads that end with the process: a slow server must not keep one that was told to stop.
-        for _ in range(min(self._concurrency, len(requests))):
+        for _ in range(min(self.concurrency, len(requests))):
             threading.Thread(target=work, daemon=True).start()
         try:
             while len(found) < len(requests):
@@ -143,27 +134,27 @@ class ServerGenerator:
         return [found[number] for number in range(len(requests))]
 
     def _answer(self, request: Request, sampling: Sampling, over: threading.Event) -> Generation:
-        prompt = self._forms(request.prompt_ids)
-        body = self._dialect.body(prompt, sampling, request.seed)
+        prompt = self.forms(request.prompt_ids)
+        body = self.dialect.body(prompt, sampling, request.seed)
         answer: Any = None
         try:
-            answer = self._client.insist(self._dialect.path, body, gave_up=over.wait)
-            read = read_answer(answer, self._dialect.model)
+            answer = self.client.insist(self.dialect.path, body, gave_up=over.wait)
+            read = read_answer(answer, self.dialect.model)
             self._compare(prompt, read)
-            return to_generation(read, sampling, self._tokenizer, self._eos)
+            return to_generation(read, sampling, self.tokenizer, self.eos)
         except Refused as refused:
-            raise refusal(self._client, self._dialect, refused) from refused
+            raise refusal(self.client, self.dialect, refused) from refused
         except NoAnswer as failure:
-            raise rubbish(self._client.url, str(failure), answer) from failure
+            raise rubbish(self.client.url, str(failure), answer) from failure
 
     def _compare(self, prompt: Prompt, answer: Answer) -> None:
         """Tell once if the server makes other tokens of a prompt than were meant."""
         count, meant = answer.num_prompt_tokens, len(prompt.ids)
-        if self._dialect.as_ids or count in (None, meant) or self._counted:
+        if self.dialect.as_ids or count in (None, meant) or self._counted:
             return
         self._counted = True
-        what = "chat template or its tokenizer" if self._dialect.api == "chat" else "tokenizer"
-        self._warn(
+        what = "chat template or its tokenizer" if self.dialect.api == "chat" else "tokenizer"
+        self.warn(
             f"the server's {what} makes {count:,} tokens of a prompt that has {meant:,} here: it "
             "is asked something else than model.name_or_path would be"
         )

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from cs336_alignment.data.tokenize import decode
 from cs336_alignment.errors import ExitStatus, UserError
-from cs336_alignment.evaluation.generate import decode
 from cs336_alignment.evaluation.sampling import Generation, Request, Sampling
 from cs336_alignment.evaluation.server_answers import end_after_minimum
 from cs336_alignment.model.loading import ModelSource

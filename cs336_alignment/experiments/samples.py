@@ -25,7 +25,7 @@ from cs336_alignment.evaluation.evaluator import Evaluator
 from cs336_alignment.evaluation.grading import failures_of
 from cs336_alignment.evaluation.kept_responses import FOLDER, forget
 from cs336_alignment.evaluation.rewards import code_of, make_reward
-from cs336_alignment.evaluation.run import open_evaluator
+from cs336_alignment.evaluation.run import Opening
 from cs336_alignment.files import sha256_of, write_json
 from cs336_alignment.model.compile import in_eager
 from cs336_alignment.model.loading import resolve_model
@@ -123,9 +123,8 @@ class Sampler:
             f"{options.temperature:g}, top_p {options.top_p:g}"
         )
         config = replace(self.config, evaluation=evaluation)
-        evaluator = open_evaluator(
-            arm, config, self.precision, folder, self.processes, self.console, self.reward
-        )
+        opening = Opening(config, self.precision, folder, self.processes, self.console, self.reward)
+        evaluator = opening.model(arm)
         evaluator.seed = mix_seed(self.config.seed, SAMPLE_STREAM, iteration)
         evaluator.asked = self.asked
         return evaluator

@@ -249,10 +249,7 @@ def _direction(config: Config) -> bool:
         lacking = "nothing is generated: evaluation.generation_steps=0, say"
     if lacking is not None:
         raise UserError(
-            "C143",
-            f"no trial would have a {metric}",
-            ExitStatus.BAD_CONFIG,
-            hint=lacking,
+            "C143", f"no trial would have a {metric}", ExitStatus.BAD_CONFIG, hint=lacking
         )
     return better
 

@@ -131,7 +131,6 @@ def _grouped_attention(
         count * (prefix + length)
         for count, length, prefix in zip(counts, lengths, before, strict=True)
     ]
-    grouped_queries = query.shape[1] != key.shape[1]
     outputs = []
     # split, not slicing: its backward is one concatenation instead of a full-size zero tensor per
     # part.
@@ -140,21 +139,26 @@ def _grouped_attention(
         strict=True,
     )  # fmt: skip
     for count, length, prefix, q, k, v in parts:
-        out = F.scaled_dot_product_attention(
-            _to_batch(q, count, length),
-            _to_batch(k, count, prefix + length),
-            _to_batch(v, count, prefix + length),
-            # is_causal aligns the first query with the first key, so a prefix needs a mask.
-            attn_mask=query.new_ones((length, prefix + length), dtype=torch.bool).tril(prefix)
-            if prefix
-            else None,
-            dropout_p=dropout,
-            is_causal=not prefix,
-            scale=scaling,
-            enable_gqa=grouped_queries,
-        )  # (count, heads, length, D)
+        k, v = (_to_batch(x, count, prefix + length) for x in (k, v))
+        out = causal_attention(_to_batch(q, count, length), k, v, scaling, dropout)
         outputs.append(out.transpose(1, 2).reshape(1, count * length, out.shape[1], out.shape[3]))
     return torch.cat(outputs, dim=1)
+
+
+def causal_attention(
+    query: Tensor, key: Tensor, value: Tensor, scaling: float | None, dropout: float = 0.0
+) -> Tensor:
+    """Attend causally, the last query aligned with the last key: what keys there are besides those
+    of the queries, all queries see. (B, heads, S, D); the keys may have fewer heads and be longer.
+    """
+    length, seen = query.shape[2], key.shape[2]
+    mask = None
+    if seen > length:  # is_causal aligns the first query with the first key
+        mask = query.new_ones((length, seen), dtype=torch.bool).tril(seen - length)
+    return F.scaled_dot_product_attention(
+        query, key, value, mask, dropout, is_causal=mask is None, scale=scaling,
+        enable_gqa=query.shape[1] != key.shape[1],
+    )  # fmt: skip
 
 
 def _to_batch(x: Tensor, count: int, length: int) -> Tensor:

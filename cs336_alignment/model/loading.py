@@ -9,7 +9,6 @@ import importlib.util
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +28,7 @@ from transformers import (
 )
 
 from cs336_alignment.config import ModelConfig
-from cs336_alignment.errors import ExitStatus, UserError
+from cs336_alignment.errors import ExitStatus, UserError, first_line
 from cs336_alignment.model.base_model import Base, weights_sha256
 from cs336_alignment.model.lora import (
     is_adapted,
@@ -81,11 +80,7 @@ def resolve_model(name_or_path: str, revision: str | None, trust_remote_code: bo
             hint="model.revision=null",
         )
     if name_or_path.startswith(BUILTIN):
-        folder = (
-            Path(str(resources.files("cs336_alignment")))
-            / "assets"
-            / name_or_path.removeprefix(BUILTIN)
-        )
+        folder = Path(__file__).parents[1] / "assets" / name_or_path.removeprefix(BUILTIN)
         if not folder.is_dir():
             raise UserError(
                 "M101",
@@ -154,7 +149,7 @@ def load_tokenizer(source: ModelSource, new_tokens: Sequence[str] = ()) -> PreTr
 
 
 def load_model(
-    source: ModelSource, *, random_init: bool, seed: int, four_bits: FourBits | None = None
+    source: ModelSource, *, random_init: bool, seed: int, held: Mapping[str, Any] | None = None
 ) -> PreTrainedModel:
     """Load a causal language model in float32, on the CPU.
 
@@ -162,17 +157,19 @@ def load_model(
         source: from `resolve_model`.
         random_init: take only the config and draw the weights.
         seed: of the drawn weights.
-        four_bits: load its linear layers in 4 bits instead, on a GPU.
+        held: how else its weights are held, from `in_four_bits`.
 
     Raises:
         UserError: it cannot be loaded, or has no weights and random_init is off (66); an adapter
             that is not of its base model (78).
     """
-    common: dict[str, Any] = {"trust_remote_code": source.trust_remote_code}
+    common: dict[str, Any] = {"trust_remote_code": source.trust_remote_code, **(held or {})}
     if is_adapter(source.location):
-        return _load_merged(source, random_init=random_init, seed=seed)
-    if four_bits is not None:
-        common |= four_bits.options()
+        if random_init:
+            return load_model(_base_of(source), random_init=True, seed=seed)
+        model = load_adapted(source)
+        merge_adapter(model)
+        return model
     if source.is_local and not random_init:
         _require_weights(source)
     transformers.logging.disable_progress_bar()
@@ -197,7 +194,7 @@ def load_model(
         if is_adapted(model):
             raise UserError(
                 "M109", f"{source.location} is an adapter on the hub", ExitStatus.NOT_FOUND,
-                hint=f"hf download {source.location} --local-dir FOLDER, and give the folder",
+                hint=f"hf download {source.location} --local-dir FOLDER, and give the folder"
             )  # fmt: skip
         return model
     except UserError:
@@ -208,55 +205,41 @@ def load_model(
         transformers.logging.set_verbosity(level)
 
 
-@dataclass(frozen=True)
-class FourBits:
-    """How the weights are held for QLoRA (Dettmers and others, arXiv 2305.14314): NormalFloat in
-    blocks of 64, whose scales are quantized, too.
+def in_four_bits(device: torch.device, compute: torch.dtype) -> dict[str, Any]:
+    """Give what `from_pretrained` is told to hold weights as QLoRA does (Dettmers and others, arXiv
+    2305.14314): NormalFloat in blocks of 64, whose scales are quantized, too.
 
-    Attributes:
+    Args:
         device: a GPU.
         compute: the dtype that products run in.
+
+    Raises:
+        UserError: there is no GPU, or no library for it (78).
     """
-
-    device: torch.device
-    compute: torch.dtype
-
-    def options(self) -> dict[str, Any]:
-        """Give what `from_pretrained` is told.
-
-        Raises:
-            UserError: there is no GPU, or no library for it (78).
-        """
-        if self.device.type != "cuda":
-            raise UserError(
-                "C160", "lora.quantize=nf4 needs a CUDA GPU", ExitStatus.BAD_CONFIG,
-                got=str(self.device), hint="lora.quantize=null",
-            )  # fmt: skip
-        if importlib.util.find_spec("bitsandbytes") is None:
-            raise UserError(
-                "C160", "lora.quantize=nf4 needs bitsandbytes", ExitStatus.BAD_CONFIG,
-                hint="pip install 'cs336_alignment[quantize]', or lora.quantize=null",
-            )  # fmt: skip
-        settings = BitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=self.compute,
-        )  # fmt: skip
-        return {"quantization_config": settings, "device_map": {"": self.device}}
+    if device.type != "cuda":
+        raise UserError(
+            "C160",
+            "lora.quantize=nf4 needs a CUDA GPU",
+            ExitStatus.BAD_CONFIG,
+            got=str(device),
+            hint="lora.quantize=null",
+        )
+    if importlib.util.find_spec("bitsandbytes") is None:
+        hint = "pip install 'cs336_alignment[quantize]', or lora.quantize=null"
+        raise UserError(
+            "C160", "lora.quantize=nf4 needs bitsandbytes", ExitStatus.BAD_CONFIG, hint=hint
+        )
+    settings = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=compute,
+    )  # fmt: skip
+    return {"quantization_config": settings, "device_map": {"": device}}
 
 
 def _base_of(source: ModelSource) -> ModelSource:
     config = read_adapter_config(Path(source.location))
     name = config.base_model_name_or_path or ""
     return resolve_model(name, config.revision, source.trust_remote_code)
-
-
-def _load_merged(source: ModelSource, *, random_init: bool, seed: int) -> PreTrainedModel:
-    """Load the base model of an adapter's folder and merge the adapter."""
-    if random_init:
-        return load_model(_base_of(source), random_init=True, seed=seed)
-    model = load_adapted(source)
-    merge_adapter(model)
-    return model
 
 
 def load_adapted(source: ModelSource) -> PreTrainedModel:
@@ -352,18 +335,9 @@ def _require_weights(source: ModelSource) -> None:
 
 
 def _cannot_load(what: str, source: ModelSource, failure: Exception) -> UserError:
-    reason = (str(failure) or type(failure).__name__).strip().splitlines()[0]
-    hint = (
-        None
-        if source.is_local
-        else ("check the id and the network; offline, give a local folder or fill the cache first")
-    )
-    return UserError(
-        "M103",
-        f"cannot load the {what} of {source.location}: {reason}",
-        ExitStatus.NOT_FOUND,
-        hint=hint,
-    )
+    message = f"cannot load the {what} of {source.location}: {first_line(failure)}"
+    hint = "check the id and the network; offline, give a local folder or fill the cache first"
+    return UserError("M103", message, ExitStatus.NOT_FOUND, hint=None if source.is_local else hint)
 
 
 def eos_ids(settings: GenerationConfig | None, tokenizer: PreTrainedTokenizerBase) -> set[int]:

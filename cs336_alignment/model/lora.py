@@ -23,7 +23,7 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 from transformers import PreTrainedModel
 
 from cs336_alignment.config import LoraConfig
-from cs336_alignment.errors import ExitStatus, Place, UserError, first_few
+from cs336_alignment.errors import ExitStatus, Place, UserError, first_few, first_line
 from cs336_alignment.model.base_model import ADAPTER_CONFIG, Base, unfit, weights_sha256
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -138,8 +138,8 @@ def read_adapter_config(folder: Path) -> Any:
     try:
         config: Any = PeftConfig.from_pretrained(str(folder))
     except Exception as failure:
-        reason = (str(failure) or type(failure).__name__).strip().splitlines()[0]
-        raise unfit(folder, f"{ADAPTER_CONFIG} cannot be read: {reason}") from failure
+        what = f"{ADAPTER_CONFIG} cannot be read: {first_line(failure)}"
+        raise unfit(folder, what) from failure
     if not isinstance(config, PeftLora):
         raise unfit(folder, f"it is no LoRA: {config.peft_type}")
     default: Any = PeftLora()
@@ -215,12 +215,12 @@ def _inject(
             inject_adapter_in_model(config, model)
         except ValueError as failure:
             if folder is not None:
-                raise unfit(folder, str(failure).strip().splitlines()[0]) from failure
+                raise unfit(folder, first_line(failure)) from failure
             raise UserError(
                 "M124",
                 "lora.target_modules finds nothing that can have an adapter",
                 ExitStatus.BAD_CONFIG,
-                got=str(failure).strip().splitlines()[0],
+                got=first_line(failure),
                 hint=_linear_names(model),
             ) from failure
     adapted = {name: layer for name, layer in model.named_modules() if isinstance(layer, LoraLayer)}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -75,11 +74,8 @@ class PaddedDecoder:
             self._rows[row] = last
 
     def _forward(self, input_ids: Tensor, positions: Tensor) -> Tensor:
-        device = self._model.device
-        autocast: contextlib.AbstractContextManager[object] = contextlib.nullcontext()
-        if self._autocast_dtype is not None:
-            autocast = torch.autocast(device.type, dtype=self._autocast_dtype)
-        with autocast:
+        device, dtype = self._model.device, self._autocast_dtype
+        with torch.autocast(device.type, dtype, enabled=dtype is not None):
             logits = self._model(
                 input_ids=input_ids.to(device), attention_mask=self._mask.to(device),
                 position_ids=positions.to(device), past_key_values=self._cache, use_cache=True,

@@ -7,7 +7,6 @@ unsynchronized. T tokens, R response tokens, V vocabulary.
 
 from __future__ import annotations
 
-import contextlib
 from typing import Any
 
 import torch
@@ -63,11 +62,8 @@ class Policy(nn.Module):
             log_probs (R,), differentiable, float32 or wider; entropies (R,) in nats, or None. With
             an objective its values (R,), differentiable; entropies; log_probs without a graph.
         """
-        device = batch.input_ids.device.type
-        autocast: contextlib.AbstractContextManager[object] = contextlib.nullcontext()
-        if self.autocast_dtype is not None:
-            autocast = torch.autocast(device, dtype=self.autocast_dtype)
-        with autocast:
+        device, dtype = batch.input_ids.device.type, self.autocast_dtype
+        with torch.autocast(device, dtype, enabled=dtype is not None):
             # use_cache=False: a cache makes transformers miss the borders of packed rows.
             inputs: dict[str, Any] = {
                 "input_ids": batch.input_ids,

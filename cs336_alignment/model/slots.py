@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from cs336_alignment.model.attention import FLAT_ATTENTION, why_not_flat
+from cs336_alignment.model.attention import FLAT_ATTENTION, causal_attention, why_not_flat
 from cs336_alignment.model.lm_head import head_logits, head_of
 
 PREFILL_TOKENS = 4096
@@ -76,11 +76,7 @@ class SlotCache:
             query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
         if self.plan is None:
             self._prefix[layer] = key, value
-            grouped = query.shape[1] != key.shape[1]
-            out = F.scaled_dot_product_attention(
-                query, key, value, is_causal=True, scale=scaling, enable_gqa=grouped
-            )
-            return out.transpose(1, 2)
+            return causal_attention(query, key, value, scaling).transpose(1, 2)
         if layer not in self._keys:
             slots, capacity = self.shape
             shape = slots, key.shape[1], capacity, key.shape[3]
@@ -119,16 +115,7 @@ class SlotCache:
             seen = k.shape[2]
             self._keys[layer][slot : slot + count, :, :seen] = k
             self._values[layer][slot : slot + count, :, :seen] = v
-            out = F.scaled_dot_product_attention(
-                q, k, v,
-                # is_causal aligns the first query with the first key, so a prefix needs a mask.
-                attn_mask=None
-                if prefix is None
-                else q.new_ones((length, seen), dtype=torch.bool).tril(seen - length),
-                is_causal=prefix is None,
-                scale=scaling,
-                enable_gqa=q.shape[1] != k.shape[1],
-            )  # fmt: skip
+            out = causal_attention(q, k, v, scaling)
             outputs.append(out.transpose(1, 2).flatten(0, 1))
             slot, start = slot + count, end
         return torch.cat(outputs).unsqueeze(0)
@@ -263,9 +250,7 @@ class SlotDecoder:
         device = self._model.device
         self._cache.plan = plan
         tokens = tokens.to(device)
-        autocast: contextlib.AbstractContextManager[object] = contextlib.nullcontext()
-        if self._autocast_dtype is not None:
-            autocast = torch.autocast(device.type, dtype=self._autocast_dtype)
+        dtype = self._autocast_dtype
         inputs: dict[str, Any] = {
             "input_ids": tokens[None],
             "position_ids": positions.to(device)[None],
@@ -274,7 +259,7 @@ class SlotDecoder:
             "use_cache": False,
             "slot_cache": self._cache,
         }
-        with autocast:
+        with torch.autocast(device.type, dtype, enabled=dtype is not None):
             return self._model.base_model(**inputs).last_hidden_state[0]  # (T, H)
 
 

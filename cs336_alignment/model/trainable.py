@@ -13,10 +13,10 @@ from cs336_alignment.config import Config, LoraConfig, ModelConfig
 from cs336_alignment.errors import ExitStatus, UserError
 from cs336_alignment.model.base_model import Base
 from cs336_alignment.model.loading import (
-    FourBits,
     ModelSource,
     base_of,
     embedding_rows,
+    in_four_bits,
     load_model,
 )
 from cs336_alignment.model.lora import add_adapter
@@ -45,10 +45,8 @@ def load_to_train(
         UserError: as `load_model` and `choose_trained`.
     """
     options, lora = config.model, config.lora
-    four_bits = None if lora.quantize is None else FourBits(device, dtype or torch.float32)
-    model = load_model(
-        source, random_init=options.random_init, seed=config.seed, four_bits=four_bits
-    )
+    held = None if lora.quantize is None else in_four_bits(device, dtype or torch.float32)
+    model = load_model(source, random_init=options.random_init, seed=config.seed, held=held)
     loaded(model)
     base = base_of(source, model, lora.quantize) if lora.active else None
     choose_trained(model, tokenizer, options, lora, base, seed=config.seed)
@@ -133,7 +131,7 @@ def freeze(model: nn.Module, patterns: Sequence[str]) -> None:
     if not any(parameter.requires_grad for _, parameter in parameters):
         raise UserError(
             "M120", "model.freeze leaves nothing to train", ExitStatus.BAD_CONFIG,
-            got=", ".join(patterns),
+            got=", ".join(patterns)
         )  # fmt: skip
 
 

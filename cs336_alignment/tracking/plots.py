@@ -31,20 +31,14 @@ def plot_loss(metrics_path: Path, png_path: Path, title: str) -> None:
         png_path: the picture.
         title: of the picture.
     """
-    pyplot = _pyplot()
     rows = read_metrics(metrics_path)
     train = [row for row in rows if row.get("train/loss") is not None]
-    figure, (top, bottom) = pyplot.subplots(
-        2, 1, figsize=(8, 6), sharex=True, height_ratios=(3, 1.4), layout="constrained"
-    )
-    try:
+    options: dict[str, Any] = {"dpi": 120, "sharex": True, "height_ratios": (3, 1.4)}
+    with open_figure(2, 1, (8, 6), [png_path], **options) as (_, grid):
+        top, bottom = grid[:, 0]
         _draw_losses(top, train, [row for row in rows if row.get("eval/loss") is not None])
         top.set_title(title)
         _draw_norm_and_rate(bottom, train)
-        with replacing(png_path) as file:
-            figure.savefig(file, dpi=120, format="png")
-    finally:
-        pyplot.close(figure)
 
 
 def plot_lengths(ledger_path: Path, png_path: Path, title: str) -> None:
@@ -55,13 +49,9 @@ def plot_lengths(ledger_path: Path, png_path: Path, title: str) -> None:
         png_path: the picture.
         title: of the picture.
     """
-    pyplot = _pyplot()
     splits = json.loads(ledger_path.read_text(encoding="utf-8"))
-    figure, rows = pyplot.subplots(
-        len(splits), 1, figsize=(8, 3 * len(splits)), sharex=True, squeeze=False,
-        layout="constrained",
-    )  # fmt: skip
-    try:
+    size = (8, 3 * len(splits))
+    with open_figure(len(splits), 1, size, [png_path], dpi=120, sharex=True) as (_, rows):
         for axes, (name, split) in zip(rows[:, 0], splits.items(), strict=True):
             histogram, percentiles = split["lengths"]["histogram"], split["lengths"]["percentiles"]
             axes.stairs(histogram["counts"], histogram["edges"], fill=True, color="tab:blue")
@@ -74,10 +64,6 @@ def plot_lengths(ledger_path: Path, png_path: Path, title: str) -> None:
             axes.legend()
         rows[0, 0].set_title(title)
         rows[-1, 0].set_xlabel("tokens of an example, prompt and response")
-        with replacing(png_path) as file:
-            figure.savefig(file, dpi=120, format="png")
-    finally:
-        pyplot.close(figure)
 
 
 def save_plots(folder: Path, runs: Sequence[RunRecord]) -> list[str]:
@@ -141,18 +127,19 @@ def plot_panels(
 
 @contextmanager
 def open_figure(
-    lines: int, columns: int, size: tuple[float, float], paths: Sequence[Path]
-) -> Iterator[tuple[Any, Any]]:
+    lines: int, columns: int, size: tuple[float, float], paths: Sequence[Path], dpi: int = 150,
+    **options: Any,
+) -> Iterator[tuple[Any, Any]]:  # fmt: skip
     """Give a figure with its axes; save it into all paths when the block ends well."""
     pyplot = _pyplot()
     figure, grid = pyplot.subplots(
-        lines, columns, figsize=size, squeeze=False, layout="constrained"
+        lines, columns, figsize=size, squeeze=False, layout="constrained", **options
     )
     try:
         yield figure, grid
         for path in paths:
             with replacing(path) as file:
-                figure.savefig(file, dpi=150, format=path.suffix.removeprefix("."))
+                figure.savefig(file, dpi=dpi, format=path.suffix.removeprefix("."))
             figure.set_layout_engine("none")  # the next format looks the same, and is faster
     finally:
         pyplot.close(figure)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
 from cs336_alignment.config import TrainerConfig
@@ -90,6 +90,7 @@ class Verdict:
     stop: bool = False
 
 
+@dataclass(frozen=True)
 class Judge:
     """Applies a criterion to a run, again and again; all it knows is in the run's own files.
 
@@ -103,22 +104,13 @@ class Judge:
         saved_steps: gives the steps that have a checkpoint.
     """
 
-    def __init__(
-        self,
-        criterion: Criterion | None,
-        patience: int | None,
-        *,
-        comparable_since: int,
-        patient_since: int,
-        evaluations: Callable[[], Sequence[Mapping[str, Any]]],
-        saved_steps: Callable[[], Collection[int]],
-    ) -> None:
-        self.criterion = criterion
-        self._patience = patience
-        self._comparable_since = comparable_since
-        self._patient_since = patient_since
-        self._evaluations = evaluations
-        self._saved_steps = saved_steps
+    criterion: Criterion | None
+    patience: int | None
+    _: KW_ONLY
+    comparable_since: int
+    patient_since: int
+    evaluations: Callable[[], Sequence[Mapping[str, Any]]]
+    saved_steps: Callable[[], Collection[int]]
 
     def verdict(self, step: int, metrics: Mapping[str, float] | None = None) -> Verdict:
         """Judge where a run stands; `metrics`: of this step, not yet written.
@@ -129,15 +121,15 @@ class Judge:
             return Verdict()
         scores = self._comparable({"step": step, **(metrics or {})})
         trained = [score for score in scores if score.step > 0]
-        saved = set(self._saved_steps())
+        saved = set(self.saved_steps())
         best = self.criterion.best(trained)
         kept = self.criterion.best([s for s in trained if s.step in saved or s.step == step])
-        stale = self.criterion.stale(scores, self._patient_since)
+        stale = self.criterion.stale(scores, self.patient_since)
         return Verdict(
             kept,
             saved=kept is None or kept.step in saved,
             lost=None if best == kept else best,
-            stop=self._patience is not None and stale >= self._patience,
+            stop=self.patience is not None and stale >= self.patience,
         )
 
     def choices(self, step: int) -> list[Score]:
@@ -145,7 +137,7 @@ class Judge:
         found = []
         if self.criterion is not None:
             left = [s for s in self._comparable() if 0 < s.step <= step]
-            saved = {*self._saved_steps(), step}
+            saved = {*self.saved_steps(), step}
             left = [score for score in left if score.step in saved]
             while (score := self.criterion.best(left)) is not None:
                 found.append(score)
@@ -154,7 +146,7 @@ class Judge:
 
     def _comparable(self, *more: Mapping[str, Any]) -> list[Score]:
         assert self.criterion is not None
-        rows = [row for row in self._evaluations() if row["step"] >= self._comparable_since]
+        rows = [row for row in self.evaluations() if row["step"] >= self.comparable_since]
         return self.criterion.scores([*rows, *more])
 
     def refuse_missing(self, metrics: Mapping[str, float]) -> None:

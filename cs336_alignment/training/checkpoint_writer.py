@@ -6,6 +6,7 @@ import shutil
 import threading
 import time
 from collections.abc import Callable, Collection, Mapping
+from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +14,7 @@ import torch
 from torch import nn
 
 from cs336_alignment.errors import ExitStatus, UserError
-from cs336_alignment.files import free_mib
+from cs336_alignment.files import free_mib, telling
 from cs336_alignment.training.checkpoint import (
     TEMPORARY,
     Snapshot,
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from cs336_alignment.training.parallel import Processes
 
 
+@dataclass
 class CheckpointWriter:
     """Writes a run's checkpoints, one at a time; only the main process has something to write, or
     each of a team its part.
@@ -46,24 +48,16 @@ class CheckpointWriter:
             then rehearse, begin and finish.
     """
 
-    def __init__(
-        self,
-        checkpoints: Path,
-        *,
-        extra: Mapping[str, Any],
-        save_sidecars: Callable[[Path], None],
-        keep: int,
-        asynchronous: bool,
-        damaged: Collection[Path] = (),
-        team: Processes | None = None,
-    ) -> None:
-        self.asynchronous = asynchronous
-        self.team = team
-        self._checkpoints = checkpoints
-        self._extra = extra
-        self._save_sidecars = save_sidecars
-        self._keep = keep
-        self._damaged = damaged
+    checkpoints: Path
+    _: KW_ONLY
+    extra: Mapping[str, Any]
+    save_sidecars: Callable[[Path], None]
+    keep: int
+    asynchronous: bool
+    damaged: Collection[Path] = ()
+    team: Processes | None = None
+
+    def __post_init__(self) -> None:
         self._copy: Snapshot | None = None
         self._thread: threading.Thread | None = None
         self._failure: BaseException | None = None
@@ -95,7 +89,7 @@ class CheckpointWriter:
         """
         team = self.team
         whole = Snapshot.of(TrainState(), module, optimizer, 0 if team is None else team.index)
-        folder = self._checkpoints / f"{TEMPORARY}rehearsal"
+        folder = self.checkpoints / f"{TEMPORARY}rehearsal"
         smallest = sorted(whole.weights.items(), key=lambda item: item[1].numel())[:1]
         leads = team is None or team.is_main
         if leads:
@@ -105,7 +99,7 @@ class CheckpointWriter:
             if (reason := verify(written)) is not None:
                 raise UserError(
                     "R210",
-                    f"what is written to {self._checkpoints} does not read back: {reason}",
+                    f"what is written to {self.checkpoints} does not read back: {reason}",
                     ExitStatus.IO,
                     hint="the disk or its driver is failing; choose another output_root=…",
                 )
@@ -113,8 +107,8 @@ class CheckpointWriter:
         on_main = _alone if team is None else team.on_main
         try:
             written = save_checkpoint(
-                folder, Snapshot(whole.state, dict(smallest), {}), extra=self._extra,
-                save_sidecars=self._save_sidecars, keep=1, team=team,
+                folder, Snapshot(whole.state, dict(smallest), {}), extra=self.extra,
+                save_sidecars=self.save_sidecars, keep=1, team=team,
             )  # fmt: skip
             on_main(check)
         finally:
@@ -123,13 +117,13 @@ class CheckpointWriter:
         if self.asynchronous:  # the copy's memory is asked for now, too
             self._copy = whole.copied(None)
         size = whole.bytes if team is None else sum(team.gather(whole.bytes))
-        free, needed = free_mib(self._checkpoints), size / 2**20
+        free, needed = free_mib(self.checkpoints), size / 2**20
 
         def refuse_no_room() -> None:
             if free < needed:
                 raise UserError(
                     "R206",
-                    f"there is no room for a checkpoint in {self._checkpoints}",
+                    f"there is no room for a checkpoint in {self.checkpoints}",
                     ExitStatus.IO,
                     expected=f"{needed:,.1f} MiB",
                     got=f"{free:,.1f} MiB free",
@@ -138,7 +132,7 @@ class CheckpointWriter:
 
         on_main(refuse_no_room)
         # The new one is whole before the oldest goes.
-        most = min(saves, self._keep + keeps_best + 1 - len(list_checkpoints(self._checkpoints)))
+        most = min(saves, self.keep + keeps_best + 1 - len(list_checkpoints(self.checkpoints)))
         if free < most * needed:
             return (
                 f"{free:,.0f} MiB are free, and the checkpoints to come may take "
@@ -165,11 +159,11 @@ class CheckpointWriter:
     def _write(self, snapshot: Snapshot, start: float) -> None:
         try:
             save_checkpoint(
-                self._checkpoints, snapshot,
-                extra=self._extra, save_sidecars=self._save_sidecars, keep=self._keep,
-                damaged=self._damaged, best=self._best, team=self.team,
+                self.checkpoints, snapshot,
+                extra=self.extra, save_sidecars=self.save_sidecars, keep=self.keep,
+                damaged=self.damaged, best=self._best, team=self.team,
             )  # fmt: skip
-            self._damaged = ()
+            self.damaged = ()
         except BaseException as failure:
             self._failure = failure
         self._seconds = time.perf_counter() - start
@@ -182,22 +176,16 @@ class CheckpointWriter:
             UserError: the disk is full or failing (74); the checkpoints are intact.
         """
         self._best = best
-        try:
-            mark_best(self._checkpoints, best, latest=latest, keep=self._keep)
-        except OSError as failure:
-            raise UserError(
-                "R211",
-                f"cannot write to {self._checkpoints}: {failure.strerror or failure}",
-                ExitStatus.IO,
-                hint="make room and run the same command again; the checkpoints are intact",
-            ) from failure
+        hint = "make room and run the same command again; the checkpoints are intact"
+        with telling("R211", f"cannot write to {self.checkpoints}", ExitStatus.IO, hint):
+            mark_best(self.checkpoints, best, latest=latest, keep=self.keep)
 
     @property
     def saved_steps(self) -> set[int]:
         """The steps that have a checkpoint which, for all that is known, is whole."""
-        damaged = {path.name for path in self._damaged}
-        steps = saved_steps(self._checkpoints)
-        return {step for step in steps if folder_of(self._checkpoints, step).name not in damaged}
+        damaged = {path.name for path in self.damaged}
+        steps = saved_steps(self.checkpoints)
+        return {step for step in steps if folder_of(self.checkpoints, step).name not in damaged}
 
     @property
     def has_ended(self) -> bool:

@@ -80,7 +80,7 @@ def doctor(config: Config) -> ExitStatus:
         if processes.count > 1:
             raise UserError(
                 "C129", "the doctor works in one process, and the launcher started several",
-                ExitStatus.BAD_CONFIG, hint="type cs336-sft doctor …",
+                ExitStatus.BAD_CONFIG, hint="type cs336-sft doctor …"
             )  # fmt: skip
         findings = []
         for finding in examine(config, processes, console):

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from cs336_alignment.errors import ExitStatus, UserError
-from cs336_alignment.files import replacing_folder, system_error
+from cs336_alignment.errors import ExitStatus
+from cs336_alignment.files import replacing_folder, telling
 from cs336_alignment.model.lora import (
     ADAPTER_WEIGHTS,
     adapter_tensors,
@@ -64,20 +64,10 @@ def export_model(
         write_model(temporary, model, tokenizer, card, pictures, weights=weights)
 
 
-@contextmanager
-def telling_full_disk(folder: Path) -> Iterator[None]:
+def telling_full_disk(folder: Path) -> AbstractContextManager[None]:
     """Make a UserError (74) of a disk that refuses an export."""
-    try:
-        yield
-    except Exception as failure:
-        if isinstance(failure, UserError) or (reason := system_error(failure)) is None:
-            raise
-        raise UserError(
-            "R207",
-            f"cannot write the model to {folder}: {reason}",
-            ExitStatus.IO,
-            hint="make room and run the same command again: only this last step repeats",
-        ) from failure
+    hint = "make room and run the same command again: only this last step repeats"
+    return telling("R207", f"cannot write the model to {folder}", ExitStatus.IO, hint)
 
 
 def write_model(

@@ -88,29 +88,13 @@ class Finish:
             UserError: the disk refuses (74); the export is not what was trained (70).
         """
 
-        chosen: Score | None = None
         model, noted = self.policy.model, dict(manifest)
         weights: dict[str, Tensor] | None = None
-
-        def choose() -> None:
-            nonlocal chosen
-            chosen = self._choose(state, judge)
-
-        def complete() -> None:
-            nonlocal model, weights
-            model, weights = self.whole(weights), None
-
-        self.processes.on_main(choose)
-        score = self.processes.agree(chosen)
+        choose = partial(self._choose, state, judge)
+        score: Score | None = self.processes.agree(self.processes.on_main(choose))
         if score is not None and score.step != state.step:
-            folder, given = folder_of(self.folder.checkpoints, score.step), state
-
-            def restore() -> None:
-                nonlocal given
-                given = restore_weights(folder, self.policy.model)
-
-            self.processes.on_each(restore)
-            state = given
+            folder = folder_of(self.folder.checkpoints, score.step)
+            state = self.processes.on_each(partial(restore_weights, folder, self.policy.model))
         if self.processes.shards:  # a tensor at a time on the device, all of them in main's memory
             tensors = whole_tensors(module_tensors(self.policy.model).items())
             keep = self.processes.is_main
@@ -118,7 +102,8 @@ class Finish:
         sharded, incomplete = self.processes.shards, is_adapted(model)
         for key, target in self.folder.exports(self.config.lora).items():
             if incomplete and (key == "export" or not sharded):  # no base for adapters alone
-                self.processes.on_main(complete)
+                model = self.processes.on_main(partial(self.whole, weights)) or model
+                weights = None
                 sharded = incomplete = False
             export = partial(self._export, model, key, target, state, score, judge, noted, weights)
             self.processes.on_main(export)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from cs336_alignment.config import TrainerConfig
 from cs336_alignment.data.dataset import TokenizedDataset
 from cs336_alignment.data.tokenize import TokenizedExample, TokenRow
-from cs336_alignment.errors import first_few
+from cs336_alignment.errors import first_few, first_line
 from cs336_alignment.microbatch import Batching
 from cs336_alignment.model.attention import FLAT_ATTENTION
 from cs336_alignment.model.policy import Policy
@@ -55,7 +55,7 @@ def guarded(name: str, check: Callable[[], Iterable[Finding]]) -> Iterator[Findi
     except torch.OutOfMemoryError:
         raise
     except Exception as failure:
-        reason = (str(failure) or type(failure).__name__).splitlines()[0]
+        reason = first_line(failure)
         yield Finding(name, None, None, False, f"broke off: {type(failure).__name__}: {reason}")
 
 

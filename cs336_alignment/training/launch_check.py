@@ -14,7 +14,7 @@ import torch
 
 from cs336_alignment.config import Config, ParallelConfig, flatten
 from cs336_alignment.data.tokenize import tokenizer_fingerprint
-from cs336_alignment.errors import ExitStatus, UserError, first_few
+from cs336_alignment.errors import ExitStatus, UserError, first_few, first_line
 from cs336_alignment.files import write_text
 from cs336_alignment.training.inputs import Inputs
 from cs336_alignment.training.manifest import git_commit, versions
@@ -79,7 +79,7 @@ def meet(config: ParallelConfig) -> Processes:
             ExitStatus.BAD_CONFIG,
             expected=f"{launched_processes()} processes that meet at {where}",
             got=f"process {os.environ.get('RANK', '0')} on {socket.gethostname()}: "
-            f"{str(failure).strip().splitlines()[0]}",
+            f"{first_line(failure)}",
             hint="the address (--rdzv_endpoint, --main_process_ip) is the first node's as every "
             "node reaches it, with an open port; start every node, with the same numbers",
         ) from failure

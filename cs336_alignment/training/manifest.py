@@ -24,18 +24,9 @@ from cs336_alignment.model.lora import base_sha256
 from cs336_alignment.training.shards import part_of
 
 PACKAGES = (
-    "cs336-alignment",
-    "torch",
-    "transformers",
-    "accelerate",
-    "datasets",
-    "tokenizers",
-    "safetensors",
-    "peft",
-    "hydra-core",
-    "numpy",
-    "wandb",
-)
+    "cs336-alignment", "torch", "transformers", "accelerate", "datasets", "tokenizers",
+    "safetensors", "peft", "hydra-core", "numpy", "wandb",
+)  # fmt: skip
 
 
 def build_manifest(

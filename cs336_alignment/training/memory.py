@@ -12,7 +12,7 @@ import contextlib
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field, fields, is_dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -22,9 +22,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from cs336_alignment.config import Config, OptimizerConfig
 from cs336_alignment.config_clashes import clashes
-from cs336_alignment.errors import ExitStatus, UserError
+from cs336_alignment.errors import ExitStatus, UserError, first_line
 from cs336_alignment.machine_memory import Memory, found_memory
-from cs336_alignment.microbatch import Batching, Microbatch
+from cs336_alignment.microbatch import Batching, Microbatch, with_tensors
 from cs336_alignment.model.attention import FLAT_ATTENTION, why_not_flat
 from cs336_alignment.model.loading import ModelSource
 from cs336_alignment.model.policy import Policy
@@ -193,20 +193,6 @@ def _held(model: nn.Module) -> tuple[int, int]:
     return sum(t.nbytes for t in (*model.parameters(), *model.buffers())), gradients
 
 
-def _copied(record: Any, device: torch.device) -> Any:
-    """Copy the tensors of a microbatch, or of a record in it; within a `FakeTensorMode` the copies
-    have no values.
-    """
-    copies: dict[str, Any] = {}
-    for item in fields(record):
-        value = getattr(record, item.name)
-        if isinstance(value, Tensor):
-            copies[item.name] = value.to(device, copy=True)
-        elif is_dataclass(value):
-            copies[item.name] = _copied(value, device)
-    return replace(record, **copies)
-
-
 @dataclass(frozen=True)
 class Foresight:
     """A policy without values, to try microbatches on.
@@ -280,7 +266,7 @@ class Foresight:
                 "R309",
                 "the memory of this architecture cannot be foretold: its code reads values",
                 ExitStatus.INTERNAL,
-                got=f"{type(failure).__name__}: {str(failure).strip().splitlines()[0]}",
+                got=f"{type(failure).__name__}: {first_line(failure)}",
                 hint="`cs336-sft train` tries its largest microbatch before the first step",
             ) from failure
 
@@ -292,7 +278,8 @@ class Foresight:
             weights, gradients = live.now.total(), _held(model)[1]
             stepping, state, _optimizer = self._at_step(live, weights + gradients)
             live.forget_peak()
-            given = _copied(batch, self.device)
+            # Within the mode a copy to the same device, too, is a tensor of the mode's own.
+            given = with_tensors(batch, lambda tensor: tensor.to(self.device, copy=True))
             handles = list(self._name_parts(live))
             try:
                 for _ in range(PASSES if heap is not None else 2):

@@ -118,7 +118,7 @@ def measure(config: Config, processes: int, room: int) -> Trial | None:
         if not ours.poll(LIMIT_SECONDS):
             raise UserError(
                 "R307", f"a microbatch took more than {LIMIT_SECONDS:.0f} s", ExitStatus.INTERNAL,
-                hint="a lower trainer.microbatch_tokens or data.max_length",
+                hint="a lower trainer.microbatch_tokens or data.max_length"
             )  # fmt: skip
         result: Trial | UserError | None = ours.recv()
     except EOFError:
@@ -127,7 +127,7 @@ def measure(config: Config, processes: int, room: int) -> Trial | None:
             return None  # by the system, for want of memory
         raise UserError(
             "R307", "the process that tried a microbatch failed", ExitStatus.INTERNAL,
-            got=f"exit status {child.exitcode}",
+            got=f"exit status {child.exitcode}"
         ) from None  # fmt: skip
     finally:
         child.kill()

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from cs336_alignment.config import OptimizerConfig
-from cs336_alignment.errors import ExitStatus, UserError
+from cs336_alignment.errors import ExitStatus, UserError, first_line, needing
 from cs336_alignment.model.compile import repeated_layers
 
 FUSED_DEVICES = ("cuda", "cpu")
@@ -144,30 +144,14 @@ def _muon(
 
 
 def _schedule_free(groups: list[dict[str, Any]], options: dict[str, Any]) -> torch.optim.Optimizer:
-    try:
+    with needing("C161", "optimizer.name=schedule_free", "schedulefree", "another optimizer.name"):
         from cs336_alignment.training.schedule_free import ScheduleFree
-    except ImportError as failure:
-        raise UserError(
-            "C161",
-            "optimizer.name=schedule_free needs schedulefree",
-            ExitStatus.BAD_CONFIG,
-            got=str(failure),
-            hint="pip install 'cs336_alignment[schedulefree]', or another optimizer.name",
-        ) from failure
     return ScheduleFree(groups, **options)
 
 
 def _eight_bit(groups: list[dict[str, Any]], options: dict[str, Any]) -> torch.optim.Optimizer:
-    try:
+    with needing("C119", "optimizer.state_bits=8", "torchao", "optimizer.state_bits=32"):
         from torchao.optim import AdamW8bit
-    except ImportError as failure:
-        raise UserError(
-            "C119",
-            "optimizer.state_bits=8 needs torchao",
-            ExitStatus.BAD_CONFIG,
-            got=str(failure),
-            hint="pip install 'cs336_alignment[torchao]', or optimizer.state_bits=32",
-        ) from failure
     optimizer: torch.optim.Optimizer = AdamW8bit(groups, **options)
     return optimizer
 
@@ -198,7 +182,7 @@ def allocate_state(optimizer: torch.optim.Optimizer) -> None:
             "C119",
             "optimizer.state_bits=8 does not work on this machine",
             ExitStatus.BAD_CONFIG,
-            got=f"{type(failure).__name__}: {str(failure).strip().splitlines()[0]}",
+            got=f"{type(failure).__name__}: {first_line(failure)}",
             hint="it needs a C++ compiler on a CPU, Triton on a GPU; or optimizer.state_bits=32",
         ) from failure
     for group, rate in zip(groups, rates, strict=True):

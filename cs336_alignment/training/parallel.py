@@ -7,7 +7,7 @@ import copy
 import os
 from collections.abc import Callable
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 from accelerate import Accelerator, init_empty_weights
@@ -26,6 +26,7 @@ from cs336_alignment.files import system_error
 from cs336_alignment.training.sharding import held_whole
 
 TINY_MODEL = 1_000_000  # parameters
+T = TypeVar("T")
 
 
 def launched_processes() -> int:
@@ -328,31 +329,33 @@ class Processes:
         torch.distributed.all_gather_object(box, value, group=self._group)
         return box
 
-    def on_main(self, work: Callable[[], None]) -> None:
+    def on_main(self, work: Callable[[], T]) -> T | None:
         """Do something on the main process alone, and learn on all of them how it ended.
 
         Raises:
             UserError: what the main process raised; on the others one that says so (its status).
         """
-        failure = _failure_of(work) if self.is_main else None
+        result, failure = _tried(work) if self.is_main else (None, None)
         told = self.agree(_told(failure))
         if failure is not None:
             raise failure
         if told is not None:
             raise UserError("R208", f"the main process failed: {told[0]}", told[1])
+        return result
 
-    def on_each(self, work: Callable[[], None]) -> None:
+    def on_each(self, work: Callable[[], T]) -> T:
         """Do something on every process, and learn on all of them how it ended.
 
         Raises:
             UserError: what this process raised; else one that says what another did (its status).
         """
-        failure = _failure_of(work)
+        result, failure = _tried(work)
         told = [what for what in self.gather(_told(failure)) if what is not None]
         if failure is not None:
             raise failure
         if told:
             raise UserError("R208", f"another process failed: {told[0][0]}", told[0][1])
+        return cast(T, result)
 
     def wait(self) -> None:
         """Wait for the other processes."""
@@ -376,12 +379,11 @@ class Processes:
         self._accelerator.end_training()
 
 
-def _failure_of(work: Callable[[], None]) -> Exception | None:
+def _tried(work: Callable[[], T]) -> tuple[T | None, Exception | None]:
     try:
-        work()
+        return work(), None
     except Exception as failure:  # raised again, once the others know
-        return failure
-    return None
+        return None, failure
 
 
 def _told(failure: Exception | None) -> tuple[str, ExitStatus] | None:

@@ -13,11 +13,10 @@ from cs336_alignment.config import DEFAULT_MICROBATCH_TOKENS, TrainerConfig
 from cs336_alignment.data.batching import (
     StepPlan,
     collate,
-    plan_microbatches,
     shared_prefix,
 )
 from cs336_alignment.data.dataset import TokenizedDataset
-from cs336_alignment.errors import ExitStatus, UserError
+from cs336_alignment.errors import ExitStatus, UserError, first_line
 from cs336_alignment.machine_memory import peak_resident_memory
 from cs336_alignment.microbatch import Batching, Microbatch
 from cs336_alignment.model.compile import compile_layers
@@ -70,7 +69,7 @@ def warm_up_compiled(policy: Policy, batching: Batching) -> None:
             "C118",
             "torch.compile fails on this machine or model",
             ExitStatus.BAD_CONFIG,
-            got=f"{type(failure).__name__}: {str(failure).strip().splitlines()[0]}",
+            got=f"{type(failure).__name__}: {first_line(failure)}",
             hint="on a CPU it needs a C++ compiler (g++); trainer.compile=false does without",
         ) from failure
     finally:
@@ -91,14 +90,9 @@ def describe_batches(
     """Write the batch arithmetic as equations, from the first step's real microbatches."""
     lengths = dataset.lengths
     of_each = [
-        plan_microbatches(
-            plan.example_ids(0), lengths,
-            num_processes=num_processes, process_index=index,
-            microbatch_tokens=cut.microbatch_tokens,
-            gradient_accumulation_steps=cut.gradient_accumulation_steps, batching=cut.batching,
-        )
+        cut.of_process(plan.example_ids(0), lengths, num_processes, index)
         for index in range(num_processes)
-    ]  # fmt: skip
+    ]
     counts = [len(microbatches) for microbatches in of_each]
     spread = f"{min(counts)}" if min(counts) == max(counts) else f"{min(counts)} to {max(counts)}"
     limit = (
@@ -172,12 +166,8 @@ def largest_microbatch(
     if len(steps) > STEPS_LOOKED_AT:
         candidates.append([int(lengths.argmax())])
     for step in steps[:STEPS_LOOKED_AT]:
-        candidates += plan_microbatches(
-            plan.example_ids(step), lengths,
-            num_processes=num_processes, process_index=process_index,
-            microbatch_tokens=cut.microbatch_tokens,
-            gradient_accumulation_steps=cut.gradient_accumulation_steps, batching=cut.batching,
-        )  # fmt: skip
+        ids = plan.example_ids(step)
+        candidates += cut.of_process(ids, lengths, num_processes, process_index)
     if cut.batching == "flat_shared_prefix":
         return _largest_after_sharing(sorted(candidates, key=size, reverse=True), size, dataset)
     return max(candidates, key=size, default=[])
@@ -205,15 +195,9 @@ def accumulates(
     while the next one is computed.
     """
     return any(
-        len(
-            plan_microbatches(
-                plan.example_ids(step), dataset.lengths, num_processes=num_processes,
-                process_index=0, microbatch_tokens=cut.microbatch_tokens,
-                gradient_accumulation_steps=cut.gradient_accumulation_steps, batching=cut.batching,
-            )
-        ) > 1
+        len(cut.of_process(plan.example_ids(step), dataset.lengths, num_processes, 0)) > 1
         for step in steps[:MICROBATCHES_LOOKED_INTO]
-    )  # fmt: skip
+    )
 
 
 def count_tokens(plan: StepPlan, dataset: TokenizedDataset, steps: range) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -338,7 +339,8 @@ class _Run:
         state, checkpoint = TrainState(), self.decision.checkpoint
         if checkpoint is not None:
             with average.shown():
-                state = restore(checkpoint, policy.model, optimizer)
+                read = partial(restore, checkpoint, policy.model, optimizer)
+                state = self.processes.on_each(read)
             self.console.note(
                 f"resuming   {checkpoint}: step {state.step} of {total_steps} is done"
             )

@@ -16,7 +16,7 @@ import yaml
 
 from cs336_alignment.config import Config, LoraConfig
 from cs336_alignment.errors import ExitStatus, Place, UserError
-from cs336_alignment.files import sha256_of, write_json, write_text
+from cs336_alignment.files import sha256_of, telling, write_json, write_text
 from cs336_alignment.training.best import Criterion
 from cs336_alignment.training.checkpoint import STATE, find_latest, list_checkpoints, verify
 from cs336_alignment.training.earlier_config import compare, read_config, unreadable
@@ -88,18 +88,14 @@ class RunFolder:
                     ExitStatus.CANNOT_CREATE,
                     hint="choose another run_name=…",
                 )
-        try:
+        hint = "choose another output_root=… or run_name=…"
+        with telling(
+            "R101", f"cannot write to the run folder {self.path}", ExitStatus.CANNOT_CREATE, hint
+        ):
             self.path.mkdir(parents=True, exist_ok=True)
             if self.path.is_symlink():
                 raise OSError(0, "it is a symbolic link")
             self._lock = (self.path / LOCK).open("a+", encoding="utf-8")
-        except OSError as failure:
-            raise UserError(
-                "R101",
-                f"cannot write to the run folder {self.path}: {failure.strerror or failure}",
-                ExitStatus.CANNOT_CREATE,
-                hint="choose another output_root=… or run_name=…",
-            ) from failure
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as failure:

@@ -12,17 +12,10 @@ import torch
 from torch import Tensor
 
 DTYPE_NAMES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.bfloat16: "BF16",
-    torch.float16: "F16",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int16: "I16",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-}
+    torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16",
+    torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8",
+    torch.uint8: "U8", torch.bool: "BOOL",
+}  # fmt: skip
 
 
 def write_safetensors(
@@ -45,15 +38,13 @@ def write_safetensors(
         }
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
-    digest, size = hashlib.sha256(), 0
+    digest = hashlib.sha256()
     with path.open("wb") as file:
         for part in (len(text).to_bytes(8, "little"), text):
             file.write(part)
             digest.update(part)
-            size += len(part)
         for tensor in tensors.values():
             data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
             file.write(data)
             digest.update(data)
-            size += len(data)
-    return {"bytes": size, "sha256": digest.hexdigest()}
+    return {"bytes": 8 + len(text) + end, "sha256": digest.hexdigest()}

@@ -66,11 +66,9 @@ def load_sharded(
         UserError: as `load_model`, `freeze` and `add_adapter`, on all processes.
     """
     device, lora = processes.device, config.lora
-    model: Any = None
     drawn: dict[str, Tensor] = {}
 
-    def build() -> None:
-        nonlocal model
+    def build() -> PreTrainedModel:
         base = base_of(source, None) if lora.active else None
         with without_weights():
             model = build_model(source)
@@ -79,8 +77,9 @@ def load_sharded(
             freeze(model, config.model.freeze)
         else:
             drawn.update(_inject_on_meta(model, config, base))
+        return model
 
-    processes.on_each(build)
+    model: Any = processes.on_each(build)
     policy = Policy(model, compute_dtype)
     again = config.parallel.reshard_after_forward
     shard(policy, device, processes.count, reshard_after_forward=again)

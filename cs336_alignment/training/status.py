@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,29 +16,11 @@ from cs336_alignment.training.stop import StopNow
 REFUSALS = frozenset({"C301", "C302", "C303", "C304", "R103"})
 
 
-@dataclass
-class Status:
-    """The content of `status.json`.
-
-    Attributes:
-        state: `running`, `completed`, `preempted` (resumable) or `failed`.
-        step: optimizer steps that a checkpoint holds.
-        exit_code: None while the run goes on.
-        error: as printed.
-        resume_command: what continues the run.
-        reload_check: the outcome of loading the export again; None where none was made.
-    """
-
-    state: str
-    step: int = 0
-    exit_code: int | None = None
-    error: str | None = None
-    resume_command: str | None = None
-    reload_check: str | None = None
-
-
 class StatusFile:
-    """Keeps `status.json` true from the first look into the folder to the end.
+    """Keeps `status.json` true from the first look into the folder to the end: `state` (`running`,
+    `completed`, `preempted`, which can be resumed, or `failed`), `step` (that a checkpoint holds),
+    `exit_code` and `error` (null while the run goes on), `resume_command`, and `reload_check` (the
+    outcome of loading the export again; null where none was made).
 
     Args:
         path: of the file.
@@ -87,8 +68,10 @@ class StatusFile:
     def _write(self, state: str, status: ExitStatus | None, error: str | None) -> None:
         if self._enabled:
             code = None if status is None else int(status)
-            content = Status(state, self._step, code, error, self.command, self.reload_check)
-            write_json(self._path, asdict(content))
+            write_json(self._path, {
+                "state": state, "step": self._step, "exit_code": code, "error": error,
+                "resume_command": self.command, "reload_check": self.reload_check,
+            })  # fmt: skip
 
     @contextmanager
     def covering(self) -> Iterator[None]:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from cs336_alignment.config import TrainerConfig
-from cs336_alignment.data.batching import collate, mix_seed, plan_microbatches
+from cs336_alignment.data.batching import Lengths, collate, mix_seed, plan_microbatches
 from cs336_alignment.data.dataset import TokenizedDataset
 from cs336_alignment.data.noise import with_noise
 from cs336_alignment.microbatch import Batching, Microbatch
@@ -41,6 +41,16 @@ class Cut:
     gradient_accumulation_steps: int | None
     batching: Batching
 
+    def of_process(
+        self, example_ids: Sequence[int], lengths: Lengths, count: int, index: int,
+        in_step: bool = False,
+    ) -> list[list[int]]:  # fmt: skip
+        """Give the microbatches of one of `count` processes; see `plan_microbatches`."""
+        return plan_microbatches(
+            example_ids, lengths, **asdict(self), num_processes=count, process_index=index,
+            in_step=in_step,
+        )  # fmt: skip
+
 
 @dataclass(frozen=True)
 class Prepared:
@@ -64,15 +74,8 @@ def prepare(
     computed; the first has none before it, so the trainer asks for it while the last step still
     runs.
     """
-    microbatches = plan_microbatches(
-        example_ids,
-        dataset.lengths,
-        num_processes=processes.count,
-        process_index=processes.index,
-        microbatch_tokens=cut.microbatch_tokens,
-        gradient_accumulation_steps=cut.gradient_accumulation_steps,
-        batching=cut.batching,
-        in_step=processes.shards,
+    microbatches = cut.of_process(
+        example_ids, dataset.lengths, processes.count, processes.index, processes.shards
     )
     first = _collate(dataset, microbatches[0], cut, processes)
     return Prepared(tuple(example_ids), microbatches, first)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import threading
@@ -63,7 +64,7 @@ class StopRequest:
         on_leave: Callable[[ExitStatus], None] = lambda _: None,
         tell: bool = False,
     ) -> None:
-        self._deadline = None if max_hours is None else time.monotonic() + 3600 * max_hours
+        self._deadline = math.inf if max_hours is None else time.monotonic() + 3600 * max_hours
         self._on_leave = on_leave
         self._tell = tell
         self._waits = False
@@ -123,11 +124,7 @@ class StopRequest:
     @property
     def status(self) -> ExitStatus | None:
         """The exit status to leave with, or None to go on."""
-        if (
-            self._status is None
-            and self._deadline is not None
-            and time.monotonic() > self._deadline
-        ):
+        if self._status is None and time.monotonic() > self._deadline:
             self._status = ExitStatus.STOPPED
             self.out_of_time = True
         return self._status

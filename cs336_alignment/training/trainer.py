@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import KW_ONLY, astuple, dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -68,6 +68,7 @@ class _Sums:
     written: Any
 
 
+@dataclass
 class Trainer:
     """Trains a policy from its state to the end, or until it is asked to stop.
 
@@ -94,47 +95,29 @@ class Trainer:
         average: of the weights, which checkpoints show; None: there is none.
     """
 
-    def __init__(
-        self,
-        policy: Policy,
-        wrapped: nn.Module,
-        optimizer: torch.optim.Optimizer,
-        dataset: TokenizedDataset,
-        *,
-        plan: StepPlan,
-        cut: Cut,
-        total_steps: int,
-        state: TrainState,
-        trainer: TrainerConfig,
-        optimizer_config: OptimizerConfig,
-        seed: int,
-        processes: Processes,
-        tracker: Tracker,
-        evaluate: Callable[[int], Verdict],
-        writer: CheckpointWriter,
-        poll: Callable[[], ExitStatus | None],
-        average: Average | None = None,
-    ) -> None:
-        self.policy = policy
-        self.wrapped = wrapped
-        self.optimizer = optimizer
-        self.dataset = dataset
-        self.plan = plan
-        self.cut = cut
-        self.total_steps = total_steps
-        self.state = state
-        self.config = trainer
-        self.optimizer_config = optimizer_config
-        self.seed = seed
-        self.processes = processes
-        self.tracker = tracker
-        self.evaluate = evaluate
-        self.writer = writer
+    policy: Policy
+    wrapped: nn.Module
+    optimizer: torch.optim.Optimizer
+    dataset: TokenizedDataset
+    _: KW_ONLY
+    plan: StepPlan
+    cut: Cut
+    total_steps: int
+    state: TrainState
+    trainer: TrainerConfig
+    optimizer_config: OptimizerConfig
+    seed: int
+    processes: Processes
+    tracker: Tracker
+    evaluate: Callable[[int], Verdict]
+    writer: CheckpointWriter
+    poll: Callable[[], ExitStatus | None]
+    average: Average = field(default_factory=NoAverage)
+
+    def __post_init__(self) -> None:
         self._next: Prepared | None = None  # the step that comes, made while one is computed
         self._best: int | None = None
         self._writing: int | None = None  # the step whose checkpoint is being written
-        self.poll = poll
-        self.average = average or NoAverage()
 
     def fit(self) -> ExitStatus:
         """Train to the last step, or until no evaluation finds a better one; returns DONE, or the
@@ -176,11 +159,11 @@ class Trainer:
         while self.state.step < self.total_steps and not enough:
             metrics, asked = self.train_step()
             step, last = self.state.step, self.state.step == self.total_steps
-            self.tracker.step(step, metrics, log=is_due(self.config.logging_steps, step))
+            self.tracker.step(step, metrics, log=is_due(self.trainer.logging_steps, step))
             if asked is not None and not last:
                 raise StopNow(asked)
             # Before the evaluation, which can take long: what is trained is safe.
-            if last or is_due(self.config.save_steps, step):
+            if last or is_due(self.trainer.save_steps, step):
                 self.save()
             enough = self._evaluate()
 
@@ -213,13 +196,13 @@ class Trainer:
         rate = learning_rate(self.optimizer_config, step, self.total_steps)
         set_learning_rate(self.optimizer, rate)
         self.optimizer.zero_grad(set_to_none=True)
-        log = is_due(self.config.logging_steps, step + 1)
+        log = is_due(self.trainer.logging_steps, step + 1)
         result = accumulate_gradients(
             self.wrapped,
             self.dataset,
             example_ids,
             cut=self.cut,
-            trainer=self.config,
+            trainer=self.trainer,
             processes=self.processes,
             seed=self.seed,
             step=step,
@@ -264,13 +247,13 @@ class Trainer:
             "perf/tokens_per_second": num_tokens / seconds,
             "perf/peak_memory_gib": peak_memory_gib(self.processes.device),
         }
-        if objective_of(self.config) is not None:
+        if objective_of(self.trainer) is not None:
             metrics["train/objective"] = sums.objective / self.processes.count
-        if self.config.compile:
+        if self.trainer.compile:
             metrics["perf/compiled_graphs"] = compiled_graphs()
         if log:
             metrics["train/token_entropy"] = sums.entropy / num_response_tokens
-        if self.config.loss_spike == "skip":
+        if self.trainer.loss_spike == "skip":
             metrics["train/skipped_steps"] = self.state.skipped_steps
         return metrics, asked
 
@@ -295,8 +278,8 @@ class Trainer:
 
     def _is_sound(self, loss: float, example_ids: Sequence[int]) -> bool:
         """Compare a step's loss with those before it; False: the step is to be left out."""
-        recent, policy = self.state.recent_losses, self.config.loss_spike
-        spiked = policy != "off" and is_spike(loss, recent, self.config.loss_spike_nats)
+        recent, policy = self.state.recent_losses, self.trainer.loss_spike
+        spiked = policy != "off" and is_spike(loss, recent, self.trainer.loss_spike_nats)
         recent.append(loss)
         del recent[:-SPIKE_WINDOW]
         if not spiked:
@@ -304,7 +287,7 @@ class Trainer:
         step = self.state.step + 1
         text = (
             f"loss spike at step {step}: {loss:.4f} nats a token, more than "
-            f"{self.config.loss_spike_nats:g} above the median of the steps before; examples "
+            f"{self.trainer.loss_spike_nats:g} above the median of the steps before; examples "
             f"(counted from 0 in the data) {show_ids(sorted(example_ids))}"
         )
         if policy == "stop":
