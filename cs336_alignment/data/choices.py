@@ -64,7 +64,7 @@ def read_choices(row: Row, column: str, values: Any) -> list[Any]:
     sound = all((isinstance(choice, str) and choice) or _is_number(choice) for choice in choices)
     if not sound or not FEWEST <= len(choices) <= len(LETTERS):
         raise UserError(
-            "D215", "the choices are no list of texts", ExitStatus.BAD_DATA,
+            "D218", "the choices are no list of texts", ExitStatus.BAD_DATA,
             place=Place(row.place.path, row.place.line, column),
             expected=f"{FEWEST} to {len(LETTERS)} texts, none empty", got=describe(values)
         )  # fmt: skip

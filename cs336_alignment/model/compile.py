@@ -36,7 +36,7 @@ def repeated_layers(model: nn.Module, instead: str) -> list[nn.Module]:
     layers = [m for m in model.modules() if names & {kind.__name__ for kind in type(m).__mro__}]
     if not layers:
         raise UserError(
-            "C106",
+            "C163",
             f"{type(model).__name__} does not say which modules its repeated layers are",
             ExitStatus.BAD_CONFIG,
             hint=instead,

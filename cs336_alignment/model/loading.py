@@ -218,7 +218,7 @@ def in_four_bits(device: torch.device, compute: torch.dtype) -> dict[str, Any]:
     """
     if device.type != "cuda":
         raise UserError(
-            "C160",
+            "C162",
             "lora.quantize=nf4 needs a CUDA GPU",
             ExitStatus.BAD_CONFIG,
             got=str(device),
@@ -227,7 +227,7 @@ def in_four_bits(device: torch.device, compute: torch.dtype) -> dict[str, Any]:
     if importlib.util.find_spec("bitsandbytes") is None:
         hint = "pip install 'cs336_alignment[quantize]', or lora.quantize=null"
         raise UserError(
-            "C160", "lora.quantize=nf4 needs bitsandbytes", ExitStatus.BAD_CONFIG, hint=hint
+            "C162", "lora.quantize=nf4 needs bitsandbytes", ExitStatus.BAD_CONFIG, hint=hint
         )
     settings = BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,

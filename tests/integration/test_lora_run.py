@@ -168,7 +168,7 @@ BAD: list[tuple[list[str], str, str]] = [
     (["lora.r=4", "lora.export=all"], "C103", "lora.export"),
     (["lora.quantize=nf4"], "C104", "lora.r=null"),
     (["lora.alpha=8"], "C104", "lora.r=null"),
-    (["lora.r=4", "lora.quantize=nf4"], "C160", "CUDA"),
+    (["lora.r=4", "lora.quantize=nf4"], "C162", "CUDA"),
     (["lora.r=4", "model.random_init=true"], "C104", "model.random_init"),
     (["lora.r=4", "model.freeze=[norm]"], "C104", "model.freeze"),
     (["lora.r=4", "lora.target_modules=[nothing]"], "M124", "q_proj"),

@@ -114,10 +114,10 @@ def test_other_numbers_of_choices() -> None:
         (["1", "2", "3"], "2", "D216", "C by its number and B by its text"),
         (["B", "A"], "A", "D216", "A by its letter and B by its text"),
         ([1, 2, 3], 2, "D216", "C by its number and B by its text"),
-        (["x"], "A", "D215", "no list"), ([], "A", "D215", "no list"), ("x y", "A", "D215", "no list"),
-        (["x", " "], "A", "D215", "none empty"), (["x", None, "y"], "A", "D215", "no list"),
-        (["x"] * 11, "A", "D215", "2 to 10"), (None, "A", "D215", "no list"), (4, "A", "D215", "no list"),
-        ({"text": ["x", "y"]}, "A", "D215", "no list"),
+        (["x"], "A", "D218", "no list"), ([], "A", "D215", "no list"), ("x y", "A", "D215", "no list"),
+        (["x", " "], "A", "D218", "none empty"), (["x", None, "y"], "A", "D215", "no list"),
+        (["x"] * 11, "A", "D218", "2 to 10"), (None, "A", "D215", "no list"), (4, "A", "D215", "no list"),
+        ({"text": ["x", "y"]}, "A", "D218", "no list"),
     ],
 )  # fmt: skip
 def test_rows_without_a_right_choice_are_refused(

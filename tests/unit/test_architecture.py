@@ -181,8 +181,8 @@ def test_size() -> None:
             if name_of(path).split(".")[0] in packages
         )  # fmt: skip
 
-    assert lines("config", "data", "model", "training") <= 11792
-    assert lines("evaluation", "tracking", "cli") <= 4975
+    assert lines("config", "data", "model", "training") <= 11559
+    assert lines("evaluation", "tracking", "cli") <= 4850
 
 
 def test_every_guard_stands_where_it_is_said_to() -> None:
