@@ -109,9 +109,7 @@ def prepare_source(
         UserError: nothing to read (66) or nothing left (65); a template that does not exist (78).
     """
     note(f"reading {source.path}")
-    own = {role: name for role, name in asdict(source.columns).items() if name is not None}
-    wanted = config.format if source.format == "auto" else source.format
-    source = replace(source, columns=replace(config.columns, **own), format=wanted)
+    source = with_defaults(source, config)
     template = load_template(config.prompt_template)
     if config.append_eos and tokenizer.eos_token_id is None:
         raise UserError(
@@ -147,6 +145,13 @@ def prepare_source(
         store, ledger, Findings(**written["findings"]), template, written["fingerprint"],
         opened.revision,
     )  # fmt: skip
+
+
+def with_defaults(source: SourceConfig, config: DataConfig) -> SourceConfig:
+    """Fill in what a source does not say of its format and columns and `data` says of all."""
+    own = {role: name for role, name in asdict(source.columns).items() if name is not None}
+    wanted = config.format if source.format == "auto" else source.format
+    return replace(source, columns=replace(config.columns, **own), format=wanted)
 
 
 def _unused(format: str, template: PromptTemplate | None, config: DataConfig) -> list[str]:

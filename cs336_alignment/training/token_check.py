@@ -9,10 +9,11 @@ from collections.abc import Iterator, Sequence
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from cs336_alignment.config import ColumnsConfig, Config, SourceConfig
+from cs336_alignment.config import Config, SourceConfig
 from cs336_alignment.data.batching import collate
 from cs336_alignment.data.formats import Example, to_example
 from cs336_alignment.data.layout import Layout, detect
+from cs336_alignment.data.prepare import with_defaults
 from cs336_alignment.data.sources import Row, open_source
 from cs336_alignment.data.splits import PreparedData
 from cs336_alignment.data.tokenize import TokenizedExample
@@ -52,9 +53,8 @@ def read_again(data: PreparedData, config: Config, places: Sequence[str]) -> lis
     """Read and shape the rows at these places once more; None: not among the first source's."""
     path = data.sources[0].ledger.source
     named = next((s for s in config.data.sources if s.path == path), SourceConfig(path))
-    columns = config.data.columns if named.columns == ColumnsConfig() else named.columns
-    wanted = config.data.format if named.format == "auto" else named.format
-    given = {role: column for role, column in vars(columns).items() if column is not None}
+    named = with_defaults(named, config.data)
+    given = {role: column for role, column in vars(named.columns).items() if column is not None}
     found: dict[str, Example] = {}
     layout: Layout | None = None
     for row in open_source(path, seed=config.seed, default_split="train").rows():
@@ -63,7 +63,9 @@ def read_again(data: PreparedData, config: Config, places: Sequence[str]) -> lis
         if not isinstance(row, Row):
             continue
         try:
-            layout = layout or detect(list(row.fields), row.place, wanted=wanted, columns=given)
+            layout = layout or detect(
+                list(row.fields), row.place, wanted=named.format, columns=given
+            )
             if str(row.place) in places:
                 found[str(row.place)] = to_example(
                     row, layout, data.sources[0].template, config.data.train_on

@@ -20,11 +20,13 @@ from transformers import (
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 from cs336_alignment.config import (
+    ColumnsConfig,
     Config,
     DataConfig,
     LoggerConfig,
     ModelConfig,
     OptimizerConfig,
+    SourceConfig,
     TrainerConfig,
 )
 from cs336_alignment.data import batching as data_batching
@@ -366,6 +368,20 @@ def test_every_format_is_compared_with_its_texts(
     texts, padding = token_check.check_tokens(prepared, tokenizer, config, 4)
     assert texts.passed, texts.text
     assert padding.passed
+
+
+def test_columns_of_a_source_and_of_all_data_are_taken_together(tmp_path: Path) -> None:
+    path = str(tmp_path / "rows.jsonl")
+    row = {"asked": "1 + 1 =", "said": LONG, "prompt": "2 + 2 =", "response": "4"}
+    Path(path).write_text(json.dumps(row) + "\n")
+    tokenizer = load_tokenizer(resolve_model("builtin:arithmetic", None, False))
+    data = DataConfig(
+        sources=[SourceConfig(path, columns=ColumnsConfig(prompt="asked"))],
+        columns=ColumnsConfig(response="said"), cache_dir=str(tmp_path / "cache"),
+    )  # fmt: skip
+    prepared = prepare_run(data, tokenizer, seed=0).train
+    texts, _ = token_check.check_tokens(prepared, tokenizer, Config(data=data), 4)
+    assert texts.passed, texts.text
 
 
 def test_a_reply_without_its_end_is_seen(tmp_path: Path) -> None:
