@@ -143,6 +143,17 @@ SENTENCES = {
     "hub_token": "set HF_TOKEN in the environment, or type `hf auth login`",
     "streaming": "leave it out: prepared rows are read from the disk as they are needed",
 }
+# transformers' names of optimizers that are AdamW here.
+OPTIMIZERS = {
+    **dict.fromkeys(
+        ("adamw_8bit", "adamw_bnb_8bit", "paged_adamw_8bit", "adamw_torch_8bit"),
+        "optimizer.state_bits=8",
+    ),
+    **dict.fromkeys(
+        ("adamw_torch", "adamw_torch_fused", "adamw_hf", "paged_adamw_32bit"),
+        "optimizer.name=adamw",
+    ),
+}  # fmt: skip
 OFF = ("false", "no", "none", "null", "0")
 
 
@@ -187,6 +198,8 @@ def what_was_meant(key: str, value: str | None = None) -> str | None:
     Example:
         >>> what_was_meant("load_in_4bit", "true")
         'type lora.quantize=nf4'
+        >>> what_was_meant("optim", "adamw_8bit")
+        'type optimizer.state_bits=8'
         >>> what_was_meant("trainer.max_step")
         'did you mean trainer.max_steps?'
     """
@@ -196,6 +209,8 @@ def what_was_meant(key: str, value: str | None = None) -> str | None:
     whole = ALIASES.get(leaf, "")
     if value is None:
         return f"did you mean {whole or near}?"
+    if near == "optimizer.name" and value in OPTIMIZERS:
+        return f"type {OPTIMIZERS[value]}"
     if "=" in whole:
         return f"type {whole}" if value.lower() not in OFF else f"leave it out: {near} is as it was"
     return f"type {near}={value}"

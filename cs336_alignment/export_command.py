@@ -61,7 +61,15 @@ def export(config: Config, name: str, given: Collection[str]) -> ExitStatus:
         )
     console, options = Console(), config.export
     announce(config.hub, console.warn)
-    run = open_run(name, Path(config.output_root).expanduser(), options.checkpoint)
+    root = Path(config.output_root).expanduser()
+    run = open_run(name, root, options.checkpoint)
+    if "output_root" in given and root.resolve() not in run.folder.resolve().parents:
+        raise UserError(
+            "C173",
+            f"output_root has no effect: it says where a run is, and {run.folder} is not there",
+            ExitStatus.BAD_CONFIG,
+            hint="where an export goes says export.output_dir=…",
+        )
     if options.format in ROWS:
         run.config.data.cache_dir = config.data.cache_dir or run.config.data.cache_dir
         run.config.data.num_workers = config.data.num_workers

@@ -328,7 +328,7 @@ def _require_weights(source: ModelSource) -> None:
             f"{folder} holds no weights",
             ExitStatus.NOT_FOUND,
             expected="model.safetensors (or shards of it)",
-            hint="a checkpoint in parts: `cs336-sft export RUN` makes it whole"
+            hint=f"a checkpoint in parts: `cs336-sft export {folder.resolve()}` makes it whole"
             if (folder / "sharded").is_dir()
             else "to train from scratch on its config.json: model.random_init=true",
         )

@@ -128,12 +128,10 @@ def read_adapter_config(folder: Path) -> Any:
     if not (folder / ADAPTER_CONFIG).is_file() or not (folder / ADAPTER_WEIGHTS).is_file():
         raise UserError(
             "M122",
-            f"{folder} holds no adapter",
+            f"{folder} holds no adapter" if folder.is_dir() else f"there is no folder {folder}",
             ExitStatus.NOT_FOUND,
             expected=f"{ADAPTER_CONFIG} and {ADAPTER_WEIGHTS}",
-            hint="a checkpoint in parts: `cs336-sft export RUN` makes it whole"
-            if (folder / "sharded").is_dir()
-            else "of the hub: hf download NAME --local-dir FOLDER",
+            hint=_where_adapters_are(folder),
         )
     try:
         config: Any = PeftConfig.from_pretrained(str(folder))
@@ -169,6 +167,16 @@ def _new_config(model: PreTrainedModel, options: LoraConfig) -> Any:
         use_rslora=options.rslora,
         task_type="CAUSAL_LM",
     )
+
+
+def _where_adapters_are(folder: Path) -> str:
+    if (folder / "sharded").is_dir():
+        what = f"{folder.resolve()} export.format=adapter"
+        return f"it is a checkpoint in parts: `cs336-sft export {what}` makes it whole"
+    run = folder if (folder / "adapter").is_dir() else folder.parent
+    if (run / "adapter" / ADAPTER_CONFIG).is_file():
+        return f"that of the run is in {run / 'adapter'}"
+    return "of the hub: hf download NAME --local-dir FOLDER"
 
 
 def _refuse_other_options(folder: Path, config: Any, options: LoraConfig) -> None:

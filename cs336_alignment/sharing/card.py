@@ -112,7 +112,7 @@ class Card:
         else:
             code = _snippet(
                 self.name, self.template, _kind(record.ledger), self.config.data.add_special_tokens,
-                min(self.config.evaluation.max_new_tokens, MOST_NEW_TOKENS),
+                min(self.config.evaluation.max_new_tokens, MOST_NEW_TOKENS), self.adapter,
             )  # fmt: skip
             yield "\n".join(("```python", *code, "```\n"))
         if _kind(record.ledger) in ASKING and self.template is not None:
@@ -244,14 +244,17 @@ def _snippet(
     kind: str,
     add_special_tokens: bool,
     max_new_tokens: int,
+    is_adapter: bool,
 ) -> list[str]:
     """Write the lines that ask the model as it was trained."""
+    kind_of_model = "AutoPeftModelForCausalLM" if is_adapter else "AutoModelForCausalLM"
     lines = [
-        "from transformers import AutoModelForCausalLM, AutoTokenizer",
+        *(["from peft import AutoPeftModelForCausalLM"] if is_adapter else []),
+        f"from transformers import {'' if is_adapter else 'AutoModelForCausalLM, '}AutoTokenizer",
         "",
         f"name = {json.dumps(name)}  # this folder, or its id on the hub",
         "tokenizer = AutoTokenizer.from_pretrained(name)",
-        "model = AutoModelForCausalLM.from_pretrained(name)",
+        f"model = {kind_of_model}.from_pretrained(name)",
     ]
     special = "" if add_special_tokens else ", add_special_tokens=False"
     if kind in ("messages", "sharegpt") or (kind in ASKING and template is None):

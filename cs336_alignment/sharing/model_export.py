@@ -76,7 +76,7 @@ def fill_folder(
     plain.mkdir(exist_ok=True)
     pictures = [run.folder / CURVES]
     write_model(plain, model, tokenizer, card, pictures, options.max_shard_size)
-    outcome = _check(plain, model, tokenizer, probes, run, console)
+    outcome = _check(plain, model, tokenizer, probes, run, options, console)
     if tools is not None and file is not None:
         console.note(f"convert  {tools.converter.name}")
         convert(tools, plain, folder / file, options.dtype, options.gguf_type, console.note)
@@ -157,7 +157,7 @@ def _trained_tokens(run: TrainedRun, step: int) -> int | None:
 
 def _check(
     folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase,
-    probes: TokenizedDataset, run: TrainedRun, console: Console,
+    probes: TokenizedDataset, run: TrainedRun, options: ExportConfig, console: Console,
 ) -> str:  # fmt: skip
     console.note("check    loading it in a fresh process")
     result = check_export(
@@ -172,7 +172,9 @@ def _check(
             "what was exported is not the model that was trained, and is removed",
             ExitStatus.INTERNAL,
             got="; ".join(result.reasons),
-            hint="if fp16 is too narrow for these weights: export.dtype=bf16",
+            hint="if fp16 is too narrow for these weights: export.dtype=bf16"
+            if options.dtype == "fp16"
+            else None,
         )
     console.note(f"check    reload check {result}")
     return str(result)

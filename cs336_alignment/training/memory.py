@@ -370,11 +370,13 @@ def refuse_too_large(
     ) + (f" + {gib(needs.shared)} between processes" if needs.shared else "")
     if needs.certain <= found.total:
         return f"training takes {text}, and {gib(found.free)} of {gib(found.total)} are free now"
-    ways = ways_to_less(config, needs)
+    ways = ways_to_less(config, needs, found.total)
     if _combine(config, "parallel", strategy=SHARDED):
         count = math.ceil(needs.certain / found.total)
-        more = "more processes" if config.lora.active else f"{count} times the processes or more"
-        ways.append(f"parallel={SHARDED} with {more}")
+        more = "more" if config.lora.active else f"{count} times the"
+        # The processes of one machine share its memory; each has a GPU of its own.
+        what = "machines" if device.type == "cpu" else "GPUs"
+        ways.append(f"parallel={SHARDED} on {more} {what}")
     share = found.total / needs.certain
     ways += [f"a model of {share:.0%} of its size", f"a {device.type} with more memory"]
     raise UserError(
@@ -387,13 +389,17 @@ def refuse_too_large(
     )
 
 
-def ways_to_less(config: Config, needs: Needs) -> list[str]:
-    """Name the keys that combine with a config and leave less of optimizer state and gradients."""
+def ways_to_less(config: Config, needs: Needs, room: float = math.inf) -> list[str]:
+    """Name the keys that combine with a config, leave less of optimizer state and gradients, and
+    fit into so many bytes.
+    """
     ways = []
-    if config.optimizer.state_bits != 8 and _combine(config, "optimizer", state_bits=8):
-        less = needs.certain - needs.state + needs.state // 4
+    less = needs.certain - needs.state + needs.state // 4
+    if config.optimizer.state_bits != 8 and _combine(config, "optimizer", state_bits=8) and (
+        less <= room
+    ):  # fmt: skip
         ways.append(f"optimizer.state_bits=8 (about {gib(less)})")
-    if not config.lora.active and _combine(config, "lora", r=16):
+    if not config.lora.active and _combine(config, "lora", r=16) and needs.weights <= room:
         ways.append(f"lora.r=16 (little more than the weights' {gib(needs.weights)})")
     return ways
 

@@ -1,4 +1,4 @@
-"""What a stranger sees of an exported model: loaded by transformers and torch alone, nothing else.
+"""What a stranger sees of an exported model: loaded by transformers, an adapter by peft.
 
 A program of its own, started by `reload_check` in a fresh process: it must not import this package.
 It reads one line of JSON from standard input, writes one to standard output, and ends when standard
@@ -12,6 +12,7 @@ import os
 import sys
 import threading
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -85,7 +86,14 @@ def look(request: dict[str, Any]) -> dict[str, Any]:
     tokenizer = transformers.AutoTokenizer.from_pretrained(request["folder"], **common)
     if dtype := request.get("dtype"):
         common["dtype"] = getattr(torch, dtype)
-    model = transformers.AutoModelForCausalLM.from_pretrained(request["folder"], **common)
+    if (Path(request["folder"]) / "adapter_config.json").exists():
+        # Not by transformers' own reader, which draws DoRA's magnitudes anew (5.23).
+        from peft import AutoPeftModelForCausalLM
+
+        adapted: Any = AutoPeftModelForCausalLM.from_pretrained(request["folder"], **common)
+        model = adapted.get_base_model()
+    else:
+        model = transformers.AutoModelForCausalLM.from_pretrained(request["folder"], **common)
     model.eval()
     return {
         "checksums": checksums(model.state_dict().items()),

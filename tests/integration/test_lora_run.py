@@ -124,6 +124,33 @@ def test_what_adapters_leave_and_how_they_go_on(
     assert chat.returncode == 78 and "error[M121]" in chat.stderr
 
 
+def test_dora_is_loaded_again_as_its_card_says(
+    sft: Sft, base: Path, rows: Path, tmp_path: Path
+) -> None:
+    command = overrides(
+        base, rows, "lora.r=4", "lora.dora=true", "lora.export=adapter", "trainer.max_steps=2",
+        "run_name=d", "trainer.reload_check=true",
+    )  # fmt: skip
+    done = sft("train", *command)
+    assert done.returncode == 0 and "reload check passed" in done.stdout, done.stderr
+    run = tmp_path / "outputs/d"
+    assert (
+        "= AutoPeftModelForCausalLM.from_pretrained(name)"
+        in (run / "adapter/README.md").read_text()
+    )
+    for given, hint in (
+        (run, f"is in {run}/adapter"), (run / "checkpoints", f"is in {run}/adapter"),
+        (tmp_path / "no", "hf download"),
+    ):  # fmt: skip
+        more = overrides(base, rows, f"lora.adapter_path={given}", "run_name=more")
+        refused = sft("train", *more)
+        assert refused.returncode == 66 and "error[M122]" in refused.stderr
+        assert hint in refused.stderr.replace("\n", ""), refused.stderr
+    assert "there is no folder" in refused.stderr
+    elsewhere = sft("export", str(run), "output_root=other")
+    assert elsewhere.returncode == 78 and "export.output_dir" in elsewhere.stderr
+
+
 @pytest.mark.parametrize(
     "lora", [pytest.param((), marks=pytest.mark.slow), ("lora.r=2", "lora.export=merged")],
     ids=["all", "lora"],

@@ -277,4 +277,4 @@ def test_the_other_process_imports_nothing_of_this_package() -> None:
             else [node.module or ""] if isinstance(node, ast.ImportFrom) else []
         )
     }  # fmt: skip
-    assert modules - set(sys.stdlib_module_names) == {"torch", "transformers"}
+    assert modules - set(sys.stdlib_module_names) == {"torch", "transformers", "peft"}
