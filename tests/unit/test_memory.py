@@ -299,10 +299,29 @@ def test_a_refusal_names_what_combines_with_the_config(
     config: Config, ways: tuple[str, ...]
 ) -> None:
     with pytest.raises(UserError) as caught:
-        refuse_too_large(Needs(4 * GIB, 4 * GIB, 8 * GIB), Memory(GIB, GIB), CPU, config)
+        refuse_too_large(Needs(4 * GIB, 4 * GIB, 8 * GIB), Memory(12 * GIB, GIB), CPU, config)
     hint = str(caught.value).partition("hint:")[2]
     for way in ("optimizer.state_bits=8", "lora.r=16", "parallel=fsdp2"):
         assert (way in hint) == (way in ways), (way, hint)
+
+
+@pytest.mark.parametrize(
+    ("room", "device", "ways"),
+    [
+        (10, CPU, ("optimizer.state_bits=8 (about 10.00 GiB)", "lora.r=16", "on 2 times the machines")),
+        (9, torch.device("cuda"), ("lora.r=16", "on 2 times the GPUs")),
+        (3, CPU, ("on 6 times the machines",)),
+    ],
+)  # fmt: skip
+def test_a_refusal_names_what_would_fit(
+    room: int, device: torch.device, ways: tuple[str, ...]
+) -> None:
+    with pytest.raises(UserError) as caught:
+        refuse_too_large(
+            Needs(4 * GIB, 4 * GIB, 8 * GIB), Memory(room * GIB, GIB), device, Config()
+        )
+    hint = str(caught.value).partition("hint: ")[2].split(", or ")
+    assert len(hint) == len(ways) + 2 and all(w in h for w, h in zip(ways, hint, strict=False))
 
 
 @pytest.mark.parametrize("whole", [True, False])
