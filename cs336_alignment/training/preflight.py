@@ -280,7 +280,7 @@ def foretell(tokens: float, steps: int, tokens_per_second: float) -> str:
     hours, minutes = divmod(round(tokens / tokens_per_second / 60), 60)
     text = f"{hours:,} h {minutes:02d} min" if hours else f"{minutes} min"
     if hours + minutes == 0:
-        text = "less than a minute"
+        text = "a minute or less"
     return f"{text} for {steps:,} steps, {tokens:,.0f} tokens at {tokens_per_second:,.0f} a second"
 
 

@@ -19,7 +19,7 @@ from cs336_alignment.data.ledger import LedgerEntry
 from cs336_alignment.data.splits import PreparedData
 from cs336_alignment.errors import ExitStatus
 from cs336_alignment.metric_names import greater_is_better
-from cs336_alignment.model.lora import describe_adapter, is_adapted
+from cs336_alignment.model.lora import describe_adapter, is_adapted, is_adapter
 from cs336_alignment.model.narrow import narrowed_to
 from cs336_alignment.model.policy import Policy
 from cs336_alignment.sharing.card import before_and_after
@@ -66,6 +66,8 @@ def describe_run(
     frozen = "" if narrow is None else f" (frozen linear layers {DTYPE_NAMES[narrow]})"
     optimizer, trainer = config.optimizer, config.trainer
     drawn = f"; weights drawn from seed {config.seed}" if config.model.random_init else ""
+    if is_adapter(config.model.name_or_path):
+        drawn += "; the adapter is merged into its base (lora.adapter_path=… goes on with it)"
     lines = [
         ("run", str(Path(config.output_root) / (config.run_name or ""))),
         ("model", f"{config.model.name_or_path}, {count:,} parameters, {share}{drawn}"),

@@ -147,6 +147,8 @@ def test_dora_is_loaded_again_as_its_card_says(
         assert refused.returncode == 66 and "error[M122]" in refused.stderr
         assert hint in refused.stderr.replace("\n", ""), refused.stderr
     assert "there is no folder" in refused.stderr
+    merged = sft("train", *overrides(run / "adapter", rows, "trainer.max_steps=1", "run_name=m"))
+    assert merged.returncode == 0 and "merged into its base" in merged.stdout, merged.stderr
     elsewhere = sft("export", str(run), "output_root=other")
     assert elsewhere.returncode == 78 and "export.output_dir" in elsewhere.stderr
 
