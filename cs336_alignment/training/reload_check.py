@@ -195,8 +195,16 @@ def _request(
     decoded = [tokenizer.decode(ids, skip_special_tokens=False) for ids in sequences]
     return {
         "sequences": sequences, "prompts": prompts, "lengths": lengths, "ends": ends,
-        "texts": [*texts, *decoded], "threads": torch.get_num_threads(),
+        "texts": [*texts, *decoded], "threads": _threads(model),
     }  # fmt: skip
+
+
+def _threads(model: PreTrainedModel) -> int:
+    """Give the threads of each process: on a CPU half of them, since threads of two processes that
+    want the same cores wait for each other (SmolLM2-135M on two cores: 208 s and not 19).
+    """
+    threads = torch.get_num_threads()
+    return max(1, threads // 2) if model.device.type == "cpu" else threads
 
 
 @contextlib.contextmanager
@@ -240,10 +248,11 @@ def _trained(
     stop_ids: Collection[int],
 ) -> dict[str, Any]:
     """Do here what the other process does."""
-    before, training = model.generation_config, model.training
+    before, training, threads = model.generation_config, model.training, torch.get_num_threads()
     model.generation_config = copy.deepcopy(before)
     model.generation_config.eos_token_id = sorted(stop_ids) or None
     model.eval()
+    torch.set_num_threads(request["threads"])
     try:
         return {
             "checksums": reload_child.checksums(model.state_dict().items()),
@@ -257,6 +266,7 @@ def _trained(
     finally:
         model.generation_config = before
         model.train(training)
+        torch.set_num_threads(threads)
 
 
 def _differences(
