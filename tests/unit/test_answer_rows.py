@@ -114,9 +114,9 @@ def test_other_numbers_of_choices() -> None:
         (["1", "2", "3"], "2", "D216", "C by its number and B by its text"),
         (["B", "A"], "A", "D216", "A by its letter and B by its text"),
         ([1, 2, 3], 2, "D216", "C by its number and B by its text"),
-        (["x"], "A", "D218", "no list"), ([], "A", "D215", "no list"), ("x y", "A", "D215", "no list"),
-        (["x", " "], "A", "D218", "none empty"), (["x", None, "y"], "A", "D215", "no list"),
-        (["x"] * 11, "A", "D218", "2 to 10"), (None, "A", "D215", "no list"), (4, "A", "D215", "no list"),
+        (["x"], "A", "D218", "no list"), ([], "A", "D218", "no list"), ("x y", "A", "D218", "no list"),
+        (["x", " "], "A", "D218", "none empty"), (["x", None, "y"], "A", "D218", "no list"),
+        (["x"] * 11, "A", "D218", "2 to 10"), (None, "A", "D218", "no list"), (4, "A", "D218", "no list"),
         ({"text": ["x", "y"]}, "A", "D218", "no list"),
     ],
 )  # fmt: skip
