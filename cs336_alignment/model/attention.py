@@ -7,6 +7,7 @@ without a layout it is plain SDPA, so the same model also generates and takes pa
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import inspect
 from functools import lru_cache
@@ -99,6 +100,13 @@ def _attend(
 @lru_cache
 def _has_kernel(device: int) -> bool:
     return _HAS_VARLEN and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def autocasting(
+    device: torch.device, dtype: torch.dtype | None
+) -> contextlib.AbstractContextManager[object]:
+    """Compute products in a dtype; None: as the caller's own autocast says, or not in another."""
+    return contextlib.nullcontext() if dtype is None else torch.autocast(device.type, dtype)
 
 
 def takes_varlen(query: Tensor, value: Tensor, dropout: float) -> bool:

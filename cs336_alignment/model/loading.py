@@ -218,12 +218,9 @@ def in_four_bits(device: torch.device, compute: torch.dtype) -> dict[str, Any]:
     """
     if device.type != "cuda":
         raise UserError(
-            "C162",
-            "lora.quantize=nf4 needs a CUDA GPU",
-            ExitStatus.BAD_CONFIG,
-            got=str(device),
+            "C162", "lora.quantize=nf4 needs a CUDA GPU", ExitStatus.BAD_CONFIG, got=str(device),
             hint="lora.quantize=null",
-        )
+        )  # fmt: skip
     if importlib.util.find_spec("bitsandbytes") is None:
         hint = "pip install 'cs336_alignment[quantize]', or lora.quantize=null"
         raise UserError(
@@ -324,14 +321,12 @@ def _require_weights(source: ModelSource) -> None:
     folder = Path(source.location)
     if not any(any(folder.glob(pattern)) for pattern in WEIGHT_FILES):
         raise UserError(
-            "M102",
-            f"{folder} holds no weights",
-            ExitStatus.NOT_FOUND,
+            "M102", f"{folder} holds no weights", ExitStatus.NOT_FOUND,
             expected="model.safetensors (or shards of it)",
             hint=f"a checkpoint in parts: `cs336-sft export {folder.resolve()}` makes it whole"
             if (folder / "sharded").is_dir()
             else "to train from scratch on its config.json: model.random_init=true",
-        )
+        )  # fmt: skip
 
 
 def _cannot_load(what: str, source: ModelSource, failure: Exception) -> UserError:

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
+from cs336_alignment.model.attention import autocasting
+
 
 class PaddedDecoder:
     """Decodes a batch of left-padded rows until all of them are over, then takes the next.
@@ -74,8 +76,8 @@ class PaddedDecoder:
             self._rows[row] = last
 
     def _forward(self, input_ids: Tensor, positions: Tensor) -> Tensor:
-        device, dtype = self._model.device, self._autocast_dtype
-        with torch.autocast(device.type, dtype, enabled=dtype is not None):
+        device = self._model.device
+        with autocasting(device, self._autocast_dtype):
             logits = self._model(
                 input_ids=input_ids.to(device), attention_mask=self._mask.to(device),
                 position_ids=positions.to(device), past_key_values=self._cache, use_cache=True,

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from cs336_alignment.microbatch import Microbatch
-from cs336_alignment.model.attention import FLAT_ATTENTION, why_not_flat
+from cs336_alignment.model.attention import FLAT_ATTENTION, autocasting, why_not_flat
 from cs336_alignment.model.embedding_noise import noisy_embeddings
 from cs336_alignment.model.lm_head import head_log_probs, head_of, head_values
 from cs336_alignment.model.log_probs import compute_entropy
@@ -62,8 +62,7 @@ class Policy(nn.Module):
             log_probs (R,), differentiable, float32 or wider; entropies (R,) in nats, or None. With
             an objective its values (R,), differentiable; entropies; log_probs without a graph.
         """
-        device, dtype = batch.input_ids.device.type, self.autocast_dtype
-        with torch.autocast(device, dtype, enabled=dtype is not None):
+        with autocasting(batch.input_ids.device, self.autocast_dtype):
             # use_cache=False: a cache makes transformers miss the borders of packed rows.
             inputs: dict[str, Any] = {
                 "input_ids": batch.input_ids,

@@ -16,7 +16,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from cs336_alignment.model.attention import FLAT_ATTENTION, causal_attention, why_not_flat
+from cs336_alignment.model.attention import (
+    FLAT_ATTENTION,
+    autocasting,
+    causal_attention,
+    why_not_flat,
+)
 from cs336_alignment.model.lm_head import head_logits, head_of
 
 PREFILL_TOKENS = 4096
@@ -250,7 +255,6 @@ class SlotDecoder:
         device = self._model.device
         self._cache.plan = plan
         tokens = tokens.to(device)
-        dtype = self._autocast_dtype
         inputs: dict[str, Any] = {
             "input_ids": tokens[None],
             "position_ids": positions.to(device)[None],
@@ -259,7 +263,7 @@ class SlotDecoder:
             "use_cache": False,
             "slot_cache": self._cache,
         }
-        with torch.autocast(device.type, dtype, enabled=dtype is not None):
+        with autocasting(device, self._autocast_dtype):
             return self._model.base_model(**inputs).last_hidden_state[0]  # (T, H)
 
 

@@ -10,11 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 
 from cs336_alignment.config import DEFAULT_MICROBATCH_TOKENS, TrainerConfig
-from cs336_alignment.data.batching import (
-    StepPlan,
-    collate,
-    shared_prefix,
-)
+from cs336_alignment.data.batching import StepPlan, collate, shared_prefix
 from cs336_alignment.data.dataset import TokenizedDataset
 from cs336_alignment.errors import ExitStatus, UserError, first_line
 from cs336_alignment.machine_memory import peak_resident_memory

@@ -214,3 +214,14 @@ def test_sliding_windows_and_unknown_heads_fall_back() -> None:
     dense, mask = dense_log_probs(build_model("llama"), dataset, [0, 1, 2])
     log_probs, _ = scaled(collate([dataset[i] for i in range(3)], batching="flat"))
     torch.testing.assert_close(log_probs, dense[mask], rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("batching", get_args(Batching))
+def test_a_callers_autocast_is_left_on(batching: Batching) -> None:
+    policy = Policy(build_model("llama", torch.float32))
+    batch = collate([build_dataset()[i] for i in range(3)], batching=batching)
+    with torch.no_grad():
+        exact = policy(batch)[0]
+        with torch.autocast("cpu", torch.bfloat16):
+            rounded = policy(batch)[0]
+    assert 1e-4 < (rounded - exact).abs().max() < 1e-1
