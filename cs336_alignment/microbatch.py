@@ -9,6 +9,7 @@ import dataclasses
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -102,6 +103,11 @@ class FlatLayout:
             max_length=prefix + max(lengths),
             prefix=SharedPrefix.before(lengths, prefix) if prefix else None,
         )
+
+    @cached_property
+    def masks(self) -> dict[Any, Tensor]:
+        """What attention masks with: the first layer makes it, all use it."""
+        return {}
 
     def to(self, device: torch.device) -> FlatLayout:
         """Copy to a device."""

@@ -130,55 +130,53 @@ def _grouped_attention(
     dropout: float,
     scaling: float | None,
 ) -> Tensor:
-    counts, lengths = zip(*layout.groups, strict=True)
-    before = [0] * len(lengths)  # keys that a sequence sees before its own first one
-    if layout.prefix is not None:
-        before[1:] = [layout.prefix.length] * (len(lengths) - 1)
     own = [count * length for count, length in layout.groups]
-    seen = [
-        count * (prefix + length)
-        for count, length, prefix in zip(counts, lengths, before, strict=True)
-    ]
+    seen = own.copy()
+    if layout.prefix is not None:  # it stands before the keys of every sequence but its own
+        seen[1:] = [count * (layout.prefix.length + length) for count, length in layout.groups[1:]]
+    # Tokens first, as they lie in memory, and split instead of sliced: then the backward pass is
+    # one concatenation without rearrangement, and no full-size zeros.
+    parts = (
+        x.squeeze(0).transpose(0, 1).split(sizes)
+        for x, sizes in ((query, own), (key, seen), (value, seen))
+    )
     outputs = []
-    # split, not slicing: its backward is one concatenation instead of a full-size zero tensor per
-    # part.
-    parts = zip(
-        counts, lengths, before, query.split(own, 2), key.split(seen, 2), value.split(seen, 2),
-        strict=True,
-    )  # fmt: skip
-    for count, length, prefix, q, k, v in parts:
-        k, v = (_to_batch(x, count, prefix + length) for x in (k, v))
-        out = causal_attention(_to_batch(q, count, length), k, v, scaling, dropout)
-        outputs.append(out.transpose(1, 2).reshape(1, count * length, out.shape[1], out.shape[3]))
-    return torch.cat(outputs, dim=1)
+    for (count, _), *part in zip(layout.groups, *parts, strict=True):
+        q, k, v = (x.unflatten(0, (count, -1)).transpose(1, 2) for x in part)
+        out = causal_attention(q, k, v, scaling, layout.masks, dropout)
+        outputs.append(out.transpose(1, 2).flatten(0, 1))
+    return torch.cat(outputs).unsqueeze(0)
 
 
 def causal_attention(
-    query: Tensor, key: Tensor, value: Tensor, scaling: float | None, dropout: float = 0.0
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scaling: float | None,
+    masks: dict[Any, Tensor],
+    dropout: float = 0.0,
 ) -> Tensor:
     """Attend causally, the last query aligned with the last key: what keys there are besides those
     of the queries, all queries see. (B, heads, S, D); the keys may have fewer heads and be longer.
+    `masks` keeps those that are made, for the next layer.
     """
     length, seen = query.shape[2], key.shape[2]
     mask = None
     if seen > length:  # is_causal aligns the first query with the first key
-        mask = query.new_ones((length, seen), dtype=torch.bool).tril(seen - length)
+        kind = length, seen, query.dtype
+        if kind not in masks:
+            masks[kind] = query.new_full(kind[:2], -torch.inf).triu_(seen - length + 1)
+        mask = masks[kind]
     return F.scaled_dot_product_attention(
         query, key, value, mask, dropout, is_causal=mask is None, scale=scaling,
         enable_gqa=query.shape[1] != key.shape[1],
     )  # fmt: skip
 
 
-def _to_batch(x: Tensor, count: int, length: int) -> Tensor:
-    """(1, heads, count·length, D) → (count, heads, length, D), a view."""
-    return x[0].unflatten(1, (count, length)).transpose(0, 1)
-
-
 def _with_prefix(x: Tensor, prefix: SharedPrefix) -> Tensor:
     """Keys or values of the row (1, heads, T, D) → of every sequence (1, heads, K, D)."""
-    shared: Tensor = _Shared.apply(
-        x[0].transpose(0, 1), prefix.key_index, prefix.copies, prefix.own_index, prefix.length
-    )
+    index = prefix.key_index, prefix.copies, prefix.own_index, prefix.length
+    shared: Tensor = _Shared.apply(x.squeeze(0).transpose(0, 1), *index)
     return shared.transpose(0, 1).unsqueeze(0)
 
 
@@ -218,7 +216,7 @@ def _varlen_attention(
         else:  # torch 2.11
             groups = query.shape[1] // key.shape[1]
             key, value = repeat_kv(key, groups), repeat_kv(value, groups)
-    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # (T, heads, D)
+    q, k, v = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))  # (T, heads, D)
     borders = layout.cu_seq_lens
     # The last query is aligned with the last key, as a prefix needs it.
     key_borders = borders if layout.prefix is None else layout.prefix.cu_key_lens

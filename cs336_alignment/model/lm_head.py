@@ -43,14 +43,15 @@ def head_of(model: PreTrainedModel) -> Head | None:
     return Head(linear, scale, getattr(config, "final_logit_softcapping", None))
 
 
-def head_log_probs(
+def head_values(
     head: Head,
     hidden: Tensor,
     labels: Tensor,
+    objective: Objective | None = None,
     with_entropy: bool = False,
     slopes: Tensor | None = None,
-) -> tuple[Tensor, Tensor | None]:
-    """Log-probs of `labels` under the head, computed chunk by chunk.
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """Log-probs of `labels` under the head, or what an objective makes of them, chunk by chunk.
 
     Without `slopes` the backward pass computes the logits once more: four matrix products in all.
     With them it takes three, since what goes backward from a chunk is known while its logits exist.
@@ -59,39 +60,15 @@ def head_log_probs(
         head: the model's head.
         hidden: (R, H) hidden states at the positions that predict the labels.
         labels: (R,) int64 token ids.
+        objective: of the training; None: the log-probs are.
         with_entropy: also give the entropy of each position's distribution, without a graph.
-        slopes: (R,) the gradient of the loss by each log-prob, if it is known beforehand; should
+        slopes: (R,) the gradient of the loss by each value, if it is known beforehand; should
             another one come in the backward pass, that one counts.
 
     Returns:
-        log_probs (R,) in float32 (float64 for a float64 model), and the entropies (R,) in nats or
-        None.
-    """
-    log_probs, entropy, _ = head_values(head, hidden, labels, None, with_entropy, slopes)
-    return log_probs, entropy
-
-
-def head_values(
-    head: Head,
-    hidden: Tensor,
-    labels: Tensor,
-    objective: Objective | None,
-    with_entropy: bool = False,
-    slopes: Tensor | None = None,
-) -> tuple[Tensor, Tensor | None, Tensor]:
-    """Compute what an objective makes of each label, chunk by chunk, as `head_log_probs` does.
-
-    Args:
-        head: the model's head.
-        hidden: (R, H) hidden states at the positions that predict the labels.
-        labels: (R,) int64 token ids.
-        objective: of the training; None: the log-probs are.
-        with_entropy: also give the entropies.
-        slopes: (R,) the gradient of the loss by each value, if it is known beforehand.
-
-    Returns:
-        The objective's values (R,), differentiable; the entropies (R,) or None; the log-probs (R,),
-        without a graph, empty if they are the objective.
+        The log-probs or the objective's values (R,), differentiable, in float32 (float64 for a
+        float64 model); the entropies (R,) in nats or None; the log-probs (R,) without a graph,
+        empty if they are the objective.
     """
     linear = head.linear
     values, entropy, log_probs = _ChunkedLogProbs.apply(
@@ -142,7 +119,8 @@ class _Gradients:
     ) -> None:
         self._factors = hidden, weight
         self.hidden = torch.empty_like(hidden) if needed[0] else None
-        self.weight = torch.zeros_like(weight, dtype=dtype) if needed[1] else None
+        new = torch.empty_like if len(hidden) else torch.zeros_like  # the first chunk fills it
+        self.weight = new(weight, dtype=dtype) if needed[1] else None
         self.bias = torch.zeros_like(bias, dtype=dtype) if bias is not None and needed[2] else None
 
     def add(self, chunk: slice, d_logits: Tensor) -> None:
@@ -159,7 +137,7 @@ class _Gradients:
         if self.hidden is not None:
             torch.mm(d_logits, weight, out=self.hidden[chunk])
         if self.weight is not None:
-            _add_product(self.weight, d_logits.T, hidden[chunk])
+            _add_product(self.weight, d_logits.T, hidden[chunk], first=chunk.start == 0)
 
 
 class _ChunkedLogProbs(torch.autograd.Function):
@@ -203,28 +181,30 @@ class _ChunkedLogProbs(torch.autograd.Function):
             for start in range(0, len(labels), rows):
                 chunk = slice(start, start + rows)
                 logits = _logits(hidden[chunk], weight, bias, accumulate, scale, softcap)
-                normalizers[chunk] = logits.logsumexp(-1)
                 picked = logits.gather(1, labels[chunk, None]).squeeze(1)
+                softcap_slope = None if gradients is None else _softcap_slope(logits, softcap)
+                # By hand instead of logsumexp: its exponentials are the softmax, and where nothing
+                # else reads the logits they take their place.
+                peak = logits.amax(-1)
+                read_again = with_entropy or objective is not None
+                powers = torch.sub(logits, peak[:, None], out=None if read_again else logits).exp_()
+                total = powers.sum(-1)
+                normalizers[chunk] = peak + total.log()
                 log_probs[chunk] = picked - normalizers[chunk]
                 if objective is not None:
                     values[chunk] = objective.values(log_probs[chunk], logits, normalizers[chunk])
-                if gradients is None and not with_entropy:
-                    continue
-                softcap_slope = _softcap_slope(logits, softcap)
-                # log p <= 0 in floating point too, since logsumexp >= max; the clamp keeps 0 · -inf
-                # from being NaN.
-                log_p = logits.sub_(normalizers[chunk, None])
-                p = (
-                    log_p.clamp_(min=torch.finfo(accumulate).min).exp()
-                    if with_entropy
-                    else log_p.exp_()
-                )
                 if with_entropy:
-                    entropy[chunk] = -torch.linalg.vecdot(p, log_p)
+                    # log p <= 0 in floating point too, since the normalizer >= the peak; the clamp
+                    # keeps 0 · -inf from being NaN.
+                    log_p = logits.sub_(normalizers[chunk, None])
+                    log_p.clamp_(min=torch.finfo(accumulate).min)
+                    entropy[chunk] = -torch.linalg.vecdot(powers, log_p) / total
                 if gradients is not None:
                     assert slopes is not None
                     slope = _slopes(objective, slopes[chunk], log_probs[chunk], normalizers[chunk])
-                    gradients.add(chunk, _d_logits(p, labels[chunk], slope, scale, softcap_slope))
+                    gradients.add(
+                        chunk, _d_logits(powers, labels[chunk], slope, scale, softcap_slope, total)
+                    )
         seen = log_probs.new_empty(0) if objective is None else log_probs
         ctx.gradients = gradients
         ctx.save_for_backward(hidden, weight, bias, labels, normalizers, slopes, seen)
@@ -288,13 +268,18 @@ def _slopes(
 
 
 def _d_logits(
-    p: Tensor, labels: Tensor, slopes: Slopes, scale: float, softcap_slope: Tensor | None
+    powers: Tensor,
+    labels: Tensor,
+    slopes: Slopes,
+    scale: float,
+    softcap_slope: Tensor | None,
+    total: Tensor | float = 1.0,
 ) -> Tensor:
-    """Turn the probabilities (rows, V) of a chunk into the gradient by hidden @ weight.T, in
-    place.
+    """Turn the probabilities of a chunk, as powers (rows, V) over their total (rows,), into the
+    gradient by hidden @ weight.T, in place.
     """
     label, softmax, every = slopes
-    d_logits = p.mul_(-softmax[:, None])
+    d_logits = powers.mul_((-softmax / total)[:, None])
     d_logits.scatter_add_(1, labels[:, None], label[:, None].to(d_logits.dtype))
     if every is not None:
         d_logits.add_(every[:, None] / d_logits.shape[1])
@@ -323,8 +308,11 @@ def _logits(
     return logits
 
 
-def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+def _add_product(total: Tensor, left: Tensor, right: Tensor, first: bool) -> None:
+    """Add a product to a total that holds nothing yet if this is the first."""
     if total.dtype == left.dtype:
-        total.addmm_(left, right)
+        total.addmm_(left, right, beta=0 if first else 1)  # 0: what is there is not read
+    elif first:
+        total.copy_(left @ right)
     else:
         total += left @ right

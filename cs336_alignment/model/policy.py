@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from cs336_alignment.microbatch import Microbatch
 from cs336_alignment.model.attention import FLAT_ATTENTION, autocasting, why_not_flat
 from cs336_alignment.model.embedding_noise import noisy_embeddings
-from cs336_alignment.model.lm_head import head_log_probs, head_of, head_values
+from cs336_alignment.model.lm_head import head_of, head_values
 from cs336_alignment.model.log_probs import compute_entropy
 from cs336_alignment.model.objective import Objective
 
@@ -80,9 +80,8 @@ class Policy(nn.Module):
             with noisy_embeddings(self.model, batch):
                 hidden = self.model.base_model(**inputs).last_hidden_state.flatten(0, 1)  # (T, H)
             hidden = hidden.index_select(0, batch.response_index)  # (R, H)
-            if objective is None:
-                return head_log_probs(self.head, hidden, batch.labels, with_entropy, slopes)
-            return head_values(self.head, hidden, batch.labels, objective, with_entropy, slopes)
+            values = head_values(self.head, hidden, batch.labels, objective, with_entropy, slopes)
+            return values[:2] if objective is None else values
 
     def _whole_model(
         self,

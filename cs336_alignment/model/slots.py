@@ -81,7 +81,7 @@ class SlotCache:
             query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
         if self.plan is None:
             self._prefix[layer] = key, value
-            return causal_attention(query, key, value, scaling).transpose(1, 2)
+            return causal_attention(query, key, value, scaling, {}).transpose(1, 2)
         if layer not in self._keys:
             slots, capacity = self.shape
             shape = slots, key.shape[1], capacity, key.shape[3]
@@ -120,7 +120,7 @@ class SlotCache:
             seen = k.shape[2]
             self._keys[layer][slot : slot + count, :, :seen] = k
             self._values[layer][slot : slot + count, :, :seen] = v
-            out = causal_attention(q, k, v, scaling)
+            out = causal_attention(q, k, v, scaling, {})
             outputs.append(out.transpose(1, 2).flatten(0, 1))
             slot, start = slot + count, end
         return torch.cat(outputs).unsqueeze(0)

@@ -200,11 +200,18 @@ def clip_gradients(module: nn.Module, most: float) -> Tensor:
     Of sharded gradients the norm is that of the whole ones, on every process.
     """
     parameters = list(module.parameters())
-    norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    norm = nn.utils.get_total_norm([_rows(p.grad) for p in parameters if p.grad is not None])
     if isinstance(norm, DTensor):
         norm = norm.full_tensor()
     nn.utils.clip_grads_with_norm_(parameters, most, norm)
     return norm
+
+
+def _rows(grad: Tensor) -> Tensor:
+    """Give what has the norm of a gradient: on CPU the norms of its rows. There torch adds all
+    squares of a tensor to one float32, which for an embedding of 28 million loses 3e-4 of the norm.
+    """
+    return torch.linalg.vector_norm(grad, dim=-1) if grad.device.type == "cpu" else grad
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:

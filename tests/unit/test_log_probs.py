@@ -12,7 +12,7 @@ from cs336_alignment.data.batching import collate
 from cs336_alignment.microbatch import Batching
 from cs336_alignment.model import lm_head
 from cs336_alignment.model.attention import FLAT_ATTENTION
-from cs336_alignment.model.lm_head import Head, head_log_probs
+from cs336_alignment.model.lm_head import Head, head_values
 from cs336_alignment.model.policy import Policy
 from cs336_alignment.sft import compute_entropy, get_response_log_probs
 from cs336_alignment.training.batching_choice import choose_batching
@@ -74,8 +74,9 @@ def test_shapes_must_agree() -> None:
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("rows", [1, 3, 64])
 @pytest.mark.parametrize("slopes", [None, "right", "wrong"])
+@pytest.mark.parametrize("with_entropy", [False, True])
 def test_chunked_head_against_float64(
-    slopes: str | None, rows: int, bias: bool, scale: float, softcap: float | None,
+    with_entropy: bool, slopes: str | None, rows: int, bias: bool, scale: float, softcap: float | None,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     torch.manual_seed(0)
@@ -95,13 +96,17 @@ def test_chunked_head_against_float64(
     want = reference().log_softmax(-1).gather(1, labels[:, None]).squeeze(1)
     want_grads = torch.autograd.grad((want * upstream).sum(), [hidden, *linear.parameters()])
     said = {"right": upstream, "wrong": upstream + 1}.get(slopes or "")
-    got, entropy = head_log_probs(Head(linear, scale, softcap), hidden, labels, True, said)
+    head = Head(linear, scale, softcap)
+    got, entropy, _ = head_values(head, hidden, labels, None, with_entropy, said)
     got_grads = torch.autograd.grad((got * upstream).sum(), [hidden, *linear.parameters()])
     torch.testing.assert_close(got, want, rtol=1e-13, atol=1e-13)
     for a, b in zip(got_grads, want_grads, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-13)
-    assert entropy is not None and not entropy.requires_grad
-    torch.testing.assert_close(entropy, entropy64(reference()), rtol=1e-12, atol=1e-12)
+    if with_entropy:
+        assert entropy is not None and not entropy.requires_grad
+        torch.testing.assert_close(entropy, entropy64(reference()), rtol=1e-12, atol=1e-12)
+    else:
+        assert entropy is None
     # Known beforehand, the gradient takes no second look at the logits.
     assert len(calls) == -(-10 // rows) * (1 if slopes == "right" else 2)
 
@@ -110,10 +115,17 @@ def test_chunked_head_is_stable_for_large_logits() -> None:
     linear = nn.Linear(4, 11, bias=False)
     nn.init.normal_(linear.weight, std=1e4)
     hidden = torch.randn(6, 4, requires_grad=True)
-    log_probs, entropy = head_log_probs(Head(linear), hidden, torch.arange(6), with_entropy=True)
+    log_probs, entropy, _ = head_values(Head(linear), hidden, torch.arange(6), with_entropy=True)
     log_probs.sum().backward()
     assert hidden.grad is not None and entropy is not None
     assert log_probs.isfinite().all() and hidden.grad.isfinite().all() and (entropy >= 0).all()
+
+
+def test_head_without_labels_has_a_gradient_of_zero() -> None:
+    linear, hidden = nn.Linear(4, 11), torch.randn(0, 4, requires_grad=True)
+    log_probs, *_ = head_values(Head(linear), hidden, torch.arange(0), slopes=torch.ones(0))
+    log_probs.sum().backward()
+    assert linear.weight.grad is not None and not linear.weight.grad.any()
 
 
 def test_bf16_autocast_accumulates_in_float32() -> None:
@@ -121,7 +133,7 @@ def test_bf16_autocast_accumulates_in_float32() -> None:
     linear, hidden = nn.Linear(64, 301, bias=False), torch.randn(50, 64)
     labels = torch.randint(301, (50,))
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        log_probs, _ = head_log_probs(Head(linear), hidden, labels)
+        log_probs, *_ = head_values(Head(linear), hidden, labels)
     log_probs.sum().backward()
     assert log_probs.dtype == torch.float32
     assert linear.weight.grad is not None and linear.weight.grad.dtype == torch.float32

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from cs336_alignment.config import TrainerConfig
 from cs336_alignment.microbatch import Batching
 from cs336_alignment.model import lm_head
-from cs336_alignment.model.lm_head import Head, head_log_probs, head_values
+from cs336_alignment.model.lm_head import Head, head_values
 from cs336_alignment.model.policy import Policy
 from cs336_alignment.training import step as step_module
 from cs336_alignment.training.parallel import Processes
@@ -59,7 +59,7 @@ def test_the_chunked_head_against_whole_logits(
     for a, b in zip(got_grads, want_grads, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-13)
     assert not log_probs.requires_grad
-    plain, plain_entropy = head_log_probs(head, hidden, labels, True)
+    plain, plain_entropy, _ = head_values(head, hidden, labels, with_entropy=True)
     assert torch.equal(log_probs, plain) and torch.equal(entropy, plain_entropy)
     # Known beforehand, the gradient takes no second look at the logits.
     chunks = -(-10 // rows)

@@ -11,7 +11,11 @@ from torch import Tensor, nn
 
 from cs336_alignment.config import OptimizerConfig
 from cs336_alignment.errors import UserError
-from cs336_alignment.training.optimizer import build_optimizer, set_learning_rate
+from cs336_alignment.training.optimizer import (
+    build_optimizer,
+    clip_gradients,
+    set_learning_rate,
+)
 from tests.conftest import build_model
 
 
@@ -182,3 +186,15 @@ def test_without_schedulefree_the_error_names_it(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setitem(sys.modules, "schedulefree", None)
     with pytest.raises(UserError, match=r"C161[\s\S]*schedulefree"):
         build_optimizer(nn.Linear(3, 3), OptimizerConfig(name="schedule_free"))
+
+
+def test_the_norm_of_a_large_gradient_is_exact_and_scales_it() -> None:
+    torch.manual_seed(0)
+    module = nn.ModuleDict({"embedding": nn.Embedding(49152, 256), "norm": nn.RMSNorm(256)})
+    for parameter in module.parameters():
+        parameter.grad = torch.randn_like(parameter)
+    gradients = [p.grad for p in module.parameters() if p.grad is not None]
+    want = math.sqrt(sum(float(g.double().square().sum()) for g in gradients))
+    assert float(clip_gradients(module, 3.0)) == pytest.approx(want, rel=1e-6)
+    clipped = math.sqrt(sum(float(g.double().square().sum()) for g in gradients))
+    assert clipped == pytest.approx(3.0, rel=1e-6)
