@@ -202,7 +202,7 @@ def test_weights_are_read_row_by_row_and_any_number_of_processes_goes_on(
     assert not (last / "model.safetensors").exists()
     refused = sft("evaluate", f"model.name_or_path={last}", f"data.eval_path={rows}", "logger=none")
     assert refused.returncode == 66 and "a checkpoint in parts" in refused.stderr
-    assert "export RUN" in refused.stderr
+    assert "`cs336-sft export" in refused.stderr
     for form in ("hf", "adapter")[: 1 + ("lora.r=4" in overrides)]:
         done = sft("export", "r", "export.checkpoint=2", f"export.format={form}")
         assert done.returncode == 0 and "reload check passed" in done.stdout, done.stderr
