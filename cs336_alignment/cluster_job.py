@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 from collections.abc import Callable
 from importlib.util import find_spec
@@ -15,7 +16,7 @@ Job = Callable[[Config], ExitStatus]
 WARNINGS = (signal.SIGUSR1, signal.SIGUSR2)  # that the time is nearly over; which, submitit decides
 
 
-def as_cluster_job(job: Job) -> Job:
+def as_cluster_job(job: Job, launcher: str) -> Job:
     """Wrap what runs one config, so that a submitit job can run it.
 
     Several tasks of a job become processes of one run. On a warning submitit would put the job
@@ -24,12 +25,13 @@ def as_cluster_job(job: Job) -> Job:
 
     Args:
         job: runs one config.
+        launcher: of Hydra, that starts the jobs.
 
     Returns:
         What does the same inside a job.
 
     Raises:
-        UserError: submitit is not installed (78).
+        UserError: submitit is not installed, or this machine has no SLURM (78).
     """
     if find_spec("submitit") is None:
         raise UserError(
@@ -37,6 +39,13 @@ def as_cluster_job(job: Job) -> Job:
             "hydra/launcher starts jobs through submitit, which is not installed",
             ExitStatus.BAD_CONFIG,
             hint="pip install hydra-submitit-launcher",
+        )
+    if "slurm" in launcher and shutil.which("srun") is None:
+        raise UserError(
+            "C128",
+            f"hydra/launcher={launcher} hands runs to SLURM, and there is no srun on this machine",
+            ExitStatus.BAD_CONFIG,
+            hint="type the command on a node of the cluster; here: hydra/launcher=local_jobs",
         )
 
     def run(config: Config) -> ExitStatus:

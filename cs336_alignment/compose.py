@@ -48,6 +48,7 @@ OPTIONAL_KEYS = {
     "chat": ("data.train_path", "model.name_or_path"),
     "export": ("data.train_path", "model.name_or_path"),
 }
+CFG_FLAGS = ("--cfg", "-c", "--package", "-p", "--resolve")
 TRAINING = ("train", "expert-iteration", "sweep")  # verbs that keep a preset's run_name
 Job = Callable[[Config], ExitStatus]
 
@@ -57,12 +58,13 @@ def run_with_config(
     arguments: Sequence[str],
     job: Job,
     after_all: Callable[[Sequence[Outcome]], None] = lambda _: None,
-    as_cluster_job: Callable[[Job], Job] | None = None,
+    as_cluster_job: Callable[[Job, str], Job] | None = None,
 ) -> ExitStatus:
     """Compose the config that the arguments describe and run the job on it.
 
     `--cfg job`, `--help`, `--info`, `--config-dir` and `--multirun` are Hydra's and work as
-    documented there. A multirun, asked for by a flag or by a preset's `hydra.mode`, checks the
+    documented there; a config that is printed is checked, too, but for what is not given. A
+    multirun, asked for by a flag or by a preset's `hydra.mode`, checks the
     configs of all combinations and then calls the job for each, in this process; each gets a
     `run_name` with its own overrides appended. With `hydra/launcher=…` each becomes a job that this
     launcher starts, and this process waits for them.
@@ -72,7 +74,8 @@ def run_with_config(
         arguments: all that follows the verb.
         job: what to run.
         after_all: called at the end of a multirun.
-        as_cluster_job: makes of the job what a launcher can start elsewhere; None: nothing can.
+        as_cluster_job: makes of the job what a launcher (its name follows) can start elsewhere;
+            None: nothing can.
 
     Raises:
         UserError: the config is wrong (78), of several runs of all of them.
@@ -103,12 +106,18 @@ def run_with_config(
 
     launcher = _typed_launcher(arguments)
     words = list(arguments)
+    printed = _without_cfg(words)
+    if printed is not None:  # Hydra prints the config without a look at its values
+        _compose(verb, words, task)
+        words = printed
     if launcher:  # all configs are checked here before the first job is handed over
         words = [word for word in words if not word.lstrip("+~").startswith("hydra.launcher.")]
         words.append("hydra/launcher=basic")
     _compose(verb, words, task)
-    if failed:
+    if failed and not (printed is not None and all(_is_incomplete(failure) for failure in failed)):
         raise _joined(failed)
+    if printed is not None:
+        return ExitStatus.DONE
     if single:
         if launcher:
             raise UserError(
@@ -134,12 +143,31 @@ def run_with_config(
                 ExitStatus.BAD_CONFIG,
                 hint="leave it away: the runs follow one another here",
             )
-        outcomes = _hand_over(verb, arguments, as_cluster_job(job), runs)
+        outcomes = _hand_over(verb, arguments, as_cluster_job(job, launcher), runs)
     else:
         outcomes = run_all(runs, job)
     if outcomes:
         after_all(outcomes)
     return status_of(outcomes)
+
+
+def _without_cfg(arguments: Sequence[str]) -> list[str] | None:
+    """Give a command line that prints a config without what makes it print; None of another."""
+    rest: list[str] = []
+    prints, words = False, iter(arguments)
+    for word in words:
+        flag, _, value = word.partition("=")
+        if flag not in CFG_FLAGS:
+            rest.append(word)
+            continue
+        prints = prints or flag in ("--cfg", "-c")
+        if flag in VALUE_FLAGS and not value:
+            next(words, "")
+    return rest if prints else None
+
+
+def _is_incomplete(failure: Exception) -> bool:
+    return isinstance(failure, UserError) and failure.code == "C102"
 
 
 def _compose(verb: str, arguments: Sequence[str], task: Callable[[DictConfig], Any]) -> None:

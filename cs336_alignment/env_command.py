@@ -95,7 +95,8 @@ def _versions() -> Iterator[tuple[str, str]]:
     yield "git commit", git_commit() or "installed, no checkout"
     yield "PyTorch built for", f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPU"
     programs = ("accelerate", "torchrun", "srun", "lm_eval", "convert_hf_to_gguf.py")
-    yield "programs", ", ".join(name for name in programs if shutil.which(name)) or "none of these"
+    found = [name for name in programs if shutil.which(name)]
+    yield "programs", ", ".join(found) or f"none of {', '.join(programs)}"
 
 
 def _machine() -> Iterator[tuple[str, str]]:

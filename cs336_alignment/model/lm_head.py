@@ -70,10 +70,9 @@ def head_values(
         float64 model); the entropies (R,) in nats or None; the log-probs (R,) without a graph,
         empty if they are the objective.
     """
-    linear = head.linear
     values, entropy, log_probs = _ChunkedLogProbs.apply(
-        hidden, linear.weight, linear.bias, labels, head.scale, head.softcap, with_entropy, slopes,
-        objective,
+        hidden, head.linear.weight, head.linear.bias, labels, head.scale, head.softcap,
+        with_entropy, slopes, objective,
     )  # fmt: skip
     return values, (entropy if with_entropy else None), log_probs
 

@@ -26,6 +26,7 @@ from tests.conftest import ROOT, TINY, Sft, without_times
     [
         (["train", "hydra/launcher=slurm"], "add -m"),
         (["evaluate", "-m", "hydra/launcher=slurm", "seed=1,2"], "does not start `evaluate`"),
+        (["train", "-m", "hydra/launcher=slurm", "seed=1,2"], "no srun on this machine"),
         (["train", "-m", "hydra/launcher=slurn", "seed=1,2"], "hydra/launcher=slurm"),
         (["train", "-m", "hydra/launcher=local_jobs", "hydra.launcher.task=2", "seed=1,2"], "hydra.launcher.task"),
         (["train", "-m", "hydra/launcher=local_jobs", "trainer.precision=fp8", "seed=1,2"], "trainer.precision"),
@@ -42,7 +43,7 @@ def test_what_cannot_be_handed_over_is_an_error(
 def test_without_submitit_there_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("cs336_alignment.cluster_job.find_spec", lambda _: None)
     with pytest.raises(UserError, match="submitit"):
-        as_cluster_job(lambda _: ExitStatus.DONE)
+        as_cluster_job(lambda _: ExitStatus.DONE, "local_jobs")
 
 
 @pytest.fixture
@@ -73,7 +74,7 @@ def warned_while(work: Callable[[StopRequest], Any]) -> Callable[[Config], ExitS
 
 def test_a_warning_stops_the_run_first_and_requeues_it_then(in_a_job: list[int]) -> None:
     still_running: list[bool] = []
-    job = as_cluster_job(warned_while(lambda _: still_running.append(not in_a_job)))
+    job = as_cluster_job(warned_while(lambda _: still_running.append(not in_a_job)), "local_jobs")
     assert job(Config()) == ExitStatus.STOPPED
     assert still_running == [True] and in_a_job == [signal.SIGUSR2]
 
@@ -83,13 +84,13 @@ def test_a_warning_before_the_first_step_requeues_too(in_a_job: list[int]) -> No
         os.kill(os.getpid(), signal.SIGUSR2)
         raise AssertionError("it went on")
 
-    assert as_cluster_job(job)(Config()) == ExitStatus.STOPPED
+    assert as_cluster_job(job, "local_jobs")(Config()) == ExitStatus.STOPPED
     assert in_a_job == [signal.SIGUSR2]
 
 
 def test_a_job_that_was_not_warned_is_not_requeued(in_a_job: list[int]) -> None:
     for status in (ExitStatus.DONE, ExitStatus.STOPPED, ExitStatus.BAD_DATA):
-        assert as_cluster_job(lambda _, s=status: s)(Config()) == status
+        assert as_cluster_job(lambda _, s=status: s, "local_jobs")(Config()) == status
     assert in_a_job == []
 
 

@@ -307,6 +307,10 @@ def test_groups_that_a_preset_leaves_alone(tmp_path: Path) -> None:
 def test_hydra_flags_and_no_litter(sft: Sft, tmp_path: Path) -> None:
     shown = sft("train", "experiment=quickstart", "--cfg", "job")
     assert shown.returncode == 0 and "global_batch_size: 32" in shown.stdout
+    refused = sft("train", "-c", "job", "experiment=quickstart", "trainer.precision=fp8")
+    assert refused.returncode == 78 and "global_batch_size: 32" in refused.stdout
+    assert "trainer.precision has a value that it cannot take" in refused.stderr
+    assert sft("train", "--cfg", "job").returncode == 0  # it shows what is to be given as ???
     helped = sft("train", "--help")
     assert helped.returncode == 0 and "experiment: " in helped.stdout
     assert "cs336-sft" in helped.stdout
