@@ -16,7 +16,7 @@ from typing import Any
 
 from cs336_alignment.cluster_job import as_cluster_job
 from cs336_alignment.config import Config
-from cs336_alignment.config_names import FLAGS, VALUE_FLAGS, what_was_meant
+from cs336_alignment.config_names import FLAGS, VALUE_FLAGS, as_preset, what_was_meant
 from cs336_alignment.errors import ExitStatus, UserError
 from cs336_alignment.multirun import Outcome
 from cs336_alignment.quiet import silence
@@ -248,12 +248,7 @@ def refuse_foreign_flags(arguments: Sequence[str], verb: Verb) -> None:
 def _foreign_flag(flag: str, value: str) -> UserError:
     name = flag.lstrip("-").replace("-", "_")
     if flag in FILE_FLAGS:
-        stem = os.path.splitext(os.path.basename(value))[0]
-        folder = os.path.dirname(value) or "."
-        hint = (
-            f"put the file at {folder}/experiment/{stem}.yaml and type: "
-            f"--config-dir {folder} experiment={stem}"
-        )
+        hint = as_preset(Path(value))
     else:
         hint = what_was_meant(name, value) or (
             "overrides are section.key=value; `cs336-sft train --help` shows every key"

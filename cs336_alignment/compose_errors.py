@@ -11,7 +11,7 @@ from hydra.errors import MissingConfigException, OverrideParseException
 from omegaconf.errors import InterpolationResolutionError
 
 from cs336_alignment.config import ALL_KEYS, ColumnsConfig, SourceConfig
-from cs336_alignment.config_names import what_was_meant
+from cs336_alignment.config_names import as_preset, what_was_meant
 from cs336_alignment.errors import ExitStatus, Place, UserError
 
 PACKAGE = Path(__file__).resolve().parent
@@ -68,7 +68,9 @@ def translate(failure: Exception) -> UserError:
             ExitStatus.BAD_CONFIG,
             expected="section.key=value",
             got=text.splitlines()[0],
-            hint="put quotes around values with '=', ',' or spaces: 'key=\"a,b\"'",
+            hint=as_preset(file)
+            if (file := Path(str(failure.override))).suffix in (".yaml", ".yml")
+            else "put quotes around values with '=', ',' or spaces: 'key=\"a,b\"'",
         )
     place = None
     if match := re.search(r"In '([^']+)'", text):
@@ -120,16 +122,23 @@ def translate(failure: Exception) -> UserError:
             ExitStatus.BAD_CONFIG,
             place=place,
             got=reason.strip(),
-            hint=f"{key}=null" if "'none'" in reason.lower() else f"{key}=…",
+            hint=f"{key}=null" if "'none'" in reason.lower() else f"{key}={_shape(reason)}",
         )
-    if "Ambiguous value" in text:
+    if match := re.search(r"Ambiguous value for argument '([^=]+)=(.*)'", text):
+        key, value = match.groups()
         return UserError(
             "C109",
-            text.splitlines()[0],
+            f"{key}={value} may be a list, a text or several runs",
             ExitStatus.BAD_CONFIG,
-            hint="several values want --multirun (-m); a comma in a text, quotes: 'key=\"a,b\"'",
+            hint=f"'{key}=[{value}]' is a list, '{key}=\"{value}\"' a text; several runs want "
+            "--multirun (-m)",
         )
     return UserError("C100", " ".join(text.split()), ExitStatus.BAD_CONFIG, place=place)
+
+
+def _shape(reason: str) -> str:
+    """Show what a value of the right type looks like, where the reason tells."""
+    return "[…] or [], a list" if "not a ListConfig" in reason else "…"
 
 
 def _whole_text(failure: BaseException) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from pathlib import Path
 
 from cs336_alignment.config import ALL_KEYS
 
@@ -218,3 +219,17 @@ def what_was_meant(key: str, value: str | None = None) -> str | None:
 
 def _leaf(key: str) -> str:
     return key.rsplit(".", 1)[-1].replace("-", "_").removeprefix("lora_")
+
+
+def as_preset(file: Path) -> str:
+    """Say how a config in a file is given.
+
+    Example:
+        >>> as_preset(Path("my/run.yaml"))
+        'put the file at my/experiment/run.yaml and type: --config-dir my experiment=run'
+    """
+    folder, stem = file.parent, file.stem
+    return (
+        f"put the file at {folder}/experiment/{stem}.yaml and type: "
+        f"--config-dir {folder} experiment={stem}"
+    )
