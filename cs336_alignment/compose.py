@@ -63,11 +63,11 @@ def run_with_config(
     """Compose the config that the arguments describe and run the job on it.
 
     `--cfg job`, `--help`, `--info`, `--config-dir` and `--multirun` are Hydra's and work as
-    documented there; a config that is printed is checked, too, but for what is not given. A
-    multirun, asked for by a flag or by a preset's `hydra.mode`, checks the
-    configs of all combinations and then calls the job for each, in this process; each gets a
-    `run_name` with its own overrides appended. With `hydra/launcher=…` each becomes a job that this
-    launcher starts, and this process waits for them.
+    documented there; what is printed is checked, too, but for what is not given. A multirun, asked
+    for by a flag or by a preset's `hydra.mode`, checks the configs of all combinations and then
+    calls the job for each, in this process; each gets a `run_name` with its own overrides appended.
+    With `hydra/launcher=…` each becomes a job that this launcher starts, and this process waits for
+    them.
 
     Args:
         verb: the command, for help texts and for the keys it needs.
@@ -98,25 +98,27 @@ def run_with_config(
         try:
             refuse_hidden_groups(composed)
             if HydraConfig.get().mode != RunMode.MULTIRUN:
-                single.append(to_config(composed, verb, HydraConfig.get().overrides.task))
+                typed = HydraConfig.get().overrides.task
+                single.append(to_config(composed, verb, typed, checked is None))
             else:
-                runs.append(_swept_run(composed, verb, arguments))
+                runs.append(_swept_run(composed, verb, arguments, checked is None))
         except Exception as failure:  # raised again below: Hydra would print a line of its own
             failed.append(failure)
 
-    launcher = _typed_launcher(arguments)
     words = list(arguments)
-    printed = _without_cfg(words)
-    if printed is not None:  # Hydra prints the config without a look at its values
+    checked = _without_cfg(words)
+    if checked is not None:  # Hydra prints the config without a look at its values
         _compose(verb, words, task)
-        words = printed
+        words = checked
+    launcher = _typed_launcher(words)
     if launcher:  # all configs are checked here before the first job is handed over
         words = [word for word in words if not word.lstrip("+~").startswith("hydra.launcher.")]
         words.append("hydra/launcher=basic")
     _compose(verb, words, task)
-    if failed and not (printed is not None and all(_is_incomplete(failure) for failure in failed)):
+    if failed:
         raise _joined(failed)
-    if printed is not None:
+    if checked is not None:
+        refuse_equal_names(runs)
         return ExitStatus.DONE
     if single:
         if launcher:
@@ -166,10 +168,6 @@ def _without_cfg(arguments: Sequence[str]) -> list[str] | None:
     return rest if prints else None
 
 
-def _is_incomplete(failure: Exception) -> bool:
-    return isinstance(failure, UserError) and failure.code == "C102"
-
-
 def _compose(verb: str, arguments: Sequence[str], task: Callable[[DictConfig], Any]) -> None:
     """Let Hydra compose what the arguments describe and call the task with each config."""
     with _hydra_process(verb, arguments):
@@ -198,10 +196,12 @@ def _compose(verb: str, arguments: Sequence[str], task: Callable[[DictConfig], A
             ) from failure
 
 
-def _swept_run(composed: DictConfig, verb: str, arguments: Sequence[str]) -> SweptRun:
+def _swept_run(
+    composed: DictConfig, verb: str, arguments: Sequence[str], complete: bool = True
+) -> SweptRun:
     """Make one run of a multirun, checked, with a name that says what differs."""
     run = HydraConfig.get()
-    config = to_config(composed, verb, run.overrides.task)
+    config = to_config(composed, verb, run.overrides.task, complete)
     swept = _swept(run.sweeper.params or {}, arguments, run.overrides.task)
     base, config.run_name = config.run_name or "", f"{config.run_name}{_suffix(swept)}"
     check(config)
@@ -283,13 +283,16 @@ def _split_flags(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
     return flags, overrides
 
 
-def to_config(composed: DictConfig, verb: str, overrides: Sequence[str]) -> Config:
+def to_config(
+    composed: DictConfig, verb: str, overrides: Sequence[str], complete: bool = True
+) -> Config:
     """Convert a composed config to the dataclass, once, and check its values.
 
     Args:
         composed: from Hydra, typed by the schema.
         verb: the command; some keys must be given for some verbs only.
         overrides: as typed, to see which keys were given on purpose.
+        complete: whether a key that must be given and is missing is an error.
 
     Raises:
         UserError: a key that must be given is missing, or a value cannot be (78).
@@ -305,7 +308,7 @@ def to_config(composed: DictConfig, verb: str, overrides: Sequence[str]) -> Conf
     elif has_sources:
         composed.data.train_path = MIXTURE
     missing = sorted(OmegaConf.missing_keys(composed))
-    if lacking := [key for key in missing if key not in optional]:
+    if complete and (lacking := [key for key in missing if key not in optional]):
         raise UserError(
             "C102",
             f"{' and '.join(lacking)} {'is' if len(lacking) == 1 else 'are'} not given",

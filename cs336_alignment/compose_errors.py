@@ -70,6 +70,7 @@ def translate(failure: Exception) -> UserError:
             got=text.splitlines()[0],
             hint=as_preset(file)
             if (file := Path(str(failure.override))).suffix in (".yaml", ".yml")
+            and "=" not in str(file)
             else "put quotes around values with '=', ',' or spaces: 'key=\"a,b\"'",
         )
     place = None
@@ -126,13 +127,13 @@ def translate(failure: Exception) -> UserError:
         )
     if match := re.search(r"Ambiguous value for argument '([^=]+)=(.*)'", text):
         key, value = match.groups()
-        return UserError(
-            "C109",
-            f"{key}={value} may be a list, a text or several runs",
-            ExitStatus.BAD_CONFIG,
-            hint=f"'{key}=[{value}]' is a list, '{key}=\"{value}\"' a text; several runs want "
-            "--multirun (-m)",
-        )
+        several = "several runs want --multirun (-m)"
+        if (config_folder() / key).is_dir():
+            message, hint = f"{key}={value} chooses several presets", several
+        else:
+            message = f"{key}={value} may be a list, a text or several runs"
+            hint = f"'{key}=[{value}]' is a list, '{key}=\"{value}\"' a text; {several}"
+        return UserError("C109", message, ExitStatus.BAD_CONFIG, hint=hint)
     return UserError("C100", " ".join(text.split()), ExitStatus.BAD_CONFIG, place=place)
 
 

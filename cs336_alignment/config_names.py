@@ -227,9 +227,10 @@ def as_preset(file: Path) -> str:
     Example:
         >>> as_preset(Path("my/run.yaml"))
         'put the file at my/experiment/run.yaml and type: --config-dir my experiment=run'
+        >>> as_preset(Path("my/experiment/run.yaml"))
+        'type: --config-dir my experiment=run'
     """
-    folder, stem = file.parent, file.stem
-    return (
-        f"put the file at {folder}/experiment/{stem}.yaml and type: "
-        f"--config-dir {folder} experiment={stem}"
-    )
+    is_there = file.parent.name == "experiment"
+    folder = file.parent.parent if is_there else file.parent
+    put = "" if is_there else f"put the file at {folder}/experiment/{file.stem}.yaml and "
+    return f"{put}type: --config-dir {folder} experiment={file.stem}"

@@ -161,12 +161,10 @@ def causal_attention(
     `masks` keeps those that are made, for the next layer.
     """
     length, seen = query.shape[2], key.shape[2]
-    mask = None
-    if seen > length:  # is_causal aligns the first query with the first key
-        kind = length, seen, query.dtype
-        if kind not in masks:
-            masks[kind] = query.new_full(kind[:2], -torch.inf).triu_(seen - length + 1)
-        mask = masks[kind]
+    kind = length, seen, query.dtype
+    if seen > length and kind not in masks:  # is_causal aligns the first query with the first key
+        masks[kind] = query.new_full(kind[:2], -torch.inf).triu_(seen - length + 1)
+    mask = masks.get(kind)
     return F.scaled_dot_product_attention(
         query, key, value, mask, dropout, is_causal=mask is None, scale=scaling,
         enable_gqa=query.shape[1] != key.shape[1],

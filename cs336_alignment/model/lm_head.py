@@ -185,7 +185,7 @@ class _ChunkedLogProbs(torch.autograd.Function):
                 # By hand instead of logsumexp: its exponentials are the softmax, and where nothing
                 # else reads the logits they take their place.
                 peak = logits.amax(-1)
-                read_again = with_entropy or objective is not None
+                read_again = with_entropy or (objective and objective.label_smoothing)
                 powers = torch.sub(logits, peak[:, None], out=None if read_again else logits).exp_()
                 total = powers.sum(-1)
                 normalizers[chunk] = peak + total.log()

@@ -147,14 +147,17 @@ def certain_needs(
     processes: int,
 ) -> Needs | str:
     """Count weights, gradients and optimizer state of each process, or say why that cannot be done
-    before the model is loaded. The arguments and errors are those of `without_values`.
+    before the model is loaded. The arguments are those of `without_values`.
+
+    Raises:
+        UserError: what the run would end with, too, once the model is loaded.
     """
     try:
         model = without_values(source, tokenizer, config, dtype)
         state = state_bytes(model, config.optimizer, config.trainer.ema_decay)
         needs = Needs(*_held(model), state)
     except UserError as failure:
-        if failure.code != "M103":  # the run would end with it, too
+        if failure.code != "M103":  # whose cause may be code that reads values
             raise
         return failure.message
     except (RuntimeError, ValueError, TypeError) as failure:  # code of libraries reads values

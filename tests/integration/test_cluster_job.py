@@ -26,7 +26,6 @@ from tests.conftest import ROOT, TINY, Sft, without_times
     [
         (["train", "hydra/launcher=slurm"], "add -m"),
         (["evaluate", "-m", "hydra/launcher=slurm", "seed=1,2"], "does not start `evaluate`"),
-        (["train", "-m", "hydra/launcher=slurm", "seed=1,2"], "no srun on this machine"),
         (["train", "-m", "hydra/launcher=slurn", "seed=1,2"], "hydra/launcher=slurm"),
         (["train", "-m", "hydra/launcher=local_jobs", "hydra.launcher.task=2", "seed=1,2"], "hydra.launcher.task"),
         (["train", "-m", "hydra/launcher=local_jobs", "trainer.precision=fp8", "seed=1,2"], "trainer.precision"),
@@ -44,6 +43,12 @@ def test_without_submitit_there_is_an_error(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr("cs336_alignment.cluster_job.find_spec", lambda _: None)
     with pytest.raises(UserError, match="submitit"):
         as_cluster_job(lambda _: ExitStatus.DONE, "local_jobs")
+
+
+def test_without_slurm_there_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cs336_alignment.cluster_job.shutil.which", lambda _: None)
+    with pytest.raises(UserError, match="no srun on this machine"):
+        as_cluster_job(lambda _: ExitStatus.DONE, "slurm")
 
 
 @pytest.fixture

@@ -133,6 +133,9 @@ def test_contract_defaults() -> None:
         (("--html", "page.html"), 2, ("--html is not a flag of train", "inspect and report")),
         (("--memory",), 2, ("--memory is not a flag of train", "belongs to doctor")),
         (("--config-name", "x"), 2, ("--config-dir . experiment=x",)),
+        (("my/experiment/run.yaml",), 78, ("hint: type: --config-dir my experiment=run",)),
+        (("data.train_path=a=b.yaml",), 78, ("put quotes around",)),
+        (("optimizer=adamw,muon",), 78, ("chooses several presets", "hint: several runs")),
         (("my/run.yaml",), 78, ("type: --config-dir my experiment=run",)),
         (("lora.target_modules=a,b",), 78, ("'lora.target_modules=[a,b]' is a list",)),
         (("lora.modules_to_save=a",), 78, ("lora.modules_to_save=[…] or [], a list",)),
@@ -314,6 +317,10 @@ def test_hydra_flags_and_no_litter(sft: Sft, tmp_path: Path) -> None:
     assert refused.returncode == 78 and "global_batch_size: 32" in refused.stdout
     assert "trainer.precision has a value that it cannot take" in refused.stderr
     assert sft("train", "--cfg", "job").returncode == 0  # it shows what is to be given as ???
+    assert sft("train", "--cfg", "job", "trainer.precision=fp8").returncode == 78
+    launched = sft("train", "--cfg", "job", "experiment=quickstart_dataset_size",
+                   "hydra/launcher=local_jobs")  # fmt: skip
+    assert launched.returncode == 0 and not launched.stderr, launched.stderr
     helped = sft("train", "--help")
     assert helped.returncode == 0 and "experiment: " in helped.stdout
     assert "cs336-sft" in helped.stdout

@@ -426,6 +426,12 @@ def test_a_model_that_cannot_be_built_without_values_is_no_reason_to_stop(
     assert certain_needs(source, NO_TOKENIZER, Config(), None, 1) == "its code reads a value"
 
 
+def test_what_the_run_would_end_with_is_told_once(tmp_path: Path) -> None:
+    config = Config(lora=LoraConfig(r=4, target_modules=["no_such_layer"]))
+    with pytest.raises(UserError, match="no_such_layer"):
+        certain_needs(source_of("llama", tmp_path), NO_TOKENIZER, config, None, 1)
+
+
 def test_holes_in_the_heap_are_found_and_take_no_memory() -> None:
     """In a process of its own, whose allocator keeps what is freed, as in a run."""
     code = """
