@@ -25,17 +25,8 @@ from cs336_alignment.data.messages import (
     weight_of,
     wrong,
 )
-from cs336_alignment.data.spans import (
-    Rendered,
-    Span,
-    TokenizedText,
-    TurnEnd,
-    count_changed,
-    tokenize_rendered,
-)
+from cs336_alignment.data.spans import Rendered, Span, TurnEnd, count_changed
 from cs336_alignment.errors import ExitStatus, Place, UserError
-
-__all__ = ["ChatRenderer", "Rendered", "Span", "TokenizedText", "tokenize_rendered"]
 
 TRAIN_ON = ("response", "assistant", "last_turn", "all")
 GENERATION_TAG = re.compile(r"\{%-?\s*generation\s*-?%\}")

@@ -31,7 +31,8 @@ from cs336_alignment.data.json_rows import MOST_ROW_BYTES, too_large
 from cs336_alignment.data.layout import ASKING, Layout, detect
 from cs336_alignment.data.ledger import LedgerEntry
 from cs336_alignment.data.lint import Findings, count_duplicates
-from cs336_alignment.data.sources import Row, Source, open_source
+from cs336_alignment.data.row import Row
+from cs336_alignment.data.sources import Source, open_source
 from cs336_alignment.data.store import Store, StoreWriter, check_store, locked
 from cs336_alignment.data.templates import PromptTemplate, load_template
 from cs336_alignment.data.tokenize import tokenizer_fingerprint
@@ -239,11 +240,7 @@ def _prepare(
             raise _nothing_left(ledger, config)
         store = writer.close()
         ledger.measure(store.lengths)
-        repeated = count_duplicates(store.row_hashes)
-        for number in repeated[:MAX_SHOWN].tolist():
-            findings.add("duplicate_rows", store.place(number))
-        if len(repeated):
-            findings.counts["duplicate_rows"] = len(repeated)
+        findings.add_repeated(count_duplicates(store.row_hashes), store.place)
         writer.finish({
             "fingerprint": digest.hexdigest(),
             "ledger": asdict(ledger),
@@ -256,12 +253,11 @@ def detect_layout(
 ) -> tuple[Layout, Iterator[Row | UserError]]:
     """Find the layout of the first row that has one; the rows come back whole."""
     rows = iter(rows)
-    return _detect_in(list(islice(rows, ROWS_TO_DETECT)), rows, source, path)
-
-
-def _detect_in(
-    head: list[Row | UserError], rows: Iterator[Row | UserError], source: SourceConfig, path: str
-) -> tuple[Layout, Iterator[Row | UserError]]:
+    head = list(islice(rows, ROWS_TO_DETECT))
+    is_read = any(isinstance(row, Row) for row in head)
+    while not is_read and 0 < len(head) < MOST_UNREADABLE and (row := next(rows, None)):
+        head.append(row)
+        is_read = isinstance(row, Row)
     columns = {role: name for role, name in asdict(source.columns).items() if name is not None}
     first: UserError | None = None
     for row in head:
@@ -275,11 +271,7 @@ def _detect_in(
             first = first or error
         else:
             return layout, chain(head, rows)
-    if first is None and head:  # none could be read
-        while len(head) < MOST_UNREADABLE and (more := next(rows, None)) is not None:
-            head.append(more)
-            if isinstance(more, Row):
-                return _detect_in(head, rows, source, path)
+    if not is_read and head:
         errors = [row for row in head if isinstance(row, UserError)]
         if next(rows, None) is not None:
             raise UserErrors(errors[:MAX_SHOWN], len(errors))

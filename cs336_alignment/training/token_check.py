@@ -14,7 +14,8 @@ from cs336_alignment.data.batching import collate
 from cs336_alignment.data.formats import Example, to_example
 from cs336_alignment.data.layout import Layout, detect
 from cs336_alignment.data.prepare import with_defaults
-from cs336_alignment.data.sources import Row, open_source
+from cs336_alignment.data.row import Row
+from cs336_alignment.data.sources import open_source
 from cs336_alignment.data.splits import PreparedData
 from cs336_alignment.data.tokenize import TokenizedExample
 from cs336_alignment.errors import UserError
