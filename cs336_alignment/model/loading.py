@@ -29,14 +29,10 @@ from transformers import (
 
 from cs336_alignment.config import ModelConfig
 from cs336_alignment.errors import ExitStatus, UserError, first_line
+from cs336_alignment.model.adapter_files import is_adapter, read_adapter_config
+from cs336_alignment.model.adapters import is_adapted
 from cs336_alignment.model.base_model import Base, weights_sha256
-from cs336_alignment.model.lora import (
-    is_adapted,
-    is_adapter,
-    load_adapter,
-    merge_adapter,
-    read_adapter_config,
-)
+from cs336_alignment.model.lora import load_adapter, merge_adapter
 
 BUILTIN = "builtin:"
 TOKENIZER = "tokenizer_config.json"

@@ -14,9 +14,9 @@ from cs336_alignment.data.batching import MIN_SHARED_TOKENS, collate
 from cs336_alignment.data.tokenize import TokenizedExample
 from cs336_alignment.errors import ExitStatus, UserError
 from cs336_alignment.microbatch import Batching
+from cs336_alignment.model.adapters import adapter_dropout
 from cs336_alignment.model.attention import FLAT_ATTENTION, why_not_flat
 from cs336_alignment.model.loading import embedding_rows
-from cs336_alignment.model.lora import adapter_dropout
 from cs336_alignment.model.policy import Policy
 from cs336_alignment.training.sharding import is_sharded, past_the_hooks
 

@@ -35,13 +35,8 @@ from cs336_alignment.files import (
     system_error,
     write_json,
 )
-from cs336_alignment.model.lora import (
-    ADAPTER_WEIGHTS,
-    adapter_tensors,
-    base_tensors,
-    is_adapted,
-    refuse_another_base,
-)
+from cs336_alignment.model.adapter_files import ADAPTER_WEIGHTS, refuse_another_base
+from cs336_alignment.model.adapters import adapter_tensors, base_tensors, is_adapted
 from cs336_alignment.training.optimizer import allocate_state
 from cs336_alignment.training.safetensors_file import write_safetensors
 from cs336_alignment.training.shards import Part, Pieces, part_of, write_parts

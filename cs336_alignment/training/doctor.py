@@ -17,10 +17,11 @@ from cs336_alignment.config import Config
 from cs336_alignment.data.batching import MIN_SHARED_TOKENS, collate, shared_prefix
 from cs336_alignment.errors import ExitStatus, UserError, first_few
 from cs336_alignment.microbatch import Batching
+from cs336_alignment.model.adapters import is_adapted
 from cs336_alignment.model.attention import FLAT_ATTENTION, why_not_flat
 from cs336_alignment.model.compile import compile_layers
 from cs336_alignment.model.loading import ModelSource, base_of, check_fits, load_model, open_model
-from cs336_alignment.model.lora import is_adapted, merge_adapter, wake_adapters
+from cs336_alignment.model.lora import merge_adapter, wake_adapters
 from cs336_alignment.model.policy import Policy
 from cs336_alignment.model.recompute import disable_checkpointing, enable_checkpointing
 from cs336_alignment.model.trainable import choose_trained

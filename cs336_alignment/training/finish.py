@@ -15,8 +15,9 @@ from cs336_alignment.config import Config
 from cs336_alignment.data.splits import RunData
 from cs336_alignment.errors import ExitStatus, UserError
 from cs336_alignment.files import sha256_of
+from cs336_alignment.model.adapters import is_adapted
 from cs336_alignment.model.compile import in_eager
-from cs336_alignment.model.lora import is_adapted, merge_adapter
+from cs336_alignment.model.lora import merge_adapter
 from cs336_alignment.model.policy import Policy
 from cs336_alignment.sharing.card import CURVES, Card
 from cs336_alignment.tracking.console import Console

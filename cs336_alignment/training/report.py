@@ -19,7 +19,8 @@ from cs336_alignment.data.ledger import LedgerEntry
 from cs336_alignment.data.splits import PreparedData
 from cs336_alignment.errors import ExitStatus
 from cs336_alignment.metric_names import greater_is_better
-from cs336_alignment.model.lora import describe_adapter, is_adapted, is_adapter
+from cs336_alignment.model.adapter_files import is_adapter
+from cs336_alignment.model.adapters import describe_adapter, is_adapted
 from cs336_alignment.model.narrow import narrowed_to
 from cs336_alignment.model.policy import Policy
 from cs336_alignment.sharing.card import before_and_after

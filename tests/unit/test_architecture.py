@@ -39,7 +39,7 @@ OWNERS = {
     "httpx2": {"evaluation.server_client"}, "vllm": {"evaluation.vllm_backend"},
     "wandb": {"tracking.wandb_logger"}, "matplotlib": {"tracking.plots"}, "accelerate": {"training.parallel"},
     "optuna": {"experiments.study"}, "submitit": {"cluster_job"}, "schedulefree": {"training.schedule_free"},
-    "peft": {"model.lora", "training.reload_child"},
+    "peft": {"model.adapter_files", "model.adapters", "model.lora", "training.reload_child"},
 }  # fmt: skip
 
 
