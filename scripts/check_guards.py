@@ -110,7 +110,7 @@ GUARDS = (
           "            pass\n", f"{WRITER} -k old_checkpoint"),
     Guard("the rename flushed before the oldest goes", "training/checkpoint.py",
           "        flush_folder(checkpoints)\n", "", f"{WRITER} -k old_checkpoint"),
-    Guard("processes that tokenize end with their parent", "data/prepare.py",
+    Guard("processes that tokenize end with their parent", "data/encode_processes.py",
           "    if not end_with(parent):\n        os._exit(0)\n", "",
           "tests/faults/test_kills.py -k tokenize"),
     Guard("a child does not hold the lock", "training/run_folder.py",

@@ -20,10 +20,11 @@ from cs336_alignment.data.batching import mix_seed
 from cs336_alignment.data.dataset import TokenizedDataset
 from cs336_alignment.data.filter import Verify, find_correct, without
 from cs336_alignment.data.formats import Example, to_example
+from cs336_alignment.data.layout import detect_layout
 from cs336_alignment.data.ledger import LedgerEntry
 from cs336_alignment.data.lint import Findings, Judged, judge, overlap
 from cs336_alignment.data.mixture import Mixture
-from cs336_alignment.data.prepare import PreparedSource, Progress, detect_layout, prepare_source
+from cs336_alignment.data.prepare import PreparedSource, Progress, prepare_source
 from cs336_alignment.data.row import Row
 from cs336_alignment.data.sources import open_source
 from cs336_alignment.data.templates import PromptTemplate, load_template
