@@ -21,7 +21,7 @@ from cs336_alignment.microbatch import Batching
 from cs336_alignment.model.loading import check_fits, open_model
 from cs336_alignment.tracking.console import Console
 from cs336_alignment.training.heap import Heap
-from cs336_alignment.training.inputs import load_data
+from cs336_alignment.training.inputs import load_data, plan_of
 from cs336_alignment.training.live_bytes import PASSING
 from cs336_alignment.training.memory import (
     ACTIVATIONS,
@@ -39,12 +39,7 @@ from cs336_alignment.training.memory import (
     refuse_too_large,
     ways_to_less,
 )
-from cs336_alignment.training.memory_trial import (
-    Trial,
-    measure,
-    plan_of,
-    with_budget,
-)
+from cs336_alignment.training.memory_trial import Trial, measure, with_budget
 from cs336_alignment.training.parallel import launched_processes
 from cs336_alignment.training.preflight import (
     accumulates,

@@ -104,7 +104,7 @@ class CheckpointWriter:
                     hint="the disk or its driver is failing; choose another output_root=…",
                 )
 
-        on_main = _alone if team is None else team.on_main
+        on_main = team.on_main if team is not None else lambda work: work()
         try:
             written = save_checkpoint(
                 folder, Snapshot(whole.state, dict(smallest), {}), extra=self.extra,
@@ -204,7 +204,3 @@ class CheckpointWriter:
         if failure is not None:
             raise failure
         return self._seconds
-
-
-def _alone(work: Callable[[], None]) -> None:
-    work()

@@ -45,12 +45,7 @@ from cs336_alignment.training.invariances import (
     relative_difference,
 )
 from cs336_alignment.training.optimizer_check import check_optimizer, has_choices
-from cs336_alignment.training.parallel import (
-    Processes,
-    refuse_sharding,
-    set_threads,
-    start_processes,
-)
+from cs336_alignment.training.parallel import Processes, join, refuse_sharding, set_threads
 from cs336_alignment.training.step import objective_of
 from cs336_alignment.training.token_check import check_tokens
 
@@ -76,7 +71,7 @@ def doctor(config: Config) -> ExitStatus:
     """
     start, console = time.perf_counter(), Console()
     refuse_sharding(config.parallel, "doctor")
-    processes = Processes(start_processes(config.parallel))
+    processes = join(config.parallel)
     try:
         if processes.count > 1:
             raise UserError(

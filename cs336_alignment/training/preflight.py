@@ -260,7 +260,7 @@ def rehearse_microbatch(
     tokens = batch.input_ids.numel()
     text = (
         f"{tokens:,} tokens in the largest microbatch, tried with weights, gradients and "
-        f"optimizer: peak {peak_memory_gib(device):.2f} GiB"
+        f"optimizer: peak {peak_memory(device) / 2**30:.2f} GiB"
     )
     return text, seconds
 
@@ -305,8 +305,8 @@ def telling_out_of_memory(device: torch.device) -> Iterator[None]:
         ) from failure
 
 
-def peak_memory_gib(device: torch.device) -> float:
-    """Give this process's peak memory in GiB: of the GPU, or resident on a CPU."""
+def peak_memory(device: torch.device) -> int:
+    """Give this process's peak memory in bytes: of the GPU, or resident on a CPU."""
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    return peak_resident_memory() / 2**30
+        return torch.cuda.max_memory_allocated(device)
+    return peak_resident_memory()

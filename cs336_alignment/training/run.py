@@ -36,7 +36,7 @@ from cs336_alignment.training.checkpoint_writer import CheckpointWriter
 from cs336_alignment.training.export import save_sidecars
 from cs336_alignment.training.finish import Finish
 from cs336_alignment.training.held_out import HeldOutEvaluation
-from cs336_alignment.training.inputs import Inputs, load_inputs, refuse_other_backends
+from cs336_alignment.training.inputs import Inputs, load_inputs, plan_of, refuse_other_backends
 from cs336_alignment.training.launch_check import (
     check_launch,
     meet,
@@ -219,17 +219,13 @@ class _Run:
             self.console.note("compiling the layers")
             warm_up_compiled(policy, choice.batching)
         cut = choose_cut(config.trainer, choice.batching)
-        plan = StepPlan(
-            len(data.dataset), config.trainer.global_batch_size, config.seed, config.data.shuffle,
-            data.mixture,
-        )  # fmt: skip
-        total_steps = plan.total_steps(config.trainer.num_train_epochs, config.trainer.max_steps)
+        plan, steps = plan_of(config, self.inputs.data)
         for line in describe_run(
             config, policy, data, held_out, choice, plan, cut,
-            num_processes=self.processes.count, total_steps=total_steps,
+            num_processes=self.processes.count, total_steps=len(steps),
         ):  # fmt: skip
             self.console.note(line)
-        return self._fit(policy, source, before, plan, cut, total_steps)
+        return self._fit(policy, source, before, plan, cut, len(steps))
 
     def _fit(
         self, policy: Policy, source: RunModel, before: Mapping[str, int], plan: StepPlan, cut: Cut,
