@@ -15,17 +15,16 @@ from torch import nn
 
 from cs336_alignment.errors import ExitStatus, UserError
 from cs336_alignment.files import free_mib, telling
-from cs336_alignment.training.checkpoint import (
+from cs336_alignment.training.checkpoint import save_checkpoint
+from cs336_alignment.training.checkpoint_folders import (
     TEMPORARY,
-    Snapshot,
-    TrainState,
     folder_of,
     list_checkpoints,
-    mark_best,
-    save_checkpoint,
+    mark_latest,
     saved_steps,
     verify,
 )
+from cs336_alignment.training.snapshot import Snapshot, TrainState
 
 if TYPE_CHECKING:
     from cs336_alignment.training.parallel import Processes
@@ -178,7 +177,7 @@ class CheckpointWriter:
         self._best = best
         hint = "make room and run the same command again; the checkpoints are intact"
         with telling("R211", f"cannot write to {self.checkpoints}", ExitStatus.IO, hint):
-            mark_best(self.checkpoints, best, latest=latest, keep=self.keep)
+            mark_latest(self.checkpoints, latest, best=best, keep=self.keep)
 
     @property
     def saved_steps(self) -> set[int]:

@@ -27,7 +27,7 @@ from cs336_alignment.model.recompute import disable_checkpointing, enable_checkp
 from cs336_alignment.model.trainable import choose_trained
 from cs336_alignment.tracking.console import Console
 from cs336_alignment.training.batching_choice import choose_batching
-from cs336_alignment.training.checkpoint import Snapshot, TrainState, restore, save_checkpoint
+from cs336_alignment.training.checkpoint import restore, save_checkpoint
 from cs336_alignment.training.export import export_model, save_sidecars
 from cs336_alignment.training.inputs import load_data
 from cs336_alignment.training.invariances import (
@@ -46,6 +46,7 @@ from cs336_alignment.training.invariances import (
 )
 from cs336_alignment.training.optimizer_check import check_optimizer, has_choices
 from cs336_alignment.training.parallel import Processes, join, refuse_sharding, set_threads
+from cs336_alignment.training.snapshot import Snapshot, TrainState
 from cs336_alignment.training.step import objective_of
 from cs336_alignment.training.token_check import check_tokens
 

@@ -23,18 +23,14 @@ from cs336_alignment.sharing.card import CURVES, Card
 from cs336_alignment.tracking.console import Console
 from cs336_alignment.training import reload_child
 from cs336_alignment.training.best import Judge, Score
-from cs336_alignment.training.checkpoint import (
-    TrainState,
-    folder_of,
-    module_tensors,
-    restore_weights,
-    verify,
-)
+from cs336_alignment.training.checkpoint import restore_weights
+from cs336_alignment.training.checkpoint_folders import folder_of, verify
 from cs336_alignment.training.export import export_model
 from cs336_alignment.training.parallel import Processes
 from cs336_alignment.training.reload_check import LIMIT_SECONDS, ReloadResult, check_export
 from cs336_alignment.training.run_folder import MANIFEST, RunFolder
 from cs336_alignment.training.shards import whole_tensors
+from cs336_alignment.training.snapshot import TrainState, module_tensors
 from cs336_alignment.training.status import StatusFile
 from cs336_alignment.training.stop import StopRequest
 

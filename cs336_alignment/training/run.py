@@ -31,7 +31,8 @@ from cs336_alignment.tracking.wandb_logger import Logger, NullLogger, WandbLogge
 from cs336_alignment.training.averaging import Average, build_average
 from cs336_alignment.training.batching_choice import choose_batching
 from cs336_alignment.training.best import Criterion, Judge, Verdict
-from cs336_alignment.training.checkpoint import TrainState, remove_leftovers, restore
+from cs336_alignment.training.checkpoint import restore
+from cs336_alignment.training.checkpoint_folders import remove_leftovers
 from cs336_alignment.training.checkpoint_writer import CheckpointWriter
 from cs336_alignment.training.export import save_sidecars
 from cs336_alignment.training.finish import Finish
@@ -73,6 +74,7 @@ from cs336_alignment.training.run_folder import (
     RunFolder,
 )
 from cs336_alignment.training.run_model import RunModel
+from cs336_alignment.training.snapshot import TrainState
 from cs336_alignment.training.status import StatusFile
 from cs336_alignment.training.step import Cut
 from cs336_alignment.training.stop import StopNow, StopRequest
