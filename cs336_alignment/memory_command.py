@@ -18,7 +18,8 @@ from cs336_alignment.data.splits import RunData
 from cs336_alignment.errors import ExitStatus, UserError
 from cs336_alignment.machine_memory import Memory, resident_memory
 from cs336_alignment.microbatch import Batching
-from cs336_alignment.model.loading import check_fits, open_model
+from cs336_alignment.model.fits import check_fits
+from cs336_alignment.model.loading import open_model
 from cs336_alignment.tracking.console import Console
 from cs336_alignment.training.heap import Heap
 from cs336_alignment.training.inputs import load_data, plan_of

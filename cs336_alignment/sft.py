@@ -10,7 +10,8 @@ data/        sources (json_rows, table_rows) → layout → formats, templates
              → prepare (store, ledger, lint)
              → splits, mixture → dataset → batching (step ▸ examples ▸ microbatches)
              token_view, token_page: what is trained, to look at
-model/       loading · attention (flat rows, shared prefix) · lm_head (chunked) · policy · log_probs
+model/       source (where from) → loading · fits
+             attention (flat rows, shared prefix) · lm_head (chunked) · policy · log_probs
              slots, padded_decoder: decoding with a cache
              trainable (what is trained) → lora (adapters, by peft) → adapters, adapter_files
              → base_model, narrow

@@ -250,18 +250,14 @@ def _refuse_bad_rows(ledger: LedgerEntry, errors: Sequence[UserError], config: D
         ledger.bad_places = [f"{error.place} ({error.code})" for error in errors]
         return
     if config.on_bad_row == "drop":
-        raise UserErrors(
-            [
-                *errors[:3],
-                UserError(
-                    "D303",
-                    f"{ledger.bad_rows:,} of {ledger.rows_read:,} rows are bad",
-                    ExitStatus.BAD_DATA,
-                    expected=f"at most {config.max_bad_fraction:.1%} (data.max_bad_fraction)",
-                    got=f"{share:.1%}",
-                ),
-            ]
+        too_many = UserError(
+            "D303",
+            f"{ledger.bad_rows:,} of {ledger.rows_read:,} rows are bad",
+            ExitStatus.BAD_DATA,
+            expected=f"at most {config.max_bad_fraction:.1%} (data.max_bad_fraction)",
+            got=f"{share:.1%}",
         )
+        raise UserErrors([*errors[:3], too_many])
     raise UserErrors(errors, ledger.bad_rows)
 
 

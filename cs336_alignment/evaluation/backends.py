@@ -21,7 +21,8 @@ from cs336_alignment.evaluation.server_client import ServerClient
 from cs336_alignment.evaluation.server_dialect import Dialect, learn
 from cs336_alignment.evaluation.server_generator import PromptForms, ServerGenerator
 from cs336_alignment.evaluation.vllm_backend import VllmGenerator
-from cs336_alignment.model.loading import check_positions, eos_ids
+from cs336_alignment.model.fits import check_positions
+from cs336_alignment.model.loading import eos_ids
 from cs336_alignment.tracking.console import Console
 from cs336_alignment.training.parallel import Processes
 from cs336_alignment.training.preflight import choose_precision

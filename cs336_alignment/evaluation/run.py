@@ -31,7 +31,8 @@ from cs336_alignment.evaluation.summary import Summary, summarize_evaluation, to
 from cs336_alignment.evaluation.summary_page import brief_table_of, to_markdown
 from cs336_alignment.files import telling, write_json, write_text
 from cs336_alignment.microbatch import Batching
-from cs336_alignment.model.loading import check_fits, load_model
+from cs336_alignment.model.fits import check_fits
+from cs336_alignment.model.loading import load_model
 from cs336_alignment.model.policy import Policy
 from cs336_alignment.tracking.console import Console
 from cs336_alignment.tracking.tracker import show_examples, write_generations

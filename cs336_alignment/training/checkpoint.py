@@ -18,7 +18,7 @@ import shutil
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
@@ -37,6 +37,7 @@ from cs336_alignment.training.checkpoint_folders import (
     seal,
 )
 from cs336_alignment.training.optimizer import allocate_state
+from cs336_alignment.training.parallel import Processes
 from cs336_alignment.training.safetensors_file import write_safetensors
 from cs336_alignment.training.shards import Pieces, part_of, write_parts
 from cs336_alignment.training.snapshot import (
@@ -46,9 +47,6 @@ from cs336_alignment.training.snapshot import (
     optimizer_tensors,
     weights_file,
 )
-
-if TYPE_CHECKING:  # it imports what loads sharded weights
-    from cs336_alignment.training.parallel import Processes
 
 
 def restore(folder: Path, module: nn.Module, optimizer: torch.optim.Optimizer) -> TrainState:

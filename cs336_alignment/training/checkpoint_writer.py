@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
@@ -24,10 +24,8 @@ from cs336_alignment.training.checkpoint_folders import (
     saved_steps,
     verify,
 )
+from cs336_alignment.training.parallel import Processes
 from cs336_alignment.training.snapshot import Snapshot, TrainState
-
-if TYPE_CHECKING:
-    from cs336_alignment.training.parallel import Processes
 
 
 @dataclass

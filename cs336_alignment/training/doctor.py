@@ -20,10 +20,12 @@ from cs336_alignment.microbatch import Batching
 from cs336_alignment.model.adapters import is_adapted
 from cs336_alignment.model.attention import FLAT_ATTENTION, why_not_flat
 from cs336_alignment.model.compile import compile_layers
-from cs336_alignment.model.loading import ModelSource, base_of, check_fits, load_model, open_model
+from cs336_alignment.model.fits import check_fits
+from cs336_alignment.model.loading import base_of, load_model, open_model
 from cs336_alignment.model.lora import merge_adapter, wake_adapters
 from cs336_alignment.model.policy import Policy
 from cs336_alignment.model.recompute import disable_checkpointing, enable_checkpointing
+from cs336_alignment.model.source import ModelSource
 from cs336_alignment.model.trainable import choose_trained
 from cs336_alignment.tracking.console import Console
 from cs336_alignment.training.batching_choice import choose_batching

@@ -12,7 +12,8 @@ from cs336_alignment.data.batching import StepPlan
 from cs336_alignment.data.splits import RunData, prepare_run
 from cs336_alignment.evaluation.rewards import REWARDS, RewardFunction, describe_reward, make_reward
 from cs336_alignment.evaluation.verify import verifying
-from cs336_alignment.model.loading import ModelSource, open_model
+from cs336_alignment.model.loading import open_model
+from cs336_alignment.model.source import ModelSource
 from cs336_alignment.tracking.console import Console
 
 

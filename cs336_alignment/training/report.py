@@ -92,14 +92,12 @@ def describe_run(
     lines.append(("loss", _loss_line(trainer.loss_normalization, trainer.normalize_constant)))
     if text := describe_objective(trainer):
         lines.append(("objective", f"{text}; train/loss is the plain token mean all the same"))
-    lines.append(
-        (
-            "optimizer",
-            f"{describe_optimizer(optimizer)}, peak {optimizer.learning_rate:g}, "
-            f"{optimizer.lr_scheduler_type} with {warmup_length(optimizer, total_steps)} warmup "
-            f"steps, weight decay {optimizer.weight_decay:g}",
-        )
+    text = (
+        f"{describe_optimizer(optimizer)}, peak {optimizer.learning_rate:g}, "
+        f"{optimizer.lr_scheduler_type} with {warmup_length(optimizer, total_steps)} warmup "
+        f"steps, weight decay {optimizer.weight_decay:g}"
     )
+    lines.append(("optimizer", text))
     if text := describe_average(trainer, optimizer):
         size = sum(p.numel() * p.element_size() for p in policy.parameters() if p.requires_grad)
         when = "" if trainer.ema_decay is not None else " while it is shown"

@@ -19,7 +19,7 @@ from cs336_alignment.errors import ExitStatus, UserError
 from cs336_alignment.evaluation.evaluator import Evaluator
 from cs336_alignment.evaluation.rewards import code_of
 from cs336_alignment.evaluation.sampling import doubtful_sampling
-from cs336_alignment.model.loading import check_fits
+from cs336_alignment.model.fits import check_fits
 from cs336_alignment.model.policy import Policy
 from cs336_alignment.model.recompute import enable_checkpointing
 from cs336_alignment.sharing.hub import announce, push_run

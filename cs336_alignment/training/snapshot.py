@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -103,10 +103,8 @@ class Snapshot:
     def copied(self, into: Snapshot | None) -> Snapshot:
         """Copy the tensors into this machine's memory: into those of an earlier copy if given."""
         old = Snapshot(self.state, {}, {}) if into is None else into
-        return Snapshot(
-            self.state, _copied(self.weights, old.weights), _copied(self.moments, old.moments),
-            self.starts, self.weights_file,
-        )  # fmt: skip
+        weights = _copied(self.weights, old.weights)
+        return replace(self, weights=weights, moments=_copied(self.moments, old.moments))
 
     @property
     def bytes(self) -> int:

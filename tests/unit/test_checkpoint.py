@@ -28,7 +28,8 @@ from transformers import (
 
 from cs336_alignment.config import OptimizerConfig
 from cs336_alignment.errors import ExitStatus, UserError
-from cs336_alignment.model.loading import load_tokenizer, resolve_model
+from cs336_alignment.model.loading import load_tokenizer
+from cs336_alignment.model.source import resolve_model
 from cs336_alignment.training import checkpoint_folders
 from cs336_alignment.training.checkpoint import restore, save_checkpoint
 from cs336_alignment.training.checkpoint_folders import (

@@ -36,8 +36,9 @@ from cs336_alignment.data.splits import prepare_run
 from cs336_alignment.data.tokenize import TokenizedExample, TokenRow
 from cs336_alignment.errors import ExitStatus, Place
 from cs336_alignment.model import attention
-from cs336_alignment.model.loading import load_tokenizer, resolve_model
+from cs336_alignment.model.loading import load_tokenizer
 from cs336_alignment.model.objective import Objective
+from cs336_alignment.model.source import resolve_model
 from cs336_alignment.training import (
     checkpoint,
     doctor,

@@ -22,7 +22,8 @@ from cs336_alignment.data.row import Row
 from cs336_alignment.data.splits import PreparedData, RunData, ledger_json, prepare_run
 from cs336_alignment.data.store import locked
 from cs336_alignment.errors import ExitStatus, Place, UserError, UserErrors
-from cs336_alignment.model.loading import load_tokenizer, resolve_model
+from cs336_alignment.model.loading import load_tokenizer
+from cs336_alignment.model.source import resolve_model
 
 TokenizerOf = Callable[..., PreTrainedTokenizerFast]
 BOS, EOS = 1, 2
