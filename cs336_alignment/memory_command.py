@@ -42,10 +42,9 @@ from cs336_alignment.training.memory import (
 )
 from cs336_alignment.training.memory_trial import Trial, measure, with_budget
 from cs336_alignment.training.parallel import launched_processes
-from cs336_alignment.training.preflight import (
+from cs336_alignment.training.preflight import choose_cut, choose_precision
+from cs336_alignment.training.rehearsal import (
     accumulates,
-    choose_cut,
-    choose_precision,
     count_tokens,
     foretell,
     largest_microbatch,

@@ -39,17 +39,15 @@ from cs336_alignment.training.inputs import load_data, plan_of
 from cs336_alignment.training.memory import PASSES, average_bytes
 from cs336_alignment.training.optimizer import allocate_state, build_optimizer
 from cs336_alignment.training.parallel import set_threads
-from cs336_alignment.training.preflight import (
+from cs336_alignment.training.preflight import choose_cut, choose_precision, warm_up_compiled
+from cs336_alignment.training.rehearsal import (
     accumulates,
-    choose_cut,
-    choose_precision,
     is_out_of_memory,
     largest_microbatch,
     peak_memory,
     telling_out_of_memory,
     try_microbatch,
     wait_for,
-    warm_up_compiled,
 )
 
 LONG_SECONDS = 60.0  # then two passes are enough

@@ -51,17 +51,8 @@ from cs336_alignment.training.parallel import (
     is_main_process_before_start,
     refuse_launcher_options,
 )
-from cs336_alignment.training.preflight import (
-    accumulates,
-    choose_cut,
-    choose_precision,
-    count_tokens,
-    foretell,
-    largest_microbatch,
-    rehearse_microbatch,
-    telling_out_of_memory,
-    warm_up_compiled,
-)
+from cs336_alignment.training.preflight import choose_cut, choose_precision, warm_up_compiled
+from cs336_alignment.training.rehearsal import rehearse_memory, telling_out_of_memory
 from cs336_alignment.training.report import describe_run, resume_command, say_goodbye
 from cs336_alignment.training.run_folder import (
     ADAPTER,
@@ -239,7 +230,8 @@ class _Run:
         allocate_state(optimizer)
         average = build_average(optimizer, config.trainer.ema_decay)
         state = self._resume(policy, optimizer, average, total_steps)
-        self._rehearse_memory(policy, plan, cut, range(state.step, total_steps))
+        steps = range(state.step, total_steps)
+        rehearse_memory(policy, plan, cut, data.dataset, steps, self.processes, self.console.note)
         manifest = self._manifest(policy, state, total_steps)
         self.processes.wait()  # nobody reads the folder any more: the main process may write
         tracker = self._open_tracker(manifest, state)
@@ -354,27 +346,6 @@ class _Run:
         for notice in self.decision.notices:
             self.console.warn(notice)
         return state
-
-    def _rehearse_memory(self, policy: Policy, plan: StepPlan, cut: Cut, steps: range) -> None:
-        """Take the largest microbatch of the run now: for want of memory it fails here, not in the
-        last hour.
-        """
-        data = self.inputs.data.train.dataset
-        ids = largest_microbatch(
-            plan, cut, data, steps,
-            num_processes=self.processes.count, process_index=self.processes.index,
-        )  # fmt: skip
-        if steps:
-            count = self.processes.count
-            text, seconds = rehearse_microbatch(
-                policy, data, ids, cut, agree=self.processes.agree,
-                accumulated=accumulates(plan, cut, data, steps, count),
-            )  # fmt: skip
-            self.console.note(f"{'memory':<10} {text}")
-            rate = count * int(data.lengths[ids].sum()) / seconds if ids else 0.0
-            if rate:
-                text = foretell(count_tokens(plan, data, steps), len(steps), rate)
-                self.console.note(f"{'time':<10} about {text}, by this microbatch")
 
     def _rehearse_saving(
         self, writer: CheckpointWriter, policy: Policy, optimizer: Optimizer, steps: int

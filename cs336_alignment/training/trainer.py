@@ -21,7 +21,7 @@ from cs336_alignment.training.best import Verdict
 from cs336_alignment.training.checkpoint_writer import CheckpointWriter
 from cs336_alignment.training.optimizer import clip_gradients, set_learning_rate
 from cs336_alignment.training.parallel import Processes
-from cs336_alignment.training.preflight import peak_memory
+from cs336_alignment.training.rehearsal import peak_memory
 from cs336_alignment.training.schedule import learning_rate
 from cs336_alignment.training.snapshot import TrainState
 from cs336_alignment.training.spike import SPIKE_WINDOW, is_spike

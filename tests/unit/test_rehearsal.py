@@ -18,7 +18,7 @@ from cs336_alignment.model.recompute import enable_checkpointing
 from cs336_alignment.training import checkpoint_writer, snapshot
 from cs336_alignment.training.checkpoint_writer import CheckpointWriter
 from cs336_alignment.training.optimizer import allocate_state
-from cs336_alignment.training.preflight import largest_microbatch, rehearse_microbatch
+from cs336_alignment.training.rehearsal import largest_microbatch, rehearse_microbatch
 from cs336_alignment.training.step import Cut
 from tests.checkpoints import build, save, sidecars, take_step
 from tests.conftest import build_dataset, build_model
