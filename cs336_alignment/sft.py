@@ -6,7 +6,7 @@ config_check, config_clashes        what keys may be; what does not combine
 config_names                        the key that was meant
 compose, cli, data_commands         Hydra to a typed config; `cs336-sft VERB`; prepare and inspect
 data/        sources (json_rows, table_rows) → layout → formats, templates
-             → chat (messages, spans) → tokenize → encode, encode_processes
+             → chat (messages, spans, chat_probe, chat_date) → tokenize → encode, encode_processes
              → prepare (store, ledger, lint)
              → splits, mixture → dataset → batching (step ▸ examples ▸ microbatches)
              token_view, token_page: what is trained, to look at

@@ -17,7 +17,7 @@ from huggingface_hub.constants import HF_HOME
 from transformers import PreTrainedTokenizerBase
 
 from cs336_alignment.config import DataConfig, SourceConfig
-from cs336_alignment.data.chat import FIXED_DATE, writes_date
+from cs336_alignment.data.chat_date import FIXED_DATE, writes_date
 from cs336_alignment.data.encode import Encoded, Encoder
 from cs336_alignment.data.encode_processes import encode_all
 from cs336_alignment.data.layout import ASKING, Layout, detect_layout

@@ -11,7 +11,7 @@ from transformers import AutoConfig, GenerationConfig
 
 from cs336_alignment.config import Config
 from cs336_alignment.config_clashes import clash
-from cs336_alignment.data.chat import writes_date
+from cs336_alignment.data.chat_date import writes_date
 from cs336_alignment.data.tokenize import decode
 from cs336_alignment.errors import ExitStatus, UserError
 from cs336_alignment.evaluation.arms import Arm, identity_of

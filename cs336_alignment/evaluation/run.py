@@ -20,12 +20,7 @@ from cs336_alignment.evaluation.backends import (
     refuse_nothing_to_ask,
 )
 from cs336_alignment.evaluation.evaluator import EvaluationResult, Evaluator, gradable_of
-from cs336_alignment.evaluation.kept_responses import (
-    FOLDER,
-    KeptGenerator,
-    KeptResponses,
-    forget,
-)
+from cs336_alignment.evaluation.kept_responses import FOLDER, KeptGenerator, KeptResponses, forget
 from cs336_alignment.evaluation.rewards import RewardFunction, code_of, describe_reward, make_reward
 from cs336_alignment.evaluation.summary import Summary, summarize_evaluation, to_json
 from cs336_alignment.evaluation.summary_page import brief_table_of, to_markdown
