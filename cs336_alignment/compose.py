@@ -80,36 +80,9 @@ def run_with_config(
     # Words that no key of the config holds, `hydra.launcher.setup=…`, are in what resumes a run.
     refuse_secrets((word.partition("=")[0], word) for word in arguments)
     ConfigStore.instance().store(name="schema", node=Config, provider="cs336_alignment")
-    single: list[Config] = []
-    runs: list[SweptRun] = []
-    failed: list[Exception] = []
-
-    def task(composed: DictConfig) -> None:
-        if (chosen := HydraConfig.get().runtime.choices["hydra/launcher"]) != "basic":
-            raise UserError(
-                "C127",
-                f"a preset chooses hydra/launcher: {chosen}, and it has to be typed",
-                ExitStatus.BAD_CONFIG,
-                hint=f"add hydra/launcher={chosen} to the command",
-            )
-        try:
-            refuse_hidden_groups(composed)
-            if HydraConfig.get().mode != RunMode.MULTIRUN:
-                single.append(to_config(composed, verb, HydraConfig.get().overrides.task))
-            else:
-                runs.append(_swept_run(composed, verb, arguments))
-        except Exception as failure:  # raised again below: Hydra would print a line of its own
-            failed.append(failure)
-
     launcher = _typed_launcher(arguments)
-    words = list(arguments)
-    if launcher:  # all configs are checked here before the first job is handed over
-        words = [word for word in words if not word.lstrip("+~").startswith("hydra.launcher.")]
-        words.append("hydra/launcher=basic")
-    _compose(verb, words, task)
-    if failed:
-        raise _joined(failed)
-    if single:
+    single, runs = _read_configs(verb, arguments, launcher)
+    if single is not None:
         if launcher:
             raise UserError(
                 "C127",
@@ -117,7 +90,7 @@ def run_with_config(
                 ExitStatus.BAD_CONFIG,
                 hint="add -m and the values to try; for one run: scripts/slurm/train.sbatch",
             )
-        return job(single[0])
+        return job(single)
     if runs and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError(
             "C113",
@@ -140,6 +113,41 @@ def run_with_config(
     if outcomes:
         after_all(outcomes)
     return status_of(outcomes)
+
+
+def _read_configs(
+    verb: str, arguments: Sequence[str], launcher: str | None
+) -> tuple[Config | None, list[SweptRun]]:
+    """Read and check all configs that the arguments describe: one, or those of a multirun."""
+    single: list[Config] = []
+    runs: list[SweptRun] = []
+    failed: list[Exception] = []
+
+    def task(composed: DictConfig) -> None:
+        if (chosen := HydraConfig.get().runtime.choices["hydra/launcher"]) != "basic":
+            raise UserError(
+                "C127",
+                f"a preset chooses hydra/launcher: {chosen}, and it has to be typed",
+                ExitStatus.BAD_CONFIG,
+                hint=f"add hydra/launcher={chosen} to the command",
+            )
+        try:
+            refuse_hidden_groups(composed)
+            if HydraConfig.get().mode != RunMode.MULTIRUN:
+                single.append(to_config(composed, verb, HydraConfig.get().overrides.task))
+            else:
+                runs.append(_swept_run(composed, verb, arguments))
+        except Exception as failure:  # raised again below: Hydra would print a line of its own
+            failed.append(failure)
+
+    words = list(arguments)
+    if launcher:  # all configs are checked here before the first job is handed over
+        words = [word for word in words if not word.lstrip("+~").startswith("hydra.launcher.")]
+        words.append("hydra/launcher=basic")
+    _compose(verb, words, task)
+    if failed:
+        raise _joined(failed)
+    return (single[0] if single else None), runs
 
 
 def _compose(verb: str, arguments: Sequence[str], task: Callable[[DictConfig], Any]) -> None:
