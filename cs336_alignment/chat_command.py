@@ -18,8 +18,9 @@ from cs336_alignment.errors import ExitStatus, UserError
 from cs336_alignment.evaluation.chat import Conversation, Reply, context_of, stream_reply
 from cs336_alignment.evaluation.chat_session import ChatSession, Show, tell
 from cs336_alignment.evaluation.sampling import request_seed, sampling_of
-from cs336_alignment.model.loading import load_model, load_tokenizer, resolve_model
-from cs336_alignment.training.checkpoint import INDEX, find_latest, verify
+from cs336_alignment.model.loading import load_model, load_tokenizer
+from cs336_alignment.model.source import resolve_model
+from cs336_alignment.training.checkpoint_folders import INDEX, find_latest, verify
 from cs336_alignment.training.parallel import launched_processes, set_threads
 from cs336_alignment.training.preflight import choose_precision
 from cs336_alignment.training.run_folder import ADAPTER, CONFIG, EXPORT, LEDGER

@@ -83,44 +83,15 @@ def run_with_config(
     # Words that no key of the config holds, `hydra.launcher.setup=…`, are in what resumes a run.
     refuse_secrets((word.partition("=")[0], word) for word in arguments)
     ConfigStore.instance().store(name="schema", node=Config, provider="cs336_alignment")
-    single: list[Config] = []
-    runs: list[SweptRun] = []
-    failed: list[Exception] = []
-
-    def task(composed: DictConfig) -> None:
-        if (chosen := HydraConfig.get().runtime.choices["hydra/launcher"]) != "basic":
-            raise UserError(
-                "C127",
-                f"a preset chooses hydra/launcher: {chosen}, and it has to be typed",
-                ExitStatus.BAD_CONFIG,
-                hint=f"add hydra/launcher={chosen} to the command",
-            )
-        try:
-            refuse_hidden_groups(composed)
-            if HydraConfig.get().mode != RunMode.MULTIRUN:
-                typed = HydraConfig.get().overrides.task
-                single.append(to_config(composed, verb, typed, checked is None))
-            else:
-                runs.append(_swept_run(composed, verb, arguments, checked is None))
-        except Exception as failure:  # raised again below: Hydra would print a line of its own
-            failed.append(failure)
-
-    words = list(arguments)
-    checked = _without_cfg(words)
-    if checked is not None:  # Hydra prints the config without a look at its values
-        _compose(verb, words, task)
-        words = checked
+    prints, words = _without_cfg(arguments)
+    if prints:  # Hydra does it without a look at the values
+        _compose(verb, arguments, lambda _: None)
     launcher = _typed_launcher(words)
-    if launcher:  # all configs are checked here before the first job is handed over
-        words = [word for word in words if not word.lstrip("+~").startswith("hydra.launcher.")]
-        words.append("hydra/launcher=basic")
-    _compose(verb, words, task)
-    if failed:
-        raise _joined(failed)
-    if checked is not None:
+    single, runs = _read_configs(verb, words, launcher, complete=not prints)
+    if prints:
         refuse_equal_names(runs)
         return ExitStatus.DONE
-    if single:
+    if single is not None:
         if launcher:
             raise UserError(
                 "C127",
@@ -128,7 +99,7 @@ def run_with_config(
                 ExitStatus.BAD_CONFIG,
                 hint="add -m and the values to try; for one run: scripts/slurm/train.sbatch",
             )
-        return job(single[0])
+        return job(single)
     if runs and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError(
             "C113",
@@ -153,8 +124,8 @@ def run_with_config(
     return status_of(outcomes)
 
 
-def _without_cfg(arguments: Sequence[str]) -> list[str] | None:
-    """Give a command line that prints a config without what makes it print; None of another."""
+def _without_cfg(arguments: Sequence[str]) -> tuple[bool, list[str]]:
+    """Tell whether a command line prints the config, and give it without what makes it do so."""
     rest: list[str] = []
     prints, words = False, iter(arguments)
     for word in words:
@@ -165,7 +136,43 @@ def _without_cfg(arguments: Sequence[str]) -> list[str] | None:
         prints = prints or flag in ("--cfg", "-c")
         if flag in VALUE_FLAGS and not value:
             next(words, "")
-    return rest if prints else None
+    return prints, rest if prints else list(arguments)
+
+
+def _read_configs(
+    verb: str, arguments: Sequence[str], launcher: str | None, complete: bool
+) -> tuple[Config | None, list[SweptRun]]:
+    """Read and check all configs that the arguments describe: one, or those of a multirun."""
+    single: list[Config] = []
+    runs: list[SweptRun] = []
+    failed: list[Exception] = []
+
+    def task(composed: DictConfig) -> None:
+        if (chosen := HydraConfig.get().runtime.choices["hydra/launcher"]) != "basic":
+            raise UserError(
+                "C127",
+                f"a preset chooses hydra/launcher: {chosen}, and it has to be typed",
+                ExitStatus.BAD_CONFIG,
+                hint=f"add hydra/launcher={chosen} to the command",
+            )
+        try:
+            refuse_hidden_groups(composed)
+            if HydraConfig.get().mode != RunMode.MULTIRUN:
+                typed = HydraConfig.get().overrides.task
+                single.append(to_config(composed, verb, typed, complete))
+            else:
+                runs.append(_swept_run(composed, verb, arguments, complete))
+        except Exception as failure:  # raised again below: Hydra would print a line of its own
+            failed.append(failure)
+
+    words = list(arguments)
+    if launcher:  # all configs are checked here before the first job is handed over
+        words = [word for word in words if not word.lstrip("+~").startswith("hydra.launcher.")]
+        words.append("hydra/launcher=basic")
+    _compose(verb, words, task)
+    if failed:
+        raise _joined(failed)
+    return (single[0] if single else None), runs
 
 
 def _compose(verb: str, arguments: Sequence[str], task: Callable[[DictConfig], Any]) -> None:

@@ -16,7 +16,8 @@ from cs336_alignment.data.batching import mix_seed
 from cs336_alignment.data.ledger import LedgerEntry
 from cs336_alignment.data.lint import CHECKS
 from cs336_alignment.data.prepare import cache_folder
-from cs336_alignment.data.sources import Row, open_source
+from cs336_alignment.data.row import Row
+from cs336_alignment.data.sources import open_source
 from cs336_alignment.data.splits import PreparedData, RunData, prepare_run
 from cs336_alignment.data.token_page import write_page
 from cs336_alignment.data.token_view import ViewedExample, print_examples, view_tokens

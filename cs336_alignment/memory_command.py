@@ -18,10 +18,11 @@ from cs336_alignment.data.splits import RunData
 from cs336_alignment.errors import ExitStatus, UserError
 from cs336_alignment.machine_memory import Memory, resident_memory
 from cs336_alignment.microbatch import Batching
-from cs336_alignment.model.loading import check_fits, open_model
+from cs336_alignment.model.fits import check_fits
+from cs336_alignment.model.loading import open_model
 from cs336_alignment.tracking.console import Console
 from cs336_alignment.training.heap import Heap
-from cs336_alignment.training.inputs import load_data
+from cs336_alignment.training.inputs import load_data, plan_of
 from cs336_alignment.training.live_bytes import PASSING
 from cs336_alignment.training.memory import (
     ACTIVATIONS,
@@ -39,17 +40,11 @@ from cs336_alignment.training.memory import (
     refuse_too_large,
     ways_to_less,
 )
-from cs336_alignment.training.memory_trial import (
-    Trial,
-    measure,
-    plan_of,
-    with_budget,
-)
+from cs336_alignment.training.memory_trial import Trial, measure, with_budget
 from cs336_alignment.training.parallel import launched_processes
-from cs336_alignment.training.preflight import (
+from cs336_alignment.training.preflight import choose_cut, choose_precision
+from cs336_alignment.training.rehearsal import (
     accumulates,
-    choose_cut,
-    choose_precision,
     count_tokens,
     foretell,
     largest_microbatch,

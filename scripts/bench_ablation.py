@@ -37,8 +37,9 @@ from cs336_alignment.cores import keep_freed_memory
 from cs336_alignment.data.batching import collate
 from cs336_alignment.data.splits import prepare_run
 from cs336_alignment.data.tokenize import TokenizedExample
-from cs336_alignment.model.loading import load_model, load_tokenizer, resolve_model
+from cs336_alignment.model.loading import load_model, load_tokenizer
 from cs336_alignment.model.policy import Policy
+from cs336_alignment.model.source import resolve_model
 from cs336_alignment.training.preflight import warm_up_compiled
 
 EXAMPLES = 8

@@ -216,7 +216,8 @@ def write_tokens(model: str, data: str, path: Path, folder: Path) -> list[tuple[
     """Write the rows' tokens for TRL; returns (tokens, response tokens) of each."""
     from cs336_alignment.config import DataConfig
     from cs336_alignment.data.splits import prepare_run
-    from cs336_alignment.model.loading import load_tokenizer, resolve_model
+    from cs336_alignment.model.loading import load_tokenizer
+    from cs336_alignment.model.source import resolve_model
 
     tokenizer = load_tokenizer(resolve_model(model, None, False))
     config = DataConfig(data, cache_dir=str(folder / "cache"))

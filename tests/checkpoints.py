@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from cs336_alignment.config import OptimizerConfig
-from cs336_alignment.training.checkpoint import Snapshot, TrainState, save_checkpoint
+from cs336_alignment.training.checkpoint import save_checkpoint
 from cs336_alignment.training.optimizer import build_optimizer
+from cs336_alignment.training.snapshot import Snapshot, TrainState
 
 FILES = (
     "model.safetensors",

@@ -53,7 +53,8 @@ from transformers import (
 from cs336_alignment.config import ParallelConfig
 from cs336_alignment.data.dataset import TokenizedDataset
 from cs336_alignment.data.tokenize import TokenRow
-from cs336_alignment.model.loading import load_model, load_tokenizer, resolve_model
+from cs336_alignment.model.loading import load_model, load_tokenizer
+from cs336_alignment.model.source import resolve_model
 from cs336_alignment.training.parallel import Processes, start_processes
 from tests.faults.tally import (  # noqa: F401  hooks and a fixture
     pytest_runtest_makereport,

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import json
 import re
 from collections.abc import Mapping, Sequence
-from datetime import datetime
 from functools import partial
 from typing import Any, NamedTuple
 
-import jinja2
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
+from cs336_alignment.data.chat_date import with_fixed_date
 from cs336_alignment.data.chat_lint import ChatLint, said
+from cs336_alignment.data.chat_probe import TEMPLATE_ERRORS, probe_template
 from cs336_alignment.data.messages import (
     Message,
     clean_message,
@@ -25,32 +24,15 @@ from cs336_alignment.data.messages import (
     weight_of,
     wrong,
 )
-from cs336_alignment.data.spans import (
-    Rendered,
-    Span,
-    TokenizedText,
-    TurnEnd,
-    count_changed,
-    tokenize_rendered,
-)
+from cs336_alignment.data.spans import Rendered, Span, count_changed
 from cs336_alignment.errors import ExitStatus, Place, UserError
-
-__all__ = ["ChatRenderer", "Rendered", "Span", "TokenizedText", "tokenize_rendered"]
 
 TRAIN_ON = ("response", "assistant", "last_turn", "all")
 GENERATION_TAG = re.compile(r"\{%-?\s*generation\s*-?%\}")
-PROBE = "xyzzyQ7"  # a content that no template writes by itself
-ASKED = {"role": "user", "content": "a"}
 EXCERPT = 40
-ASKS_DATE = re.compile(r"""strftime_now\(\s*(['"])(.*?)\1\s*\)""")  # Llama 3.2's, gpt-oss's
-ASKS_DATE_SOMEHOW = re.compile(r"strftime_now\s*\(")
 # Templates come from strangers. Real ones have up to 20,000 characters and add little to a text.
-FIXED_DATE = datetime(2024, 7, 26)  # what Llama 3's templates write where they know no date
 MOST_TEMPLATE = 2**20  # characters
 MOST_RENDERED = 2**27
-TEMPLATE_ERRORS = (
-    jinja2.TemplateError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError,
-)  # fmt: skip
 
 
 class _Chat(NamedTuple):
@@ -67,41 +49,6 @@ class _Mismatch(NamedTuple):
 
     which: str
     text: str
-
-
-def writes_date(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Tell whether the chat template asks for the date; it gets the same one on every day, or no
-    run could be continued tomorrow.
-    """
-    return "strftime_now" in str(tokenizer.chat_template)
-
-
-def with_fixed_date(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
-    """Give the tokenizer a chat template that writes the same date every day.
-
-    Raises:
-        UserError: it asks for the date in a way that cannot be answered so (78).
-    """
-    if not writes_date(tokenizer):
-        return tokenizer
-    template: Any = tokenizer.chat_template
-
-    def fix(text: str) -> str:
-        return ASKS_DATE.sub(lambda asks: repr(FIXED_DATE.strftime(asks[2])), text)
-
-    # Several templates may have names: `default`, `tool_use`.
-    named = isinstance(template, dict)
-    fixed = {name: fix(text) for name, text in template.items()} if named else fix(template)
-    if ASKS_DATE_SOMEHOW.search(str(fixed)):
-        raise UserError(
-            "D409",
-            "the chat template asks for the date in a way that cannot be given a fixed one",
-            ExitStatus.BAD_CONFIG,
-            hint="write the date itself into its chat_template.jinja",
-        )
-    pinned = copy.copy(tokenizer)
-    pinned.chat_template = fixed
-    return pinned
 
 
 class ChatRenderer:
@@ -154,12 +101,9 @@ class ChatRenderer:
                 ExitStatus.BAD_CONFIG,
                 hint="load the tokenizer without it (tokenizer_config.json)",
             )
-        self._end = TurnEnd(tokenizer, self._tail())
-        self._header = self._turn_header()
+        self._habits = probe_template(tokenizer)
         self._seen_tools: set[str] = set()
         self._read_keys: dict[tuple[str, str], bool] = {}
-        self._is_stable = self._keeps_turns()
-        self._joiner = self._text_joiner()
         self._lint = ChatLint(tokenizer)
 
     def render(
@@ -189,7 +133,7 @@ class ChatRenderer:
         flags = self.train_on != "all"
         places = [inside(place, index) for index in range(len(messages))]
         pairs = list(zip(messages, places, strict=True))
-        clean = [clean_message(message, where, self._joiner) for message, where in pairs]
+        clean = [clean_message(message, where, self._habits.joiner) for message, where in pairs]
         weights = [weight_of(message, where, flags) for message, where in pairs]
         chat = self._whole(clean, list(tools) if tools else None, place)
         changed = count_changed([text for message in clean for text in said(message)], chat.text)
@@ -308,8 +252,9 @@ class ChatRenderer:
 
     def _without_header(self, chat: _Chat, start: int, end: int) -> tuple[int, int]:
         """Leave out what is written before every turn, should a generation prompt not have it."""
-        if self._header.strip() and chat.text.startswith(self._header, start, end):
-            start += len(self._header)
+        header = self._habits.header
+        if header.strip() and chat.text.startswith(header, start, end):
+            start += len(header)
         return start, end
 
     def _borders(self, chat: _Chat, index: int) -> tuple[int, int] | _Mismatch:
@@ -319,21 +264,22 @@ class ChatRenderer:
             return _Mismatch(f"before message {index}, with its generation prompt,", opening or "")
         start, message = len(opening), chat.messages[index]
         content = message["content"]
-        is_plain = self._is_stable and not any(
+        is_plain = self._habits.keeps_turns and not any(
             message.get(key) for key in message.keys() - {"role", "content"}
         )
-        if is_plain and self._end.stop and chat.text.startswith(content + self._end.stop, start):
-            return start, start + len(content) + len(self._end.stop)  # no need to render it again
+        stop = self._habits.end.stop
+        if is_plain and stop and chat.text.startswith(content + stop, start):
+            return start, start + len(content) + len(stop)  # no need to render it again
         is_last = index + 1 == len(chat.messages)
         closing = chat.text if is_last else self._text(chat, index + 1)
         if not closing.startswith(opening):
             return _Mismatch(f"up to message {index}", closing)
-        end = start + self._end.find(closing[start:], content or "")
+        end = start + self._habits.end.find(closing[start:], content or "")
         closing = closing[:end]
         if not chat.text.startswith(closing):
             return _Mismatch(f"up to message {index}", closing)
         eos = self.tokenizer.eos_token  # some templates leave it out after the last turn alone
-        if eos and not self._end.stop and chat.text.startswith(eos, end):
+        if eos and not stop and chat.text.startswith(eos, end):
             end += len(eos)
         return start, end
 
@@ -368,7 +314,7 @@ class ChatRenderer:
             content = (chat.messages[index]["content"] or "").strip()
             if content not in chat.text[start:end]:
                 return None
-            found[index] = (start, self._end.extend(chat.text, start, end))
+            found[index] = (start, self._habits.end.extend(chat.text, start, end))
         return found
 
     def _unstable(self, chat: _Chat, mismatch: _Mismatch, last: int) -> UserError:
@@ -390,40 +336,6 @@ class ChatRenderer:
             hint=hint,
             found=f'"{_excerpt(chat.text, at)}" from character {at} of the whole',
         )
-
-    def _tail(self) -> str | None:
-        """Find what the template writes after a last turn's content; None if that is not clear."""
-        text = self._probe([ASKED, {"role": "assistant", "content": PROBE}])
-        return text.partition(PROBE)[2] if text.count(PROBE) == 1 else None
-
-    def _turn_header(self) -> str:
-        """Find what the template writes between a question and the answer to it."""
-        asked = self._probe([ASKED])
-        text = self._probe([ASKED, {"role": "assistant", "content": PROBE}])
-        if not asked or not text.startswith(asked) or text.count(PROBE) != 1:
-            return ""
-        return text[len(asked) : text.index(PROBE)]
-
-    def _keeps_turns(self) -> bool:
-        """Whether a plain turn is written in the same way when more follow."""
-        turns = [ASKED, {"role": "assistant", "content": PROBE}]
-        turn, found, _ = self._probe(turns).partition(PROBE + self._end.stop)
-        return bool(found) and self._probe([*turns, ASKED]).startswith(turn + found)
-
-    def _probe(self, messages: list[Message]) -> str:
-        """Render a conversation of our own; nothing if the template refuses it."""
-        try:
-            return str(self.tokenizer.apply_chat_template(messages, tokenize=False))
-        except TEMPLATE_ERRORS:
-            return ""
-
-    def _text_joiner(self) -> str:
-        """Find what the template puts between the text parts of a content."""
-        parts = [{"type": "text", "text": f"{PROBE}{i}"} for i in range(2)]
-        text = self._probe([{"role": "user", "content": parts}])
-        # Anything but white space is the list itself, written out by a template for strings.
-        between = re.search(rf"{PROBE}0(\s*){PROBE}1", text)
-        return between[1] if between else ""
 
 
 def _shows_python(chat: _Chat) -> bool:

@@ -12,13 +12,14 @@ from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from cs336_alignment.config import DataConfig
-from cs336_alignment.data.chat import ChatRenderer, tokenize_rendered
+from cs336_alignment.data.chat import ChatRenderer
 from cs336_alignment.data.chat_lint import special_spelling
 from cs336_alignment.data.formats import Example, to_example
 from cs336_alignment.data.layout import ASKING, Layout
 from cs336_alignment.data.ledger import LedgerEntry
 from cs336_alignment.data.lint import Findings, SpecialTokens, check_row, ends_with_stop
 from cs336_alignment.data.row import Row
+from cs336_alignment.data.spans import tokenize_rendered
 from cs336_alignment.data.templates import PromptTemplate
 from cs336_alignment.data.tokenize import TokenRow, tokenize_plain, tokenize_prompts
 from cs336_alignment.errors import MAX_SHOWN, ExitStatus, Place, UserError

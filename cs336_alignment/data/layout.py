@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from itertools import chain, islice
 
+from cs336_alignment.config import SourceConfig
 from cs336_alignment.data.choices import lettered_columns
-from cs336_alignment.errors import ExitStatus, Place, UserError
+from cs336_alignment.data.row import Row
+from cs336_alignment.errors import MAX_SHOWN, ExitStatus, Place, UserError, UserErrors
 
 # For each format its roles, and for each role the columns that can play it. The first format of
 # which every required role is there is the one, unless another is there too.
@@ -37,6 +40,8 @@ OPTIONAL: dict[str, dict[str, tuple[str, ...]]] = {
 }
 ASKING = ("question_answer", "alpaca", "math", "multiple_choice")  # they fill a template
 ANYWHERE = {"weight": ("weight",), "ground_truth": ("ground_truth",)}
+ROWS_TO_DETECT = 100
+MOST_UNREADABLE = 10_000  # rows before the first that can be read
 
 
 @dataclass(frozen=True)
@@ -191,3 +196,35 @@ def _none_fits(present: Sequence[str], place: Place, wanted: str) -> UserError:
         got=f"columns {', '.join(present) or 'none'}",
         hint="map your columns: data.columns.prompt=COLUMN data.columns.response=COLUMN",
     )
+
+
+def detect_layout(
+    rows: Iterable[Row | UserError], source: SourceConfig, path: str
+) -> tuple[Layout, Iterator[Row | UserError]]:
+    """Find the layout of the first row that has one; the rows come back whole."""
+    rows = iter(rows)
+    head = list(islice(rows, ROWS_TO_DETECT))
+    is_read = any(isinstance(row, Row) for row in head)
+    while not is_read and 0 < len(head) < MOST_UNREADABLE and (row := next(rows, None)):
+        head.append(row)
+        is_read = isinstance(row, Row)
+    columns = {role: name for role, name in asdict(source.columns).items() if name is not None}
+    first: UserError | None = None
+    for row in head:
+        if isinstance(row, UserError):
+            continue
+        try:
+            layout = detect(list(row.fields), row.place, wanted=source.format, columns=columns)
+        except UserError as error:
+            if error.code in ("D209", "D210"):  # several readings: the next row does not settle it
+                raise
+            first = first or error
+        else:
+            return layout, chain(head, rows)
+    if not is_read and head:
+        errors = [row for row in head if isinstance(row, UserError)]
+        if next(rows, None) is not None:
+            raise UserErrors(errors[:MAX_SHOWN], len(errors))
+        layout = Layout("text", {}, "no row could be read", ())  # the errors are what is told
+        return layout, iter(head)
+    raise first or UserError("D301", f"there is no row in {path}", ExitStatus.BAD_DATA)

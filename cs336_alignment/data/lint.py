@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import product
 from typing import NamedTuple
@@ -91,12 +91,19 @@ class Findings:
     counts: dict[str, int] = field(default_factory=dict)
     examples: dict[str, list[str]] = field(default_factory=dict)
 
-    def add(self, check: str, place: Place | str, count: int = 1) -> None:
+    def add(self, check: str, place: Place | str) -> None:
         """Note that a row shows something."""
-        self.counts[check] = self.counts.get(check, 0) + count
+        self.counts[check] = self.counts.get(check, 0) + 1
         shown = self.examples.setdefault(check, [])
         if len(shown) < MAX_EXAMPLES:
             shown.append(str(place))
+
+    def add_repeated(self, numbers: NDArray[np.intp], place: Callable[[int], str]) -> None:
+        """Note examples that others have, too: their numbers, and what gives their rows' places."""
+        for number in numbers[:MAX_EXAMPLES].tolist():
+            self.add("duplicate_rows", place(number))
+        if len(numbers) > MAX_EXAMPLES:
+            self.counts["duplicate_rows"] += len(numbers) - MAX_EXAMPLES
 
     def merge(self, other: Findings) -> None:
         """Add another part's findings."""

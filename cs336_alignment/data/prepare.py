@@ -4,18 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-import multiprocessing
-import os
-import signal
-import sys
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import asdict, dataclass, replace
 from importlib import metadata
-from itertools import chain, islice
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -24,27 +17,19 @@ from huggingface_hub.constants import HF_HOME
 from transformers import PreTrainedTokenizerBase
 
 from cs336_alignment.config import DataConfig, SourceConfig
-from cs336_alignment.cores import count_cores
-from cs336_alignment.data.chat import FIXED_DATE, writes_date
+from cs336_alignment.data.chat_date import FIXED_DATE, writes_date
 from cs336_alignment.data.encode import Encoded, Encoder
-from cs336_alignment.data.json_rows import MOST_ROW_BYTES, too_large
-from cs336_alignment.data.layout import ASKING, Layout, detect
+from cs336_alignment.data.encode_processes import encode_all
+from cs336_alignment.data.layout import ASKING, Layout, detect_layout
 from cs336_alignment.data.ledger import LedgerEntry
 from cs336_alignment.data.lint import Findings, count_duplicates
-from cs336_alignment.data.sources import Row, Source, open_source
+from cs336_alignment.data.sources import Source, open_source
 from cs336_alignment.data.store import Store, StoreWriter, check_store, locked
 from cs336_alignment.data.templates import PromptTemplate, load_template
 from cs336_alignment.data.tokenize import tokenizer_fingerprint
 from cs336_alignment.errors import MAX_SHOWN, ExitStatus, UserError, UserErrors
 from cs336_alignment.files import replacing_folder, telling
-from cs336_alignment.orphans import end_with
 
-BATCH_ROWS = 1_000
-BATCH_CHARACTERS = 2**22  # so that a batch of huge rows is no larger in memory than one of small
-NUMBER_CHARACTERS = 8  # as much memory as a number of a list takes
-ROWS_BEFORE_POOL = 8 * BATCH_ROWS  # below, starting processes costs more than they save
-ROWS_TO_DETECT = 100
-MOST_UNREADABLE = 10_000  # rows before the first that can be read
 LEFT_OUT = {  # why rows are not trained on, and what to do
     "overlong": "raise data.max_length (now {}), or set data.overlong=truncate or split",
     "prompt_fills_max_length": "raise data.max_length (now {}): the prompts alone fill it",
@@ -226,7 +211,7 @@ def _prepare(
         with _telling_unwritable(folder):
             writer = StoreWriter(stack.enter_context(replacing_folder(folder)))
         with progress(f"tokenizing {Path(opened.path).name}", None) as advance:
-            for done in encode_all(encoder, _batches(rows), config.num_workers):
+            for done in encode_all(encoder, rows, config.num_workers):
                 ledger.merge(done.ledger)
                 findings.merge(done.findings)
                 errors += done.errors[: MAX_SHOWN - len(errors)]
@@ -239,152 +224,12 @@ def _prepare(
             raise _nothing_left(ledger, config)
         store = writer.close()
         ledger.measure(store.lengths)
-        repeated = count_duplicates(store.row_hashes)
-        for number in repeated[:MAX_SHOWN].tolist():
-            findings.add("duplicate_rows", store.place(number))
-        if len(repeated):
-            findings.counts["duplicate_rows"] = len(repeated)
+        findings.add_repeated(count_duplicates(store.row_hashes), store.place)
         writer.finish({
             "fingerprint": digest.hexdigest(),
             "ledger": asdict(ledger),
             "findings": asdict(findings),
         })  # fmt: skip
-
-
-def detect_layout(
-    rows: Iterable[Row | UserError], source: SourceConfig, path: str
-) -> tuple[Layout, Iterator[Row | UserError]]:
-    """Find the layout of the first row that has one; the rows come back whole."""
-    rows = iter(rows)
-    return _detect_in(list(islice(rows, ROWS_TO_DETECT)), rows, source, path)
-
-
-def _detect_in(
-    head: list[Row | UserError], rows: Iterator[Row | UserError], source: SourceConfig, path: str
-) -> tuple[Layout, Iterator[Row | UserError]]:
-    columns = {role: name for role, name in asdict(source.columns).items() if name is not None}
-    first: UserError | None = None
-    for row in head:
-        if isinstance(row, UserError):
-            continue
-        try:
-            layout = detect(list(row.fields), row.place, wanted=source.format, columns=columns)
-        except UserError as error:
-            if error.code in ("D209", "D210"):  # several readings: the next row does not settle it
-                raise
-            first = first or error
-        else:
-            return layout, chain(head, rows)
-    if first is None and head:  # none could be read
-        while len(head) < MOST_UNREADABLE and (more := next(rows, None)) is not None:
-            head.append(more)
-            if isinstance(more, Row):
-                return _detect_in(head, rows, source, path)
-        errors = [row for row in head if isinstance(row, UserError)]
-        if next(rows, None) is not None:
-            raise UserErrors(errors[:MAX_SHOWN], len(errors))
-        layout = Layout("text", {}, "no row could be read", ())  # the errors are what is told
-        return layout, iter(head)
-    raise first or UserError("D301", f"there is no row in {path}", ExitStatus.BAD_DATA)
-
-
-def _batches(rows: Iterable[Row | UserError]) -> Iterator[list[Row | UserError]]:
-    batch: list[Row | UserError] = []
-    characters = 0
-    for row in rows:
-        if isinstance(row, Row):
-            characters += (size := _size(row.fields))
-            row = row if size < MOST_ROW_BYTES else too_large(row.place)
-        batch.append(row)
-        if len(batch) == BATCH_ROWS or characters > BATCH_CHARACTERS:
-            yield batch
-            batch, characters = [], 0
-    if batch:
-        yield batch
-
-
-def _size(value: Any) -> int:
-    """Estimate the characters of a value, those of a number as one token's."""
-    size, parts = 0, [value]
-    while parts:  # no recursion: a row may be deep
-        part = parts.pop()
-        if isinstance(part, str):
-            size += len(part)
-        elif isinstance(part, dict):
-            parts += part.values()
-        elif isinstance(part, list):
-            if part and isinstance(part[0], int):
-                size += NUMBER_CHARACTERS * len(part)
-            else:
-                parts += part
-    return size
-
-
-def encode_all(
-    encoder: Encoder, batches: Iterable[list[Row | UserError]], num_workers: int | None
-) -> Iterator[Encoded]:
-    """Encode batches in order: the first ones here, the rest of a large source in processes.
-
-    Args:
-        encoder: for the source.
-        batches: of rows.
-        num_workers: processes; None: one for each core.
-    """
-    batches, rows, workers = iter(batches), 0, num_workers or count_cores()
-    for batch in batches:
-        rows += len(batch)
-        yield encoder.encode(batch)
-        if rows >= ROWS_BEFORE_POOL and workers > 1:
-            break
-    yield from _encode_in_processes(encoder, batches, workers)
-
-
-def _encode_in_processes(
-    encoder: Encoder, batches: Iterator[list[Row | UserError]], workers: int
-) -> Iterator[Encoded]:
-    first = next(batches, None)
-    if first is None:
-        return
-    # fork shares the tokenizer; where it is not safe (macOS), processes start anew and get a copy.
-    method = "fork" if sys.platform == "linux" else "spawn"
-    pool = ProcessPoolExecutor(
-        workers, multiprocessing.get_context(method), _begin_worker, (encoder, os.getpid())
-    )
-    waiting: deque[Future[Encoded]] = deque()
-    try:
-        with pool:
-            for batch in chain((first,), batches):
-                waiting.append(pool.submit(_work, batch))
-                if len(waiting) > 2 * workers:  # no more: memory must not grow with the source
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
-    except BrokenProcessPool as failure:
-        raise UserError(
-            "D311",
-            "a process that tokenizes was killed: by the system for want of memory, most likely",
-            ExitStatus.INTERNAL,
-            hint="data.num_workers=1 takes least memory",
-        ) from failure
-
-
-_encoder: Encoder | None = None
-
-
-def _begin_worker(encoder: Encoder, parent: int) -> None:
-    global _encoder
-    if not end_with(parent):
-        os._exit(0)
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # each process has its core
-    # Ctrl-C reaches the whole group; the parent ends its processes in good order.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    _encoder = encoder
-
-
-def _work(batch: list[Row | UserError]) -> Encoded:
-    assert _encoder is not None
-    return _encoder.encode(batch)
 
 
 def _update(digest: Any, done: Encoded) -> None:
@@ -405,18 +250,14 @@ def _refuse_bad_rows(ledger: LedgerEntry, errors: Sequence[UserError], config: D
         ledger.bad_places = [f"{error.place} ({error.code})" for error in errors]
         return
     if config.on_bad_row == "drop":
-        raise UserErrors(
-            [
-                *errors[:3],
-                UserError(
-                    "D303",
-                    f"{ledger.bad_rows:,} of {ledger.rows_read:,} rows are bad",
-                    ExitStatus.BAD_DATA,
-                    expected=f"at most {config.max_bad_fraction:.1%} (data.max_bad_fraction)",
-                    got=f"{share:.1%}",
-                ),
-            ]
+        too_many = UserError(
+            "D303",
+            f"{ledger.bad_rows:,} of {ledger.rows_read:,} rows are bad",
+            ExitStatus.BAD_DATA,
+            expected=f"at most {config.max_bad_fraction:.1%} (data.max_bad_fraction)",
+            got=f"{share:.1%}",
         )
+        raise UserErrors([*errors[:3], too_many])
     raise UserErrors(errors, ledger.bad_rows)
 
 

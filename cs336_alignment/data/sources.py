@@ -32,13 +32,11 @@ COMPRESSED = (".gz", ".zst")
 ENDINGS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
 SAVED_BY_DATASETS = ("state.json", "dataset_dict.json")
-# The hub's and other frameworks' descriptions of data sets beside them: no rows.
 NAMES_SHOWN = 5
+# The hub's and other frameworks' descriptions of data sets beside them: no rows.
 DESCRIPTIONS = ("dataset_infos.json", "dataset_info.json")
 SPLITS = {"train": ("train",), "test": ("test", "validation", "valid", "val", "dev", "eval")}
 SPLIT_NAME = re.compile(r"(?:^|[._-])(train|test|validation|valid|val|dev|eval)(?=[._-]|\d|$)")
-
-__all__ = ["Row", "Source", "open_source"]
 
 
 @dataclass(frozen=True)

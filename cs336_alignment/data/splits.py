@@ -20,15 +20,11 @@ from cs336_alignment.data.batching import mix_seed
 from cs336_alignment.data.dataset import TokenizedDataset
 from cs336_alignment.data.filter import Verify, find_correct, without
 from cs336_alignment.data.formats import Example, to_example
+from cs336_alignment.data.layout import detect_layout
 from cs336_alignment.data.ledger import LedgerEntry
-from cs336_alignment.data.lint import MAX_EXAMPLES, Findings, Judged, judge, overlap
+from cs336_alignment.data.lint import Findings, Judged, judge, overlap
 from cs336_alignment.data.mixture import Mixture
-from cs336_alignment.data.prepare import (
-    PreparedSource,
-    Progress,
-    detect_layout,
-    prepare_source,
-)
+from cs336_alignment.data.prepare import PreparedSource, Progress, prepare_source
 from cs336_alignment.data.row import Row
 from cs336_alignment.data.sources import open_source
 from cs336_alignment.data.templates import PromptTemplate, load_template
@@ -177,14 +173,14 @@ def prepare_run(
     """
     sources = config.sources or [SourceConfig(config.train_path)]
     prepare = partial(
-        prepare_source, config=config, tokenizer=tokenizer, seed=seed, split="train",
-        limit=config.max_train_examples, progress=progress, note=note,
-    )  # fmt: skip
-    prepared = _prepare_all(sources, prepare)
+        prepare_source, config=config, tokenizer=tokenizer, seed=seed, progress=progress, note=note
+    )
+    prepare_train = partial(prepare, split="train", limit=config.max_train_examples)
+    prepared = _prepare_all(sources, prepare_train)
     train = PreparedData.of(prepared, mixture=_mixture(sources, prepared, config.mixture_stop))
     held_out = None
     if config.eval_path is not None:
-        held_out = _held_out(config, tokenizer, seed, progress, note)
+        held_out = _held_out(config, prepare)
     elif config.eval_fraction:
         train, held_out = split_off(train, config.eval_fraction, seed)
     if config.filter == "correct":
@@ -246,7 +242,9 @@ def prepare_evaluation(
     note: Callable[[str], None],
 ) -> tuple[PreparedData, list[str]]:
     """Prepare evaluation data alone; returns it with the linter's warnings."""
-    data = _held_out(config, tokenizer, seed, progress, note)
+    data = _held_out(config, partial(
+        prepare_source, config=config, tokenizer=tokenizer, seed=seed, progress=progress, note=note
+    ))  # fmt: skip
     return data, judge([_found_in(part) for part in data.sources], config.lint)
 
 
@@ -300,19 +298,10 @@ def split_off(data: PreparedData, fraction: float, seed: int) -> tuple[PreparedD
     )
 
 
-def _held_out(
-    config: DataConfig,
-    tokenizer: PreTrainedTokenizerBase,
-    seed: int,
-    progress: Progress,
-    note: Callable[[str], None],
-) -> PreparedData:
+def _held_out(config: DataConfig, prepare: Callable[..., PreparedSource]) -> PreparedData:
     assert config.eval_path is not None
-    prepared = prepare_source(
-        SourceConfig(config.eval_path), config, tokenizer, seed=seed, split="test",
-        limit=config.max_eval_examples, progress=progress, note=note,
-    )  # fmt: skip
-    return PreparedData.of((prepared,))
+    source, limit = SourceConfig(config.eval_path), config.max_eval_examples
+    return PreparedData.of((prepare(source, split="test", limit=limit),))
 
 
 def _mixture(
@@ -343,11 +332,7 @@ def _repeated_across(sources: Sequence[PreparedSource]) -> Findings:
     findings, seen = Findings(), np.zeros(0, np.uint64)
     for source in sources:
         hashes = source.store.row_hashes
-        again = np.flatnonzero(np.isin(hashes, seen))
-        for number in again[:MAX_EXAMPLES].tolist():
-            findings.add("duplicate_rows", source.store.place(number))
-        if len(again) > MAX_EXAMPLES:
-            findings.counts["duplicate_rows"] += len(again) - MAX_EXAMPLES
+        findings.add_repeated(np.flatnonzero(np.isin(hashes, seen)), source.store.place)
         seen = np.union1d(seen, hashes)
     return findings
 

@@ -21,7 +21,8 @@ from cs336_alignment.errors import ExitStatus, UserError
 from cs336_alignment.evaluation.categories import find_categories
 from cs336_alignment.evaluation.sampling import doubtful_sampling
 from cs336_alignment.files import sha256_of
-from cs336_alignment.model.loading import WEIGHT_FILES, ModelSource, load_tokenizer, resolve_model
+from cs336_alignment.model.loading import load_tokenizer
+from cs336_alignment.model.source import WEIGHT_FILES, ModelSource, resolve_model
 from cs336_alignment.tracking.console import Console
 
 

@@ -11,7 +11,7 @@ from transformers import AutoConfig, GenerationConfig
 
 from cs336_alignment.config import Config
 from cs336_alignment.config_clashes import clash
-from cs336_alignment.data.chat import writes_date
+from cs336_alignment.data.chat_date import writes_date
 from cs336_alignment.data.tokenize import decode
 from cs336_alignment.errors import ExitStatus, UserError
 from cs336_alignment.evaluation.arms import Arm, identity_of
@@ -21,7 +21,8 @@ from cs336_alignment.evaluation.server_client import ServerClient
 from cs336_alignment.evaluation.server_dialect import Dialect, learn
 from cs336_alignment.evaluation.server_generator import PromptForms, ServerGenerator
 from cs336_alignment.evaluation.vllm_backend import VllmGenerator
-from cs336_alignment.model.loading import check_positions, eos_ids
+from cs336_alignment.model.fits import check_positions
+from cs336_alignment.model.loading import eos_ids
 from cs336_alignment.tracking.console import Console
 from cs336_alignment.training.parallel import Processes
 from cs336_alignment.training.preflight import choose_precision

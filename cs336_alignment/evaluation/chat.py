@@ -11,7 +11,8 @@ from typing import Any, Literal
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from cs336_alignment.data.chat import TEMPLATE_ERRORS, with_fixed_date
+from cs336_alignment.data.chat_date import with_fixed_date
+from cs336_alignment.data.chat_probe import TEMPLATE_ERRORS
 from cs336_alignment.data.templates import PromptTemplate
 from cs336_alignment.data.tokenize import decode, tokenize_plain, tokenize_prompts
 from cs336_alignment.errors import ExitStatus, UserError

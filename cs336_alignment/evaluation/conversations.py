@@ -9,7 +9,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from cs336_alignment.config import DataConfig
-from cs336_alignment.data.chat import with_fixed_date
+from cs336_alignment.data.chat_date import with_fixed_date
 from cs336_alignment.data.messages import Message, clean_message
 from cs336_alignment.data.splits import evaluation_examples
 from cs336_alignment.errors import Place

@@ -33,7 +33,7 @@ from cs336_alignment.evaluation.sampling import (
 from cs336_alignment.evaluation.truths import doubtful_truths
 from cs336_alignment.microbatch import Batching
 from cs336_alignment.model.compile import in_eager
-from cs336_alignment.model.loading import check_fits
+from cs336_alignment.model.fits import check_fits
 from cs336_alignment.model.policy import Policy
 from cs336_alignment.training.parallel import Processes
 from cs336_alignment.training.stop import StopNow

@@ -20,31 +20,24 @@ from cs336_alignment.evaluation.backends import (
     refuse_nothing_to_ask,
 )
 from cs336_alignment.evaluation.evaluator import EvaluationResult, Evaluator, gradable_of
-from cs336_alignment.evaluation.kept_responses import (
-    FOLDER,
-    KeptGenerator,
-    KeptResponses,
-    forget,
-)
+from cs336_alignment.evaluation.kept_responses import FOLDER, KeptGenerator, KeptResponses, forget
 from cs336_alignment.evaluation.rewards import RewardFunction, code_of, describe_reward, make_reward
 from cs336_alignment.evaluation.summary import Summary, summarize_evaluation, to_json
 from cs336_alignment.evaluation.summary_page import brief_table_of, to_markdown
 from cs336_alignment.files import telling, write_json, write_text
 from cs336_alignment.microbatch import Batching
-from cs336_alignment.model.loading import (
-    check_fits,
-    load_model,
-)
+from cs336_alignment.model.fits import check_fits
+from cs336_alignment.model.loading import load_model
 from cs336_alignment.model.policy import Policy
 from cs336_alignment.tracking.console import Console
 from cs336_alignment.tracking.tracker import show_examples, write_generations
 from cs336_alignment.training.batching_choice import choose_batching
 from cs336_alignment.training.parallel import (
     Processes,
+    join,
     refuse_launcher_options,
     refuse_sharding,
     set_threads,
-    start_processes,
 )
 from cs336_alignment.training.preflight import choose_precision
 from cs336_alignment.training.stop import StopNow
@@ -82,7 +75,7 @@ def evaluate(config: Config) -> ExitStatus:
         "data": config.data.eval_path,
     }
     _refuse_another(folder / RESULT, subject)
-    processes = Processes(start_processes(config.parallel))
+    processes = join(config.parallel)
     console = Console(enabled=processes.is_main)
     try:
         reward = make_reward(config.evaluation)

@@ -12,7 +12,7 @@ from cs336_alignment.data.tokenize import decode
 from cs336_alignment.errors import ExitStatus, UserError
 from cs336_alignment.evaluation.sampling import Generation, Request, Sampling
 from cs336_alignment.evaluation.server_answers import end_after_minimum
-from cs336_alignment.model.loading import ModelSource
+from cs336_alignment.model.source import ModelSource
 
 
 class VllmGenerator:

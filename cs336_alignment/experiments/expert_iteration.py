@@ -38,9 +38,9 @@ from cs336_alignment.training.manifest import git_commit, versions
 from cs336_alignment.training.parallel import (
     Processes,
     is_main_process_before_start,
+    join,
     refuse_launcher_options,
     refuse_sharding,
-    start_processes,
 )
 from cs336_alignment.training.report import ledger_line, resume_command
 from cs336_alignment.training.run import NO_TIME, train
@@ -94,7 +94,7 @@ def expert_iteration(config: Config, arguments: Sequence[str]) -> ExitStatus:
                     f"{folder.path / EXPORT}; a larger expert_iteration.iterations would continue."
                 )
                 return ExitStatus.DONE
-            processes = Processes(start_processes(config.parallel))
+            processes = join(config.parallel)
             try:
                 whole = _Whole(config, folder, console, processes, status, stop, arguments)
                 outcome = whole.to_the_end(precision)

@@ -28,7 +28,7 @@ from cs336_alignment.evaluation.rewards import code_of, make_reward
 from cs336_alignment.evaluation.run import Opening
 from cs336_alignment.files import sha256_of, write_json
 from cs336_alignment.model.compile import in_eager
-from cs336_alignment.model.loading import resolve_model
+from cs336_alignment.model.source import resolve_model
 from cs336_alignment.tracking.console import Console
 from cs336_alignment.tracking.tracker import write_generations
 from cs336_alignment.training.parallel import Processes

@@ -232,7 +232,7 @@ def why_not_flat(model: PreTrainedModel, max_length: int) -> str | None:
     """Name what in an architecture's config rules out flat rows; None if nothing does.
 
     This reads the config; whether the flat row really gives the padded row's numbers is then
-    measured on the model itself (`cs336_alignment.training.preflight.choose_batching`).
+    measured on the model itself (`cs336_alignment.training.batching_choice.choose_batching`).
 
     Args:
         model: the model as loaded.

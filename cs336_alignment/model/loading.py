@@ -1,107 +1,37 @@
-"""Models and tokenizers from a local folder, the hub, or the package; with weights or from a
-config; an adapter's folder is its base model with the adapter merged.
+"""Models and their tokenizers, loaded with weights or built from a config; an adapter's folder is
+its base model with the adapter merged.
 """
 
 from __future__ import annotations
 
 import contextlib
 import importlib.util
-import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from tokenizers import AddedToken
-from torch import Tensor
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     BitsAndBytesConfig,
     GenerationConfig,
-    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
 from cs336_alignment.config import ModelConfig
 from cs336_alignment.errors import ExitStatus, UserError, first_line
+from cs336_alignment.model.adapter_files import is_adapter, read_adapter_config
+from cs336_alignment.model.adapters import is_adapted
 from cs336_alignment.model.base_model import Base, weights_sha256
-from cs336_alignment.model.lora import (
-    is_adapted,
-    is_adapter,
-    load_adapter,
-    merge_adapter,
-    read_adapter_config,
-)
+from cs336_alignment.model.lora import load_adapter, merge_adapter
+from cs336_alignment.model.source import ModelSource, require_weights, resolve_model
 
-BUILTIN = "builtin:"
 TOKENIZER = "tokenizer_config.json"
-WEIGHT_FILES = ("*.safetensors", "pytorch_model*.bin")
-
-
-@dataclass(frozen=True)
-class ModelSource:
-    """Where a model comes from, resolved once at the start.
-
-    Attributes:
-        location: a local folder, or a hub id.
-        revision: of the hub repository; None: its default branch.
-        trust_remote_code: whether code in the repository may run.
-    """
-
-    location: str
-    revision: str | None
-    trust_remote_code: bool
-
-    @property
-    def is_local(self) -> bool:
-        """Whether the location is a folder on this machine."""
-        return Path(self.location).is_dir()
-
-
-def resolve_model(name_or_path: str, revision: str | None, trust_remote_code: bool) -> ModelSource:
-    """Resolve what the user gave: a folder, a hub id, or `builtin:arithmetic`.
-
-    Raises:
-        UserError: it looks like a path and there is no such folder (66); a revision of something
-            that is not on the hub (78).
-    """
-    if revision is not None and (
-        name_or_path.startswith(BUILTIN) or Path(name_or_path).expanduser().is_dir()
-    ):
-        raise UserError(
-            "C114",
-            f"model.revision={revision} names a commit on the hub, and {name_or_path} is local",
-            ExitStatus.BAD_CONFIG,
-            hint="model.revision=null",
-        )
-    if name_or_path.startswith(BUILTIN):
-        folder = Path(__file__).parents[1] / "assets" / name_or_path.removeprefix(BUILTIN)
-        if not folder.is_dir():
-            raise UserError(
-                "M101",
-                f"there is no built-in model {name_or_path}",
-                ExitStatus.NOT_FOUND,
-                expected="builtin:arithmetic",
-            )
-        return ModelSource(str(folder), None, False)
-    folder = Path(name_or_path).expanduser()
-    if folder.is_dir():
-        return ModelSource(str(folder), None, trust_remote_code)
-    if name_or_path.count("/") != 1 or name_or_path[0] in "./~" or folder.parent.is_dir():
-        raise UserError(
-            "M101",
-            f"there is no model folder {name_or_path}",
-            ExitStatus.NOT_FOUND,
-            hint="model.name_or_path takes a folder in Hugging Face form or a hub id such as "
-            "Qwen/Qwen2.5-0.5B"
-            + ("; `make smollm2` makes this one" if "SmolLM2" in name_or_path else ""),
-        )
-    return ModelSource(name_or_path, revision, trust_remote_code)
 
 
 def open_model(model: ModelConfig) -> tuple[ModelSource, PreTrainedTokenizerBase]:
@@ -171,7 +101,7 @@ def load_model(
         merge_adapter(model)
         return model
     if source.is_local and not random_init:
-        _require_weights(source)
+        require_weights(source)
     transformers.logging.disable_progress_bar()
     level = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()
@@ -294,16 +224,6 @@ def build_model(source: ModelSource) -> PreTrainedModel:
     return model
 
 
-def weight_files(source: ModelSource) -> list[Path]:
-    """Name the safetensors files of a local folder; none if it has no weights in that form."""
-    folder = Path(source.location)
-    index = folder / "model.safetensors.index.json"
-    names = {"model.safetensors"}
-    if index.is_file():
-        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-    return sorted(folder / name for name in names if (folder / name).is_file())
-
-
 def _refuse_drawn_weights(source: ModelSource, info: Mapping[str, Any]) -> None:
     """transformers draws at random what a file does not hold; nobody asked for that."""
     lost = sorted(str(key) for kind in ("missing_keys", "mismatched_keys") for key in info[kind])
@@ -315,18 +235,6 @@ def _refuse_drawn_weights(source: ModelSource, info: Mapping[str, Any]) -> None:
             got=f"{len(lost)} missing or of another shape: {', '.join(lost[:3])}",
             hint="the folder is damaged, or its config.json belongs to another model",
         )
-
-
-def _require_weights(source: ModelSource) -> None:
-    folder = Path(source.location)
-    if not any(any(folder.glob(pattern)) for pattern in WEIGHT_FILES):
-        raise UserError(
-            "M102", f"{folder} holds no weights", ExitStatus.NOT_FOUND,
-            expected="model.safetensors (or shards of it)",
-            hint=f"a checkpoint in parts: `cs336-sft export {folder.resolve()}` makes it whole"
-            if (folder / "sharded").is_dir()
-            else "to train from scratch on its config.json: model.random_init=true",
-        )  # fmt: skip
 
 
 def _cannot_load(what: str, source: ModelSource, failure: Exception) -> UserError:
@@ -345,70 +253,3 @@ def eos_ids(settings: GenerationConfig | None, tokenizer: PreTrainedTokenizerBas
     configured = None if settings is None else settings.eos_token_id
     ids = configured if isinstance(configured, list) else [configured]
     return {i for i in (*ids, tokenizer.eos_token_id) if i is not None}
-
-
-def embedding_rows(model: PreTrainedModel) -> int:
-    """Count the rows of the input embedding; token ids must be below."""
-    weight = model.get_input_embeddings().weight
-    assert isinstance(weight, Tensor)
-    return weight.shape[0]
-
-
-def check_fits(
-    model: PreTrainedModel, highest_token_id: int, longest: int, generated: int | None = None
-) -> None:
-    """Refuse data that the model cannot take, before the first step.
-
-    Args:
-        model: the model.
-        highest_token_id: over all examples.
-        longest: tokens of the longest example.
-        generated: tokens of the longest prompt that is generated for and of its response.
-
-    Raises:
-        UserError: a token id beyond the embedding, or an example beyond the model's positions (78).
-    """
-    rows = embedding_rows(model)
-    if highest_token_id >= rows:
-        raise UserError(
-            "M105",
-            "the tokenizer gives token ids that the model's embedding does not have",
-            ExitStatus.BAD_CONFIG,
-            expected=f"ids below {rows}",
-            got=str(highest_token_id),
-            hint="model and tokenizer do not belong together",
-        )
-    config: PreTrainedConfig = model.config.get_text_config()
-    positions = getattr(config, "max_position_embeddings", None)
-    if positions is not None and longest - 1 > positions:
-        raise UserError(
-            "M106",
-            "the longest example has more tokens than the model has positions",
-            ExitStatus.BAD_CONFIG,
-            expected=f"at most {positions + 1} tokens",
-            got=f"{longest} tokens",
-            hint=f"data.max_length={positions + 1}",
-        )
-    if generated is not None:
-        check_positions(positions, generated)
-
-
-def check_positions(positions: int | None, generated: int) -> None:
-    """Refuse prompts that leave no room for their responses.
-
-    Args:
-        positions: of the model; None: no bound is known.
-        generated: tokens of the longest prompt that is generated for and of its response.
-
-    Raises:
-        UserError: they are more than the positions (78).
-    """
-    if positions is not None and generated > positions:
-        raise UserError(
-            "M108",
-            "prompt and generated response have more tokens than the model has positions",
-            ExitStatus.BAD_CONFIG,
-            expected=f"at most {positions} tokens",
-            got=f"{generated} tokens",
-            hint="lower evaluation.max_new_tokens, or leave out evaluation.generation_steps",
-        )

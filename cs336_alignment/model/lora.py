@@ -1,16 +1,14 @@
-"""Adapters by peft (LoRA, DoRA, rsLoRA), made inside the model that is trained, and their files.
+"""Adapters by peft (LoRA, DoRA, rsLoRA), made inside the model that is trained, and merged into it.
 
 The layers are exchanged in place, so that all else goes on seeing a plain Hugging Face model.
-Modules that are trained whole besides are trained where they are, not in a copy as peft does it;
-in the files they have the names that peft gives them.
+Modules that are trained whole besides are trained where they are, not in a copy as peft does it.
 """
 
 from __future__ import annotations
 
 import copy
-import dataclasses
 import warnings
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -23,29 +21,21 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 from transformers import PreTrainedModel
 
 from cs336_alignment.config import LoraConfig
-from cs336_alignment.errors import ExitStatus, Place, UserError, first_few, first_line
-from cs336_alignment.model.base_model import ADAPTER_CONFIG, Base, unfit, weights_sha256
-
-ADAPTER_WEIGHTS = "adapter_model.safetensors"
-PREFIX = "base_model.model."  # of every name in peft's files
-# What an adapter's file may say; another thing that is not at peft's default is refused.
-KNOWN = frozenset({
-    "r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules", "modules_to_save",
-    "use_dora", "use_rslora", "rank_pattern", "alpha_pattern", "layers_to_transform",
-    "layers_pattern", "fan_in_fan_out", "lora_bias", "base_model_name_or_path", "revision",
-    "task_type", "inference_mode", "auto_mapping", "peft_version",
-})  # fmt: skip
-
-
-def is_adapted(model: nn.Module) -> bool:
-    """Whether adapters are in a model."""
-    return "peft_config" in vars(model)
-
-
-def is_adapter(folder: str | Path) -> bool:
-    """Whether a folder holds an adapter and no model."""
-    path = Path(folder)
-    return (path / ADAPTER_CONFIG).is_file() and not (path / "config.json").is_file()
+from cs336_alignment.errors import ExitStatus, Place, UserError, first_line
+from cs336_alignment.model.adapter_files import (
+    ADAPTER_WEIGHTS,
+    read_adapter_config,
+    read_adapter_weights,
+    refuse_unfit,
+)
+from cs336_alignment.model.adapters import (
+    PREFIX,
+    adapter_config,
+    adapter_layers,
+    adapter_tensors,
+    whole_parameters,
+)
+from cs336_alignment.model.base_model import Base, unfit, weights_sha256
 
 
 def add_adapter(
@@ -112,43 +102,8 @@ def load_adapter(folder: Path, model: PreTrainedModel, base: Base) -> None:
     if (rows := weights.get(f"{PREFIX}{name}.weight")) is not None:
         _resize(model, len(rows))  # it was trained on new tokens
     _inject(model, config, base, set(config.modules_to_save or ()), 0, folder)
-    _refuse_unfit(folder, adapter_tensors(model), weights)
+    refuse_unfit(folder, model, weights)
     _fill(model, weights)
-
-
-def read_adapter_config(folder: Path) -> Any:
-    """Read what peft says of an adapter.
-
-    Raises:
-        UserError: there is none (66), or it is of a kind that cannot be trained here (78).
-    """
-    from peft import LoraConfig as PeftLora
-    from peft import PeftConfig
-
-    if not (folder / ADAPTER_CONFIG).is_file() or not (folder / ADAPTER_WEIGHTS).is_file():
-        raise UserError(
-            "M122",
-            f"{folder} holds no adapter" if folder.is_dir() else f"there is no folder {folder}",
-            ExitStatus.NOT_FOUND,
-            expected=f"{ADAPTER_CONFIG} and {ADAPTER_WEIGHTS}",
-            hint=_where_adapters_are(folder),
-        )
-    try:
-        config: Any = PeftConfig.from_pretrained(str(folder))
-    except Exception as failure:
-        what = f"{ADAPTER_CONFIG} cannot be read: {first_line(failure)}"
-        raise unfit(folder, what) from failure
-    if not isinstance(config, PeftLora):
-        raise unfit(folder, f"it is no LoRA: {config.peft_type}")
-    default: Any = PeftLora()
-    odd = [
-        f.name for f in dataclasses.fields(config)
-        if f.name not in KNOWN and getattr(config, f.name) != getattr(default, f.name)
-        and (f.name, getattr(config, f.name)) != ("init_lora_weights", "gaussian")
-    ]  # fmt: skip
-    if odd:
-        raise unfit(folder, f"{ADAPTER_CONFIG} has {', '.join(odd)}, which is not supported here")
-    return config
 
 
 def _new_config(model: PreTrainedModel, options: LoraConfig) -> Any:
@@ -167,16 +122,6 @@ def _new_config(model: PreTrainedModel, options: LoraConfig) -> Any:
         use_rslora=options.rslora,
         task_type="CAUSAL_LM",
     )
-
-
-def _where_adapters_are(folder: Path) -> str:
-    if (folder / "sharded").is_dir():
-        what = f"{folder.resolve()} export.format=adapter"
-        return f"it is a checkpoint in parts: `cs336-sft export {what}` makes it whole"
-    run = folder if (folder / "adapter").is_dir() else folder.parent
-    if (run / "adapter" / ADAPTER_CONFIG).is_file():
-        return f"that of the run is in {run / 'adapter'}"
-    return "of the hub: hf download NAME --local-dir FOLDER"
 
 
 def _refuse_other_options(folder: Path, config: Any, options: LoraConfig) -> None:
@@ -208,7 +153,6 @@ def _inject(
 ) -> None:  # fmt: skip
     from peft import inject_adapter_in_model
     from peft.tuners.lora import Linear as LoraLinear
-    from peft.tuners.lora import LoraLayer
 
     ends = {
         name for name, module in model.named_modules()
@@ -231,7 +175,7 @@ def _inject(
                 got=first_line(failure),
                 hint=_linear_names(model),
             ) from failure
-    adapted = {name: layer for name, layer in model.named_modules() if isinstance(layer, LoraLayer)}
+    adapted = adapter_layers(model)
     if refused := sorted(ends & adapted.keys()):
         raise UserError(
             "M125",
@@ -255,7 +199,7 @@ def _inject(
                 )
             module.requires_grad_(True)
     config.modules_to_save = sorted(
-        {name.rpartition(".")[0] for name, _ in _trained_whole(model)}
+        {name.rpartition(".")[0] for name, _ in whole_parameters(model)}
     ) or None  # fmt: skip
     config.base_model_name_or_path, config.revision = base.name, base.revision
     vars(model)["adapter_base"] = base
@@ -282,43 +226,6 @@ def _adapted(layer: Any, x: Tensor) -> Tensor:
     else:
         out.addmm_(low, up, alpha=scale)
     return out.unflatten(0, x.shape[:-1])
-
-
-def _trained_whole(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """Yield what is trained and no adapter's, a tied parameter by each of its names."""
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        if parameter.requires_grad and ".lora_" not in name:
-            yield name, parameter
-
-
-def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Give all that is trained, where it is, by the names that peft's files have."""
-    from peft import get_peft_model_state_dict
-
-    found: dict[str, Tensor] = get_peft_model_state_dict(model, save_embedding_layers=False)
-    found = {**found, **dict(_trained_whole(model))}
-    return {f"{PREFIX}{name}": tensor for name, tensor in found.items()}
-
-
-def base_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Give the parameters (a tied one once) and persistent buffers that are no adapter's, by the
-    names that they have without adapters.
-    """
-    persistent = model.state_dict()
-    buffers = {name: buffer for name, buffer in model.named_buffers() if name in persistent}
-    tensors: dict[str, Tensor] = {**dict(model.named_parameters()), **buffers}
-    if not is_adapted(model):
-        return tensors
-    return {
-        name.replace(".base_layer.", "."): tensor
-        for name, tensor in tensors.items()
-        if ".lora_" not in name
-    }
-
-
-def adapter_config(model: nn.Module) -> Any:
-    """Give peft's own record of a model's adapters."""
-    return vars(model)["peft_config"]["default"]
 
 
 def know_base(model: nn.Module, sha256: str, folder: str | None) -> None:
@@ -379,68 +286,6 @@ def _resize(model: PreTrainedModel, rows: int) -> None:
         model.resize_token_embeddings(rows, mean_resizing=False)
 
 
-def read_adapter_weights(folder: str | Path, model: nn.Module) -> dict[str, Tensor]:
-    """Read the tensors of an adapter's folder, by the names of `adapter_tensors`.
-
-    Raises:
-        UserError: they are not those that the model, with its adapters, has (78).
-    """
-    weights = load_file(Path(folder).expanduser() / ADAPTER_WEIGHTS)
-    _refuse_unfit(Path(folder), adapter_tensors(model), weights)
-    return weights
-
-
-def _refuse_unfit(folder: Path, own: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> None:
-    lacking, other = sorted(own.keys() - weights.keys()), sorted(weights.keys() - own.keys())
-    shapes = sorted(n for n in own if n in weights and own[n].shape != weights[n].shape)
-    for what, names in (("lacks", lacking), ("has besides", other), ("has other shapes:", shapes)):
-        if names:
-            raise unfit(folder, f"it {what} {first_few(names)}")
-
-
-def refuse_another_base(folder: Path, model: nn.Module) -> None:
-    """Refuse a folder whose adapter was trained on other weights than this model's.
-
-    Raises:
-        UserError: they are others (78).
-    """
-    vars(model)["adapter_base"].refuse_another(folder, None)
-
-
-def save_adapter_config(folder: Path, model: nn.Module) -> None:
-    """Write what peft wants to know of an adapter, and which model it belongs to."""
-    config: Any = copy.deepcopy(adapter_config(model))
-    config.inference_mode = True
-    if isinstance(config.target_modules, set):  # in one order
-        config.target_modules = sorted(config.target_modules)
-    config.save_pretrained(str(folder))
-    vars(model)["adapter_base"].save(folder)
-
-
-def describe_adapter(model: nn.Module) -> str:
-    """Say in a few words what adapters a model has and where."""
-    from peft.tuners.lora import LoraLayer
-
-    config: Any = adapter_config(model)
-    names = [n for n, layer in model.named_modules() if isinstance(layer, LoraLayer)]
-    kind = "DoRA" if config.use_dora else "LoRA"
-    divisor = f"sqrt({config.r})" if config.use_rslora else config.r
-    leaves = ", ".join(sorted({name.rpartition(".")[2] for name in names}))
-    text = f"{kind} of rank {config.r}, scaled by {config.lora_alpha:g} / {divisor}, on "
-    whole = ", ".join(config.modules_to_save or ())
-    return f"{text}{len(names)} layers ({leaves})" + (f"; trained whole: {whole}" if whole else "")
-
-
-def base_sha256(model: nn.Module) -> str | None:
-    """Give the hash of the base model's weights; None without adapters."""
-    return vars(model)["adapter_base"].sha256 if is_adapted(model) else None
-
-
-def adapter_dropout(model: nn.Module) -> float:
-    """Give the dropout before the adapters; 0 without any."""
-    return float(adapter_config(model).lora_dropout) if is_adapted(model) else 0.0
-
-
 def wake_adapters(model: nn.Module) -> None:
     """Let new adapters compute something: while B is zero, much could be wrong and not show."""
     generator = torch.Generator().manual_seed(0)
@@ -451,24 +296,13 @@ def wake_adapters(model: nn.Module) -> None:
 
 def merge_adapter(model: PreTrainedModel) -> None:
     """Add the adapters to the weights and take them out: a plain model is left."""
-    from peft.tuners.lora import LoraLayer
-
     with torch.no_grad():
-        for name, layer in list(model.named_modules()):
-            if isinstance(layer, LoraLayer):
-                layer.merge(safe_merge=True)  # type: ignore[operator]
-                parent, _, leaf = name.rpartition(".")
-                setattr(model.get_submodule(parent), leaf, layer.get_base_layer())
+        for name, layer in adapter_layers(model).items():
+            layer.merge(safe_merge=True)
+            parent, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(parent), leaf, layer.get_base_layer())
     del model.peft_config
     model.requires_grad_(True)
-
-
-def changed_by_training(model: nn.Module) -> set[str]:
-    """Name the parameters of the merged model that training changes."""
-    from peft.tuners.lora import LoraLayer
-
-    layers = [name for name, layer in model.named_modules() if isinstance(layer, LoraLayer)]
-    return {*(f"{name}.weight" for name in layers), *dict(_trained_whole(model))}
 
 
 def _is_called(name: str, wanted: str) -> bool:

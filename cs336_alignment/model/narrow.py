@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from cs336_alignment.model.lora import adapter_config
+from cs336_alignment.model.adapters import adapter_config
 
 
 class _Narrow(nn.Linear):

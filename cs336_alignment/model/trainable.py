@@ -12,15 +12,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from cs336_alignment.config import Config, LoraConfig, ModelConfig
 from cs336_alignment.errors import ExitStatus, UserError
 from cs336_alignment.model.base_model import Base
-from cs336_alignment.model.loading import (
-    ModelSource,
-    base_of,
-    embedding_rows,
-    in_four_bits,
-    load_model,
-)
+from cs336_alignment.model.fits import embedding_rows
+from cs336_alignment.model.loading import base_of, in_four_bits, load_model
 from cs336_alignment.model.lora import add_adapter
 from cs336_alignment.model.narrow import narrow_frozen
+from cs336_alignment.model.source import ModelSource
 
 
 def load_to_train(

@@ -24,7 +24,7 @@ from cs336_alignment.sharing.export_folder import read_json
 from cs336_alignment.sharing.gguf import Tools, convert
 from cs336_alignment.sharing.trained import TrainedRun, load_trained
 from cs336_alignment.tracking.console import Console
-from cs336_alignment.training.checkpoint import STATE, folder_of
+from cs336_alignment.training.checkpoint_folders import STATE, folder_of
 from cs336_alignment.training.export import write_model
 from cs336_alignment.training.reload_check import check_export
 from cs336_alignment.training.reload_child import log_probs

@@ -13,24 +13,23 @@ from cs336_alignment.compose import config_of_run
 from cs336_alignment.config import Config
 from cs336_alignment.errors import ExitStatus, UserError
 from cs336_alignment.model.loading import (
-    ModelSource,
     base_of,
     build_model,
     load_adapted,
     load_model,
     load_tokenizer,
-    resolve_model,
 )
 from cs336_alignment.model.lora import add_adapter, merge_adapter
+from cs336_alignment.model.source import ModelSource, resolve_model
 from cs336_alignment.report_command import find_run
 from cs336_alignment.sharing.export_folder import read_json
-from cs336_alignment.training.checkpoint import (
+from cs336_alignment.training.checkpoint import restore_weights
+from cs336_alignment.training.checkpoint_folders import (
     INDEX,
     SHARDED,
     STATE,
     find_latest,
     folder_of,
-    restore_weights,
     verify,
 )
 from cs336_alignment.training.run_folder import (

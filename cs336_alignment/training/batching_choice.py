@@ -14,9 +14,9 @@ from cs336_alignment.data.batching import MIN_SHARED_TOKENS, collate
 from cs336_alignment.data.tokenize import TokenizedExample
 from cs336_alignment.errors import ExitStatus, UserError
 from cs336_alignment.microbatch import Batching
+from cs336_alignment.model.adapters import adapter_dropout
 from cs336_alignment.model.attention import FLAT_ATTENTION, why_not_flat
-from cs336_alignment.model.loading import embedding_rows
-from cs336_alignment.model.lora import adapter_dropout
+from cs336_alignment.model.fits import embedding_rows
 from cs336_alignment.model.policy import Policy
 from cs336_alignment.training.sharding import is_sharded, past_the_hooks
 
@@ -130,10 +130,8 @@ def _measure(
             )
             if not narrow <= max(leak / LEAK_RATIO, NOISE_RATIO * noise):
                 name = str(compute).removeprefix("torch.")
-                return (
-                    f"in {name} a {batching} row differs from padded ones by {narrow:.0e}",
-                    narrow,
-                )
+                reason = f"in {name} a {batching} row differs from padded ones by {narrow:.0e}"
+                return reason, narrow
     except (RuntimeError, ValueError, TypeError, IndexError) as failure:
         return f"the model does not take flat rows ({failure})", 0.0
     finally:

@@ -1,4 +1,4 @@
-"""Checkpoints: written whole or not at all, verified by sha256 before they are believed.
+"""Checkpoints: written whole or not at all, and read into a module and its optimizer.
 
 A checkpoint is a directory `step-000100`: weights under their Hugging Face names, configuration and
 tokenizer (so it loads as a model folder), the optimizer's state, the trainer's state, and
@@ -11,168 +11,42 @@ in one operation. Where several processes hold a part of the weights each, each 
 from __future__ import annotations
 
 import contextlib
-import copy
 import errno
 import json
 import os
-import re
 import shutil
-from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from torch import nn
 
 from cs336_alignment.errors import ExitStatus, UserError
-from cs336_alignment.files import (
-    flush_folder,
-    flush_tree,
-    free_mib,
-    sha256_of,
-    system_error,
-    write_json,
-)
-from cs336_alignment.model.lora import (
-    ADAPTER_WEIGHTS,
-    adapter_tensors,
-    base_tensors,
-    is_adapted,
-    refuse_another_base,
+from cs336_alignment.files import flush_folder, free_mib, system_error, write_json
+from cs336_alignment.model.adapter_files import refuse_another_base
+from cs336_alignment.model.adapters import is_adapted
+from cs336_alignment.training.checkpoint_folders import (
+    OPTIMIZER,
+    SHARDED,
+    STATE,
+    TEMPORARY,
+    folder_of,
+    mark_latest,
+    seal,
 )
 from cs336_alignment.training.optimizer import allocate_state
+from cs336_alignment.training.parallel import Processes
 from cs336_alignment.training.safetensors_file import write_safetensors
-from cs336_alignment.training.shards import Part, Pieces, part_of, write_parts
-
-if TYPE_CHECKING:  # it imports what loads sharded weights
-    from cs336_alignment.training.parallel import Processes
-
-MANIFEST = "manifest.json"
-INDEX = "index.json"
-WEIGHTS = "model.safetensors"
-OPTIMIZER = "optimizer.safetensors"
-SHARDED = "sharded"
-SHARD = re.compile(rf"{SHARDED}/(?:model|optimizer)-\d{{5}}-of-(\d{{5}})\.safetensors")
-STATE = "trainer_state.json"
-NAME = re.compile(r"step-(\d{6,})")
-TEMPORARY = ".tmp-"
-
-
-@dataclass
-class TrainState:
-    """Where a run stands. All that can be derived from the step is derived, not stored.
-
-    Attributes:
-        step: optimizer steps completed.
-        tokens_seen: prompt and response tokens of all examples so far.
-        response_tokens_seen: trained tokens so far.
-        skipped_steps: steps left out for a loss spike.
-        recent_losses: token means of the last steps, in nats, newest last.
-    """
-
-    step: int = 0
-    tokens_seen: int = 0
-    response_tokens_seen: int = 0
-    skipped_steps: int = 0
-    recent_losses: list[float] = field(default_factory=list)
-
-
-def module_tensors(module: nn.Module) -> dict[str, Tensor]:
-    """Give the parameters (a tied one once) and persistent buffers of a module by name; of one with
-    adapters what is trained alone.
-    """
-    return adapter_tensors(module) if is_adapted(module) else base_tensors(module)
-
-
-def optimizer_tensors(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Give the optimizer's state as `kind:parameter name` → tensor, `kind.part:…` where a state is
-    of several.
-    """
-    return {
-        f"{kind}{part}:{name}": tensor
-        for name, parameter in module.named_parameters()
-        for kind, value in optimizer.state.get(parameter, {}).items()
-        for part, tensor in _parts(value)
-    }
-
-
-def _parts(value: Tensor) -> Iterator[tuple[str, Tensor]]:
-    """Take a tensor of several (8-bit codes and their scales, say) apart."""
-    if isinstance(value, DTensor) or not hasattr(value, "__tensor_flatten__"):
-        yield "", value
-        return
-    for part in value.__tensor_flatten__()[0]:
-        yield f".{part}", getattr(value, part)
-
-
-@dataclass(frozen=True)
-class Snapshot:
-    """All that a checkpoint holds of the training itself.
-
-    Attributes:
-        state: of the run, its own copy.
-        weights: parameter or buffer name → tensor; of a sharded one the rows of this process.
-        moments: the optimizer's, see `optimizer_tensors`.
-        starts: the first row of what is a part, by the name of either; 0 where none is given.
-        weights_file: where the weights go.
-    """
-
-    state: TrainState
-    weights: Mapping[str, Tensor]
-    moments: Mapping[str, Tensor]
-    starts: Mapping[str, int] = field(default_factory=dict)
-    weights_file: str = WEIGHTS
-
-    @staticmethod
-    def of(
-        state: TrainState, module: nn.Module, optimizer: torch.optim.Optimizer, index: int = 0
-    ) -> Snapshot:
-        """Look at the tensors where they are: right only as long as nothing trains on. Those that
-        all processes hold are the main process's to keep; `index` says which this is.
-        """
-        parts: list[dict[str, Part]] = []
-        for tensors in (module_tensors(module), optimizer_tensors(module, optimizer)):
-            of_each = {name: part_of(tensor) for name, tensor in tensors.items()}
-            # What is whole has all its rows: of others' parts this process has fewer, or none.
-            parts.append({
-                name: part for name, part in of_each.items()
-                if index == 0 or (part.rows.numel() and part.start)
-            })  # fmt: skip
-        weights, moments = ({name: part.rows for name, part in held.items()} for held in parts)
-        starts = {name: part.start for held in parts for name, part in held.items()}
-        return Snapshot(copy.deepcopy(state), weights, moments, starts, _weights_file(module))
-
-    def copied(self, into: Snapshot | None) -> Snapshot:
-        """Copy the tensors into this machine's memory: into those of an earlier copy if given."""
-        old = Snapshot(self.state, {}, {}) if into is None else into
-        return Snapshot(
-            self.state, _copied(self.weights, old.weights), _copied(self.moments, old.moments),
-            self.starts, self.weights_file,
-        )  # fmt: skip
-
-    @property
-    def bytes(self) -> int:
-        """Of all tensors together."""
-        tensors = (*self.weights.values(), *self.moments.values())
-        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-
-
-def _weights_file(module: nn.Module) -> str:
-    return ADAPTER_WEIGHTS if is_adapted(module) else WEIGHTS
-
-
-def _copied(tensors: Mapping[str, Tensor], old: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    copies = {}
-    for name, tensor in tensors.items():
-        place = old.get(name)
-        if place is None:
-            place = torch.empty(
-                tensor.shape, dtype=tensor.dtype, pin_memory=tensor.device.type == "cuda"
-            )
-        copies[name] = place.copy_(tensor.detach())
-    return copies
+from cs336_alignment.training.shards import Pieces, part_of, write_parts
+from cs336_alignment.training.snapshot import (
+    Snapshot,
+    TrainState,
+    module_tensors,
+    optimizer_tensors,
+    weights_file,
+)
 
 
 def restore(folder: Path, module: nn.Module, optimizer: torch.optim.Optimizer) -> TrainState:
@@ -205,7 +79,7 @@ def restore_weights(folder: Path, module: nn.Module) -> TrainState:
         UserError: names or shapes are not those of this module (74), or its adapters were trained
             on another base model (78).
     """
-    weights, own = Pieces(_files(folder, _weights_file(module))), module_tensors(module)
+    weights, own = Pieces(_files(folder, weights_file(module))), module_tensors(module)
     if weights.shapes != {name: tuple(tensor.shape) for name, tensor in own.items()}:
         raise UserError(
             "R205",
@@ -271,15 +145,15 @@ def save_checkpoint(
 
     def finish() -> None:
         write_json(temporary / STATE, {"progress": asdict(snapshot.state), **extra})
-        _seal(temporary, manifest)
+        seal(temporary, manifest)
         if final.is_dir():  # the run began before it: it was damaged, or could not be read
             final.rename(replaced)
         temporary.rename(final)
         flush_folder(checkpoints)
         flush_folder(checkpoints.parent)
         shutil.rmtree(replaced, ignore_errors=True)
-        _write_index(checkpoints, snapshot.state.step, best)
-        _rotate(checkpoints, snapshot.state.step, keep, damaged, best)
+        latest = snapshot.state.step
+        mark_latest(checkpoints, latest, best=best, keep=keep, damaged=damaged)
 
     try:
         if team is None:
@@ -335,132 +209,3 @@ def _write_together(
     for files in team.gather(own):
         manifest.update(files)
     team.on_main(finish)
-
-
-def mark_best(checkpoints: Path, best: int, *, latest: int, keep: int) -> None:
-    """Name the best checkpoint in the index; the one that was it goes if it is beyond `keep`.
-
-    Args:
-        checkpoints: the run's folder of checkpoints.
-        best: its step.
-        latest: the newest step that has a checkpoint; later ones are left alone.
-        keep: newest checkpoints that stay besides.
-    """
-    _write_index(checkpoints, latest, best)
-    _rotate(checkpoints, latest, keep, (), best)
-
-
-def folder_of(checkpoints: Path, step: int) -> Path:
-    """Give the folder of a step's checkpoint, which need not be there."""
-    return checkpoints / f"step-{step:06d}"
-
-
-def saved_steps(checkpoints: Path) -> set[int]:
-    """Give the steps that have a checkpoint, whole or not."""
-    return {_step_of(folder) for folder in list_checkpoints(checkpoints)}
-
-
-def _write_index(checkpoints: Path, latest: int, best: int | None) -> None:
-    name = None if best is None else folder_of(checkpoints, best).name
-    index = {"latest": folder_of(checkpoints, latest).name, "best": name}
-    write_json(checkpoints / INDEX, index)
-
-
-def _seal(folder: Path, manifest: dict[str, dict[str, int | str]]) -> None:
-    """Bring a folder to the disk, with a manifest of all its files."""
-    for path in flush_tree(folder):
-        name = path.relative_to(folder).as_posix()
-        if name not in manifest:
-            manifest[name] = {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
-    write_json(folder / MANIFEST, manifest)
-
-
-def verify(folder: Path) -> str | None:
-    """Check a checkpoint against its manifest; None if it is whole, else why not."""
-    try:
-        return _verify(folder)
-    except OSError as failure:
-        return f"it cannot be read ({failure.strerror or failure})"
-
-
-def _verify(folder: Path) -> str | None:
-    try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return f"{MANIFEST} is missing"
-    except ValueError:
-        return f"{MANIFEST} is not JSON"
-    if not isinstance(manifest, dict) or not _is_complete(manifest):
-        return f"{MANIFEST} does not list every file of a checkpoint"
-    for name, entry in manifest.items():
-        if not isinstance(entry, dict) or name.startswith("/") or ".." in Path(name).parts:
-            return f"{MANIFEST} has an entry that is no file of this folder"
-        path = folder / name
-        if not path.is_file():
-            return f"{name} is missing"
-        if path.stat().st_size != entry.get("bytes"):
-            return f"{name} has {path.stat().st_size} bytes, not {entry.get('bytes')}"
-        if sha256_of(path) != entry.get("sha256"):
-            return f"{name} differs from its sha256"
-    return None
-
-
-def _is_complete(names: Collection[str]) -> bool:
-    shards = [found for name in names if (found := SHARD.fullmatch(name))]
-    if shards:
-        return STATE in names and len(shards) == 2 * int(shards[0][1])
-    return {OPTIMIZER, STATE} <= set(names) and bool({WEIGHTS, ADAPTER_WEIGHTS} & set(names))
-
-
-def find_latest(checkpoints: Path) -> tuple[Path | None, dict[Path, str]]:
-    """Find the newest checkpoint that verifies.
-
-    Returns:
-        Its folder, or None; and each newer one that was passed over with a line that says why.
-    """
-    skipped: dict[Path, str] = {}
-    for folder in sorted(list_checkpoints(checkpoints), reverse=True, key=_step_of):
-        reason = verify(folder)
-        if reason is None:
-            return folder, skipped
-        skipped[folder] = f"{folder}: {reason}"
-    return None, skipped
-
-
-def list_checkpoints(checkpoints: Path) -> list[Path]:
-    """List the checkpoint folders, whole or not, in no order."""
-    if not checkpoints.is_dir():
-        return []
-    return [path for path in checkpoints.iterdir() if NAME.fullmatch(path.name) and path.is_dir()]
-
-
-def remove_leftovers(checkpoints: Path) -> None:
-    """Delete half-written checkpoints of a killed process; call it only while holding the run's
-    lock.
-    """
-    if checkpoints.is_dir():
-        for path in checkpoints.glob(f"{TEMPORARY}*"):
-            shutil.rmtree(path, ignore_errors=True)
-        (checkpoints / f".{INDEX}").unlink(missing_ok=True)
-
-
-def _rotate(
-    checkpoints: Path, step: int, keep: int, damaged: Collection[Path], best: int | None
-) -> None:
-    # What does not verify must not push out what does. A later one is of that kind, too, or this
-    # run would have begun there.
-    whole = [
-        folder
-        for folder in list_checkpoints(checkpoints)
-        if _step_of(folder) <= step and (folder not in damaged or _step_of(folder) == step)
-    ]
-    gone = [folder for folder in damaged if _step_of(folder) != step]
-    old = [f for f in sorted(whole, key=_step_of)[:-keep] if _step_of(f) != best]
-    for folder in (*gone, *old):
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def _step_of(folder: Path) -> int:
-    match = NAME.fullmatch(folder.name)
-    assert match is not None
-    return int(match[1])

@@ -8,27 +8,24 @@ import time
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
 
 from cs336_alignment.errors import ExitStatus, UserError
 from cs336_alignment.files import free_mib, telling
-from cs336_alignment.training.checkpoint import (
+from cs336_alignment.training.checkpoint import save_checkpoint
+from cs336_alignment.training.checkpoint_folders import (
     TEMPORARY,
-    Snapshot,
-    TrainState,
     folder_of,
     list_checkpoints,
-    mark_best,
-    save_checkpoint,
+    mark_latest,
     saved_steps,
     verify,
 )
-
-if TYPE_CHECKING:
-    from cs336_alignment.training.parallel import Processes
+from cs336_alignment.training.parallel import Processes
+from cs336_alignment.training.snapshot import Snapshot, TrainState
 
 
 @dataclass
@@ -104,7 +101,7 @@ class CheckpointWriter:
                     hint="the disk or its driver is failing; choose another output_root=…",
                 )
 
-        on_main = _alone if team is None else team.on_main
+        on_main = team.on_main if team is not None else lambda work: work()
         try:
             written = save_checkpoint(
                 folder, Snapshot(whole.state, dict(smallest), {}), extra=self.extra,
@@ -178,7 +175,7 @@ class CheckpointWriter:
         self._best = best
         hint = "make room and run the same command again; the checkpoints are intact"
         with telling("R211", f"cannot write to {self.checkpoints}", ExitStatus.IO, hint):
-            mark_best(self.checkpoints, best, latest=latest, keep=self.keep)
+            mark_latest(self.checkpoints, latest, best=best, keep=self.keep)
 
     @property
     def saved_steps(self) -> set[int]:
@@ -204,7 +201,3 @@ class CheckpointWriter:
         if failure is not None:
             raise failure
         return self._seconds
-
-
-def _alone(work: Callable[[], None]) -> None:
-    work()

@@ -17,16 +17,19 @@ from cs336_alignment.config import Config
 from cs336_alignment.data.batching import MIN_SHARED_TOKENS, collate, shared_prefix
 from cs336_alignment.errors import ExitStatus, UserError, first_few
 from cs336_alignment.microbatch import Batching
+from cs336_alignment.model.adapters import is_adapted
 from cs336_alignment.model.attention import FLAT_ATTENTION, why_not_flat
 from cs336_alignment.model.compile import compile_layers
-from cs336_alignment.model.loading import ModelSource, base_of, check_fits, load_model, open_model
-from cs336_alignment.model.lora import is_adapted, merge_adapter, wake_adapters
+from cs336_alignment.model.fits import check_fits
+from cs336_alignment.model.loading import base_of, load_model, open_model
+from cs336_alignment.model.lora import merge_adapter, wake_adapters
 from cs336_alignment.model.policy import Policy
 from cs336_alignment.model.recompute import disable_checkpointing, enable_checkpointing
+from cs336_alignment.model.source import ModelSource
 from cs336_alignment.model.trainable import choose_trained
 from cs336_alignment.tracking.console import Console
 from cs336_alignment.training.batching_choice import choose_batching
-from cs336_alignment.training.checkpoint import Snapshot, TrainState, restore, save_checkpoint
+from cs336_alignment.training.checkpoint import restore, save_checkpoint
 from cs336_alignment.training.export import export_model, save_sidecars
 from cs336_alignment.training.inputs import load_data
 from cs336_alignment.training.invariances import (
@@ -44,12 +47,8 @@ from cs336_alignment.training.invariances import (
     relative_difference,
 )
 from cs336_alignment.training.optimizer_check import check_optimizer, has_choices
-from cs336_alignment.training.parallel import (
-    Processes,
-    refuse_sharding,
-    set_threads,
-    start_processes,
-)
+from cs336_alignment.training.parallel import Processes, join, refuse_sharding, set_threads
+from cs336_alignment.training.snapshot import Snapshot, TrainState
 from cs336_alignment.training.step import objective_of
 from cs336_alignment.training.token_check import check_tokens
 
@@ -75,7 +74,7 @@ def doctor(config: Config) -> ExitStatus:
     """
     start, console = time.perf_counter(), Console()
     refuse_sharding(config.parallel, "doctor")
-    processes = Processes(start_processes(config.parallel))
+    processes = join(config.parallel)
     try:
         if processes.count > 1:
             raise UserError(

@@ -13,12 +13,8 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from cs336_alignment.errors import ExitStatus
 from cs336_alignment.files import replacing_folder, telling
-from cs336_alignment.model.lora import (
-    ADAPTER_WEIGHTS,
-    adapter_tensors,
-    is_adapted,
-    save_adapter_config,
-)
+from cs336_alignment.model.adapter_files import ADAPTER_WEIGHTS, save_adapter_config
+from cs336_alignment.model.adapters import adapter_tensors, is_adapted
 from cs336_alignment.training.safetensors_file import write_safetensors
 
 MAX_SHARD_SIZE = "50GB"

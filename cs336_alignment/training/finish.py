@@ -15,25 +15,22 @@ from cs336_alignment.config import Config
 from cs336_alignment.data.splits import RunData
 from cs336_alignment.errors import ExitStatus, UserError
 from cs336_alignment.files import sha256_of
+from cs336_alignment.model.adapters import is_adapted
 from cs336_alignment.model.compile import in_eager
-from cs336_alignment.model.lora import is_adapted, merge_adapter
+from cs336_alignment.model.lora import merge_adapter
 from cs336_alignment.model.policy import Policy
 from cs336_alignment.sharing.card import CURVES, Card
 from cs336_alignment.tracking.console import Console
 from cs336_alignment.training import reload_child
 from cs336_alignment.training.best import Judge, Score
-from cs336_alignment.training.checkpoint import (
-    TrainState,
-    folder_of,
-    module_tensors,
-    restore_weights,
-    verify,
-)
+from cs336_alignment.training.checkpoint import restore_weights
+from cs336_alignment.training.checkpoint_folders import folder_of, verify
 from cs336_alignment.training.export import export_model
 from cs336_alignment.training.parallel import Processes
 from cs336_alignment.training.reload_check import LIMIT_SECONDS, ReloadResult, check_export
 from cs336_alignment.training.run_folder import MANIFEST, RunFolder
 from cs336_alignment.training.shards import whole_tensors
+from cs336_alignment.training.snapshot import TrainState, module_tensors
 from cs336_alignment.training.status import StatusFile
 from cs336_alignment.training.stop import StopRequest
 

@@ -1,4 +1,4 @@
-"""What a run is made of before there is a model: tokenizer, data and reward."""
+"""What a run is made of before there is a model: tokenizer, data and their order, reward."""
 
 from __future__ import annotations
 
@@ -8,15 +8,12 @@ from transformers import PreTrainedTokenizerBase
 
 from cs336_alignment.config import Config, EvaluationConfig
 from cs336_alignment.config_clashes import clash
+from cs336_alignment.data.batching import StepPlan
 from cs336_alignment.data.splits import RunData, prepare_run
-from cs336_alignment.evaluation.rewards import (
-    REWARDS,
-    RewardFunction,
-    describe_reward,
-    make_reward,
-)
+from cs336_alignment.evaluation.rewards import REWARDS, RewardFunction, describe_reward, make_reward
 from cs336_alignment.evaluation.verify import verifying
-from cs336_alignment.model.loading import ModelSource, open_model
+from cs336_alignment.model.loading import open_model
+from cs336_alignment.model.source import ModelSource
 from cs336_alignment.tracking.console import Console
 
 
@@ -81,3 +78,13 @@ def refuse_other_backends(options: EvaluationConfig) -> None:
             f"what evaluation.backend={options.backend} generates with are not the weights in "
             "training; set one to transformers or the other to null",
         )
+
+
+def plan_of(config: Config, data: RunData) -> tuple[StepPlan, range]:
+    """Give the order of training, and the steps of a whole run."""
+    trainer = config.trainer
+    plan = StepPlan(
+        len(data.train.dataset), trainer.global_batch_size, config.seed, config.data.shuffle,
+        data.train.mixture,
+    )  # fmt: skip
+    return plan, range(plan.total_steps(trainer.num_train_epochs, trainer.max_steps))

@@ -20,7 +20,7 @@ from cs336_alignment.config import Config, EvaluationConfig
 from cs336_alignment.data.splits import PreparedData
 from cs336_alignment.data.tokenize import tokenizer_fingerprint
 from cs336_alignment.errors import ExitStatus, UserError
-from cs336_alignment.model.lora import base_sha256
+from cs336_alignment.model.adapters import base_sha256
 from cs336_alignment.training.shards import part_of
 
 PACKAGES = (

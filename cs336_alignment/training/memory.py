@@ -26,14 +26,14 @@ from cs336_alignment.errors import ExitStatus, UserError, first_line
 from cs336_alignment.machine_memory import Memory, found_memory
 from cs336_alignment.microbatch import Batching, Microbatch, with_tensors
 from cs336_alignment.model.attention import FLAT_ATTENTION, why_not_flat
-from cs336_alignment.model.loading import ModelSource
 from cs336_alignment.model.policy import Policy
 from cs336_alignment.model.recompute import enable_checkpointing
+from cs336_alignment.model.source import ModelSource
 from cs336_alignment.training.batching_choice import dropout_options
 from cs336_alignment.training.heap import Heap
 from cs336_alignment.training.live_bytes import PASSING, LiveBytes
 from cs336_alignment.training.optimizer import allocate_state, build_optimizer
-from cs336_alignment.training.preflight import try_microbatch
+from cs336_alignment.training.rehearsal import try_microbatch
 from cs336_alignment.training.without_values import ReadAsOne, exchange_tensors, without_values
 
 SHARDED = "fsdp2"  # parallel.strategy

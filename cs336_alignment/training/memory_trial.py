@@ -18,8 +18,7 @@ import torch
 from cs336_alignment import quiet
 from cs336_alignment.config import Config
 from cs336_alignment.cores import keep_freed_memory
-from cs336_alignment.data.batching import StepPlan, collate
-from cs336_alignment.data.splits import RunData
+from cs336_alignment.data.batching import collate
 from cs336_alignment.errors import ExitStatus, UserError
 from cs336_alignment.machine_memory import (
     forget_peak,
@@ -36,20 +35,19 @@ from cs336_alignment.orphans import end_with
 from cs336_alignment.tracking.console import Console
 from cs336_alignment.training.averaging import build_average
 from cs336_alignment.training.batching_choice import choose_batching
-from cs336_alignment.training.inputs import load_data
+from cs336_alignment.training.inputs import load_data, plan_of
 from cs336_alignment.training.memory import PASSES, average_bytes
 from cs336_alignment.training.optimizer import allocate_state, build_optimizer
 from cs336_alignment.training.parallel import set_threads
-from cs336_alignment.training.preflight import (
+from cs336_alignment.training.preflight import choose_cut, choose_precision, warm_up_compiled
+from cs336_alignment.training.rehearsal import (
     accumulates,
-    choose_cut,
-    choose_precision,
     is_out_of_memory,
     largest_microbatch,
+    peak_memory,
     telling_out_of_memory,
     try_microbatch,
     wait_for,
-    warm_up_compiled,
 )
 
 LONG_SECONDS = 60.0  # then two passes are enough
@@ -82,16 +80,6 @@ class Trial:
     def peak(self) -> int:
         """The larger of the two."""
         return max(self.at_microbatch, self.at_step)
-
-
-def plan_of(config: Config, data: RunData) -> tuple[StepPlan, range]:
-    """Give the order of training, and the steps of a whole run."""
-    trainer = config.trainer
-    plan = StepPlan(
-        len(data.train.dataset), trainer.global_batch_size, config.seed, config.data.shuffle,
-        data.train.mixture,
-    )  # fmt: skip
-    return plan, range(plan.total_steps(trainer.num_train_epochs, trainer.max_steps))
 
 
 def measure(config: Config, processes: int, room: int) -> Trial | None:
@@ -168,8 +156,7 @@ def try_worst(config: Config, processes: int, room: int | None = None) -> Trial:
     data = load_data(config, tokenizer, Console(enabled=False))
     if device.type == "cpu":
         keep_freed_memory()
-    meter = _Meter(device)
-    base = meter.now()
+    base = _memory_now(device)
     with telling_out_of_memory(device):
         if room is not None:
             _limit(room, device)
@@ -190,14 +177,14 @@ def try_worst(config: Config, processes: int, room: int | None = None) -> Trial:
             plan, cut, dataset, steps, num_processes=processes, process_index=0
         )
         optimizer = build_optimizer(model, config.optimizer)
-        meter.begin()
+        _forget_peak(device)
         start = time.perf_counter()
         allocate_state(optimizer)  # by a step, while no microbatch has made the process larger
         wait_for(device)
-        step_seconds, at_step = time.perf_counter() - start, meter.peak()
+        step_seconds, at_step = time.perf_counter() - start, peak_memory(device)
         build_average(optimizer, trainer.ema_decay)  # of a known size, in the optimizer's state
         at_step += average_bytes(model, trainer.ema_decay)
-        meter.begin()
+        _forget_peak(device)
         policy.train()
         several = accumulates(plan, cut, dataset, steps, processes)
         batch = collate([dataset[i] for i in ids], batching=cut.batching).to(device)
@@ -212,7 +199,7 @@ def try_worst(config: Config, processes: int, room: int | None = None) -> Trial:
             if index and start - begin > LONG_SECONDS:
                 break
     tokens = int(dataset.lengths[ids].sum())
-    return Trial(choice.batching, base, meter.peak(), at_step, tokens, seconds, step_seconds)
+    return Trial(choice.batching, base, peak_memory(device), at_step, tokens, seconds, step_seconds)
 
 
 def _limit(room: int, device: torch.device) -> None:
@@ -228,27 +215,21 @@ def _limit(room: int, device: torch.device) -> None:
         resource.setrlimit(resource.RLIMIT_DATA, (limit, resource.RLIM_INFINITY))
 
 
-@dataclass(frozen=True)
-class _Meter:
-    """Memory of this process: on a GPU what torch's allocator gave out, else what is resident."""
+def _memory_now(device: torch.device) -> int:
+    """Give this process's memory: on a GPU what torch's allocator gave out, else what is
+    resident.
+    """
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated(device)
+    return resident_memory() or peak_resident_memory()
 
-    device: torch.device
 
-    def now(self) -> int:
-        if self.device.type == "cuda":
-            return torch.cuda.memory_allocated(self.device)
-        return resident_memory() or peak_resident_memory()
-
-    def begin(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self.device)
-        else:
-            forget_peak()
-
-    def peak(self) -> int:
-        if self.device.type == "cuda":
-            return torch.cuda.max_memory_allocated(self.device)
-        return peak_resident_memory()
+def _forget_peak(device: torch.device) -> None:
+    """Let what `peak_memory` gives count from now on."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    else:
+        forget_peak()
 
 
 def with_budget(config: Config, tokens: int) -> Config:

@@ -14,9 +14,10 @@ from cs336_alignment.config import Config, OptimizerConfig
 from cs336_alignment.microbatch import Batching
 from cs336_alignment.model.policy import Policy
 from cs336_alignment.training.averaging import Average, build_average
-from cs336_alignment.training.checkpoint import Snapshot, TrainState, restore, save_checkpoint
+from cs336_alignment.training.checkpoint import restore, save_checkpoint
 from cs336_alignment.training.invariances import Finding, Subject, differing
 from cs336_alignment.training.optimizer import allocate_state, build_optimizer, set_learning_rate
+from cs336_alignment.training.snapshot import Snapshot, TrainState
 
 RATE = 1e-3  # any: the steps are thrown away
 

@@ -29,8 +29,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from cs336_alignment.data.dataset import TokenizedDataset
 from cs336_alignment.errors import first_few
 from cs336_alignment.machine_memory import found_memory
+from cs336_alignment.model.adapters import changed_by_training, is_adapted
 from cs336_alignment.model.loading import eos_ids
-from cs336_alignment.model.lora import changed_by_training, is_adapted
 from cs336_alignment.training import reload_child
 from cs336_alignment.training.shards import whole_tensors
 

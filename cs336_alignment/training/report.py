@@ -19,7 +19,8 @@ from cs336_alignment.data.ledger import LedgerEntry
 from cs336_alignment.data.splits import PreparedData
 from cs336_alignment.errors import ExitStatus
 from cs336_alignment.metric_names import greater_is_better
-from cs336_alignment.model.lora import describe_adapter, is_adapted, is_adapter
+from cs336_alignment.model.adapter_files import is_adapter
+from cs336_alignment.model.adapters import describe_adapter, is_adapted
 from cs336_alignment.model.narrow import narrowed_to
 from cs336_alignment.model.policy import Policy
 from cs336_alignment.sharing.card import before_and_after
@@ -91,14 +92,12 @@ def describe_run(
     lines.append(("loss", _loss_line(trainer.loss_normalization, trainer.normalize_constant)))
     if text := describe_objective(trainer):
         lines.append(("objective", f"{text}; train/loss is the plain token mean all the same"))
-    lines.append(
-        (
-            "optimizer",
-            f"{describe_optimizer(optimizer)}, peak {optimizer.learning_rate:g}, "
-            f"{optimizer.lr_scheduler_type} with {warmup_length(optimizer, total_steps)} warmup "
-            f"steps, weight decay {optimizer.weight_decay:g}",
-        )
+    text = (
+        f"{describe_optimizer(optimizer)}, peak {optimizer.learning_rate:g}, "
+        f"{optimizer.lr_scheduler_type} with {warmup_length(optimizer, total_steps)} warmup "
+        f"steps, weight decay {optimizer.weight_decay:g}"
     )
+    lines.append(("optimizer", text))
     if text := describe_average(trainer, optimizer):
         size = sum(p.numel() * p.element_size() for p in policy.parameters() if p.requires_grad)
         when = "" if trainer.ema_decay is not None else " while it is shown"

@@ -19,7 +19,7 @@ from cs336_alignment.errors import ExitStatus, UserError
 from cs336_alignment.evaluation.evaluator import Evaluator
 from cs336_alignment.evaluation.rewards import code_of
 from cs336_alignment.evaluation.sampling import doubtful_sampling
-from cs336_alignment.model.loading import check_fits
+from cs336_alignment.model.fits import check_fits
 from cs336_alignment.model.policy import Policy
 from cs336_alignment.model.recompute import enable_checkpointing
 from cs336_alignment.sharing.hub import announce, push_run
@@ -31,12 +31,13 @@ from cs336_alignment.tracking.wandb_logger import Logger, NullLogger, WandbLogge
 from cs336_alignment.training.averaging import Average, build_average
 from cs336_alignment.training.batching_choice import choose_batching
 from cs336_alignment.training.best import Criterion, Judge, Verdict
-from cs336_alignment.training.checkpoint import TrainState, remove_leftovers, restore
+from cs336_alignment.training.checkpoint import restore
+from cs336_alignment.training.checkpoint_folders import remove_leftovers
 from cs336_alignment.training.checkpoint_writer import CheckpointWriter
 from cs336_alignment.training.export import save_sidecars
 from cs336_alignment.training.finish import Finish
 from cs336_alignment.training.held_out import HeldOutEvaluation
-from cs336_alignment.training.inputs import Inputs, load_inputs, refuse_other_backends
+from cs336_alignment.training.inputs import Inputs, load_inputs, plan_of, refuse_other_backends
 from cs336_alignment.training.launch_check import (
     check_launch,
     meet,
@@ -50,17 +51,8 @@ from cs336_alignment.training.parallel import (
     is_main_process_before_start,
     refuse_launcher_options,
 )
-from cs336_alignment.training.preflight import (
-    accumulates,
-    choose_cut,
-    choose_precision,
-    count_tokens,
-    foretell,
-    largest_microbatch,
-    rehearse_microbatch,
-    telling_out_of_memory,
-    warm_up_compiled,
-)
+from cs336_alignment.training.preflight import choose_cut, choose_precision, warm_up_compiled
+from cs336_alignment.training.rehearsal import rehearse_memory, telling_out_of_memory
 from cs336_alignment.training.report import describe_run, resume_command, say_goodbye
 from cs336_alignment.training.run_folder import (
     ADAPTER,
@@ -73,6 +65,7 @@ from cs336_alignment.training.run_folder import (
     RunFolder,
 )
 from cs336_alignment.training.run_model import RunModel
+from cs336_alignment.training.snapshot import TrainState
 from cs336_alignment.training.status import StatusFile
 from cs336_alignment.training.step import Cut
 from cs336_alignment.training.stop import StopNow, StopRequest
@@ -219,17 +212,13 @@ class _Run:
             self.console.note("compiling the layers")
             warm_up_compiled(policy, choice.batching)
         cut = choose_cut(config.trainer, choice.batching)
-        plan = StepPlan(
-            len(data.dataset), config.trainer.global_batch_size, config.seed, config.data.shuffle,
-            data.mixture,
-        )  # fmt: skip
-        total_steps = plan.total_steps(config.trainer.num_train_epochs, config.trainer.max_steps)
+        plan, steps = plan_of(config, self.inputs.data)
         for line in describe_run(
             config, policy, data, held_out, choice, plan, cut,
-            num_processes=self.processes.count, total_steps=total_steps,
+            num_processes=self.processes.count, total_steps=len(steps),
         ):  # fmt: skip
             self.console.note(line)
-        return self._fit(policy, source, before, plan, cut, total_steps)
+        return self._fit(policy, source, before, plan, cut, len(steps))
 
     def _fit(
         self, policy: Policy, source: RunModel, before: Mapping[str, int], plan: StepPlan, cut: Cut,
@@ -241,7 +230,8 @@ class _Run:
         allocate_state(optimizer)
         average = build_average(optimizer, config.trainer.ema_decay)
         state = self._resume(policy, optimizer, average, total_steps)
-        self._rehearse_memory(policy, plan, cut, range(state.step, total_steps))
+        steps = range(state.step, total_steps)
+        rehearse_memory(policy, plan, cut, data.dataset, steps, self.processes, self.console.note)
         manifest = self._manifest(policy, state, total_steps)
         self.processes.wait()  # nobody reads the folder any more: the main process may write
         tracker = self._open_tracker(manifest, state)
@@ -356,27 +346,6 @@ class _Run:
         for notice in self.decision.notices:
             self.console.warn(notice)
         return state
-
-    def _rehearse_memory(self, policy: Policy, plan: StepPlan, cut: Cut, steps: range) -> None:
-        """Take the largest microbatch of the run now: for want of memory it fails here, not in the
-        last hour.
-        """
-        data = self.inputs.data.train.dataset
-        ids = largest_microbatch(
-            plan, cut, data, steps,
-            num_processes=self.processes.count, process_index=self.processes.index,
-        )  # fmt: skip
-        if steps:
-            count = self.processes.count
-            text, seconds = rehearse_microbatch(
-                policy, data, ids, cut, agree=self.processes.agree,
-                accumulated=accumulates(plan, cut, data, steps, count),
-            )  # fmt: skip
-            self.console.note(f"{'memory':<10} {text}")
-            rate = count * int(data.lengths[ids].sum()) / seconds if ids else 0.0
-            if rate:
-                text = foretell(count_tokens(plan, data, steps), len(steps), rate)
-                self.console.note(f"{'time':<10} about {text}, by this microbatch")
 
     def _rehearse_saving(
         self, writer: CheckpointWriter, policy: Policy, optimizer: Optimizer, steps: int

@@ -18,7 +18,7 @@ from cs336_alignment.config import Config, LoraConfig
 from cs336_alignment.errors import ExitStatus, Place, UserError
 from cs336_alignment.files import sha256_of, telling, write_json, write_text
 from cs336_alignment.training.best import Criterion
-from cs336_alignment.training.checkpoint import STATE, find_latest, list_checkpoints, verify
+from cs336_alignment.training.checkpoint_folders import STATE, find_latest, list_checkpoints, verify
 from cs336_alignment.training.earlier_config import compare, read_config, unreadable
 
 CONFIG = "config.yaml"

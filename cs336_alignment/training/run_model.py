@@ -10,8 +10,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from cs336_alignment.config import Config
+from cs336_alignment.model.adapters import adapter_tensors, is_adapted
 from cs336_alignment.model.loading import load_model
-from cs336_alignment.model.lora import adapter_tensors, copy_adapter, is_adapted
+from cs336_alignment.model.lora import copy_adapter
 from cs336_alignment.model.narrow import narrowed_to
 from cs336_alignment.model.policy import Policy
 from cs336_alignment.model.trainable import load_to_train

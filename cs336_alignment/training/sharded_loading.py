@@ -14,23 +14,13 @@ from transformers import PreTrainedModel
 from cs336_alignment.config import Config, LoraConfig
 from cs336_alignment.config_clashes import HELD_WHOLE, clash
 from cs336_alignment.errors import ExitStatus, UserError
+from cs336_alignment.model.adapter_files import read_adapter_weights
+from cs336_alignment.model.adapters import adapter_config, adapter_tensors, base_tensors
 from cs336_alignment.model.base_model import Base, weights_sha256
-from cs336_alignment.model.loading import (
-    ModelSource,
-    base_of,
-    build_model,
-    load_model,
-    weight_files,
-)
-from cs336_alignment.model.lora import (
-    adapter_config,
-    adapter_tensors,
-    base_tensors,
-    inject_adapter,
-    know_base,
-    read_adapter_weights,
-)
+from cs336_alignment.model.loading import base_of, build_model, load_model
+from cs336_alignment.model.lora import inject_adapter, know_base
 from cs336_alignment.model.policy import Policy
+from cs336_alignment.model.source import ModelSource, weight_files
 from cs336_alignment.model.trainable import freeze
 from cs336_alignment.training.parallel import Processes, without_weights
 from cs336_alignment.training.sharding import shard

@@ -5,6 +5,7 @@ right ones trained.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -12,9 +13,10 @@ from transformers import PreTrainedTokenizerBase
 from cs336_alignment.config import Config, SourceConfig
 from cs336_alignment.data.batching import collate
 from cs336_alignment.data.formats import Example, to_example
-from cs336_alignment.data.layout import Layout, detect
+from cs336_alignment.data.layout import detect_layout
 from cs336_alignment.data.prepare import with_defaults
-from cs336_alignment.data.sources import Row, open_source
+from cs336_alignment.data.row import Row
+from cs336_alignment.data.sources import open_source
 from cs336_alignment.data.splits import PreparedData
 from cs336_alignment.data.tokenize import TokenizedExample
 from cs336_alignment.errors import UserError
@@ -54,24 +56,17 @@ def read_again(data: PreparedData, config: Config, places: Sequence[str]) -> lis
     path = data.sources[0].ledger.source
     named = next((s for s in config.data.sources if s.path == path), SourceConfig(path))
     named = with_defaults(named, config.data)
-    given = {role: column for role, column in vars(named.columns).items() if column is not None}
+    rows = open_source(path, seed=config.seed, default_split="train").rows()
+    layout, rows = detect_layout(rows, named, path)
     found: dict[str, Example] = {}
-    layout: Layout | None = None
-    for row in open_source(path, seed=config.seed, default_split="train").rows():
+    for row in rows:
         if found.keys() >= set(places):
             break
-        if not isinstance(row, Row):
-            continue
-        try:
-            layout = layout or detect(
-                list(row.fields), row.place, wanted=named.format, columns=given
-            )
-            if str(row.place) in places:
+        if isinstance(row, Row) and str(row.place) in places:
+            with suppress(UserError):  # bad rows are the data step's business, and counted there
                 found[str(row.place)] = to_example(
                     row, layout, data.sources[0].template, config.data.train_on
                 )
-        except UserError:  # bad rows are the data step's business, and counted there
-            continue
     return [found.get(place) for place in places]
 
 

@@ -18,12 +18,12 @@ from cs336_alignment.model.compile import compiled_graphs
 from cs336_alignment.model.policy import Policy
 from cs336_alignment.training.averaging import Average, NoAverage
 from cs336_alignment.training.best import Verdict
-from cs336_alignment.training.checkpoint import TrainState
 from cs336_alignment.training.checkpoint_writer import CheckpointWriter
 from cs336_alignment.training.optimizer import clip_gradients, set_learning_rate
 from cs336_alignment.training.parallel import Processes
-from cs336_alignment.training.preflight import peak_memory_gib
+from cs336_alignment.training.rehearsal import peak_memory
 from cs336_alignment.training.schedule import learning_rate
+from cs336_alignment.training.snapshot import TrainState
 from cs336_alignment.training.spike import SPIKE_WINDOW, is_spike
 from cs336_alignment.training.step import (
     Cut,
@@ -245,7 +245,7 @@ class Trainer:
             "train/num_response_tokens": num_response_tokens,
             "perf/step_seconds": seconds,
             "perf/tokens_per_second": num_tokens / seconds,
-            "perf/peak_memory_gib": peak_memory_gib(self.processes.device),
+            "perf/peak_memory_gib": peak_memory(self.processes.device) / 2**30,
         }
         if objective_of(self.trainer) is not None:
             metrics["train/objective"] = sums.objective / self.processes.count

@@ -12,8 +12,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from cs336_alignment.config import Config
-from cs336_alignment.model.loading import ModelSource, base_of, load_model
+from cs336_alignment.model.loading import base_of, load_model
 from cs336_alignment.model.narrow import narrow_frozen
+from cs336_alignment.model.source import ModelSource
 from cs336_alignment.model.trainable import choose_trained
 
 # Of bitsandbytes' NF4: half a byte a weight, a byte of scale for 64 of them, and a float32 for 256

@@ -29,11 +29,12 @@ from cs336_alignment.evaluation.loss import evaluate_loss
 from cs336_alignment.microbatch import Batching
 from cs336_alignment.model.policy import Policy
 from cs336_alignment.model.recompute import enable_checkpointing
-from cs336_alignment.training.checkpoint import Snapshot, TrainState, restore, save_checkpoint
+from cs336_alignment.training.checkpoint import restore, save_checkpoint
 from cs336_alignment.training.manifest import count_parameters
 from cs336_alignment.training.optimizer import build_optimizer, clip_gradients
 from cs336_alignment.training.parallel import Processes, start_processes
 from cs336_alignment.training.sharding import shard
+from cs336_alignment.training.snapshot import Snapshot, TrainState
 from cs336_alignment.training.step import Cut, accumulate_gradients
 from tests.conftest import build_dataset, build_model
 from tests.reference import dense_loss, gradient, relative_error, stay_in_float64

@@ -20,7 +20,8 @@ import torch
 
 from cs336_alignment.config import Config
 from cs336_alignment.errors import UserError
-from cs336_alignment.model.loading import load_tokenizer, resolve_model
+from cs336_alignment.model.loading import load_tokenizer
+from cs336_alignment.model.source import resolve_model
 from cs336_alignment.training import launch_check
 from cs336_alignment.training.launch_check import check_launch, meet, naming_lost_processes
 

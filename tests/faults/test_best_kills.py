@@ -12,7 +12,7 @@ import pytest
 
 from cs336_alignment.tracking.metrics import MetricsFile, read_metrics
 from cs336_alignment.training.best import Criterion, Judge, Verdict
-from cs336_alignment.training.checkpoint import (
+from cs336_alignment.training.checkpoint_folders import (
     find_latest,
     folder_of,
     remove_leftovers,

@@ -21,7 +21,8 @@ from typing import Any
 import pytest
 from transformers import GPT2Config
 
-from cs336_alignment.model.loading import load_tokenizer, resolve_model
+from cs336_alignment.model.loading import load_tokenizer
+from cs336_alignment.model.source import resolve_model
 from tests.conftest import TINY, Sft, clean_environment, without_times
 from tests.faults.tally import Tally
 from tests.zygote import Zygote, is_zombie, metrics_hold, when

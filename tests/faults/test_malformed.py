@@ -21,7 +21,8 @@ from cs336_alignment.data.json_rows import read_json, read_json_lines
 from cs336_alignment.data.row import Row
 from cs336_alignment.data.splits import prepare_run
 from cs336_alignment.errors import ExitStatus, UserError, UserErrors
-from cs336_alignment.model.loading import load_tokenizer, resolve_model
+from cs336_alignment.model.loading import load_tokenizer
+from cs336_alignment.model.source import resolve_model
 from tests.faults.tally import Tally
 
 LINT = LintConfig(**dict.fromkeys(vars(LintConfig()), "off"))

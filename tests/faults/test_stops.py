@@ -17,16 +17,12 @@ from cs336_alignment.data.batching import StepPlan
 from cs336_alignment.errors import ExitStatus, UserError
 from cs336_alignment.model.policy import Policy
 from cs336_alignment.training.best import Verdict
-from cs336_alignment.training.checkpoint import (
-    TrainState,
-    find_latest,
-    module_tensors,
-    optimizer_tensors,
-    restore,
-)
+from cs336_alignment.training.checkpoint import restore
+from cs336_alignment.training.checkpoint_folders import find_latest
 from cs336_alignment.training.checkpoint_writer import CheckpointWriter
 from cs336_alignment.training.optimizer import allocate_state, build_optimizer
 from cs336_alignment.training.parallel import Processes
+from cs336_alignment.training.snapshot import TrainState, module_tensors, optimizer_tensors
 from cs336_alignment.training.step import Cut
 from cs336_alignment.training.trainer import Trainer
 from tests.conftest import ROOT, Sft, build_dataset, build_model

@@ -15,18 +15,13 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
 from cs336_alignment.errors import ExitStatus
 from cs336_alignment.files import write_json
-from cs336_alignment.model.loading import load_tokenizer, resolve_model
-from cs336_alignment.training.checkpoint import (
-    Snapshot,
-    TrainState,
-    find_latest,
-    remove_leftovers,
-    restore,
-    save_checkpoint,
-    verify,
-)
+from cs336_alignment.model.loading import load_tokenizer
+from cs336_alignment.model.source import resolve_model
+from cs336_alignment.training.checkpoint import restore, save_checkpoint
+from cs336_alignment.training.checkpoint_folders import find_latest, remove_leftovers, verify
 from cs336_alignment.training.checkpoint_writer import CheckpointWriter
 from cs336_alignment.training.export import export_model
+from cs336_alignment.training.snapshot import Snapshot, TrainState
 from tests.checkpoints import build, fingerprint, save, sidecars, take_step
 from tests.faults.injection import FAULTS, Outcome, folder_names, run, series
 from tests.faults.tally import Tally

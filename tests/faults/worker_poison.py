@@ -11,7 +11,7 @@ from torch import Tensor
 
 from cs336_alignment.config import ParallelConfig
 from cs336_alignment.errors import UserError
-from cs336_alignment.training.checkpoint import find_latest
+from cs336_alignment.training.checkpoint_folders import find_latest
 from cs336_alignment.training.parallel import Processes, start_processes
 from tests.faults.test_stops import Life, same
 

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from cs336_alignment import cli
-from cs336_alignment.model.loading import load_model, load_tokenizer, resolve_model
+from cs336_alignment.model.loading import load_model, load_tokenizer
+from cs336_alignment.model.source import resolve_model
 from tests.conftest import ROOT, TINY, Sft
 
 

@@ -11,14 +11,9 @@ import torch
 
 from cs336_alignment.config import OptimizerConfig
 from cs336_alignment.errors import UserError
-from cs336_alignment.training.checkpoint import (
-    Snapshot,
-    TrainState,
-    optimizer_tensors,
-    restore,
-    save_checkpoint,
-)
+from cs336_alignment.training.checkpoint import restore, save_checkpoint
 from cs336_alignment.training.optimizer import allocate_state, build_optimizer, set_learning_rate
+from cs336_alignment.training.snapshot import Snapshot, TrainState, optimizer_tensors
 from tests.conftest import TINY, Sft
 
 pytest.importorskip("torchao", reason="the extra torchao is not installed")

@@ -13,7 +13,8 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from cs336_alignment.model.loading import load_model, load_tokenizer, resolve_model
+from cs336_alignment.model.loading import load_model, load_tokenizer
+from cs336_alignment.model.source import resolve_model
 from tests.conftest import Sft
 from tests.zygote import Zygote
 

@@ -13,7 +13,8 @@ from huggingface_hub import constants
 from cs336_alignment import cli
 from cs336_alignment.config import HubConfig
 from cs336_alignment.errors import UserError
-from cs336_alignment.model.loading import load_model, load_tokenizer, resolve_model
+from cs336_alignment.model.loading import load_model, load_tokenizer
+from cs336_alignment.model.source import resolve_model
 from cs336_alignment.sharing import model_export
 from cs336_alignment.sharing.hub import announce
 from cs336_alignment.training.reload_check import ReloadResult

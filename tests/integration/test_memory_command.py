@@ -9,7 +9,8 @@ from transformers import LlamaConfig
 
 from cs336_alignment.config import Config, DataConfig, ModelConfig, TrainerConfig
 from cs336_alignment.errors import ExitStatus, UserError
-from cs336_alignment.model.loading import load_tokenizer, resolve_model
+from cs336_alignment.model.loading import load_tokenizer
+from cs336_alignment.model.source import resolve_model
 from cs336_alignment.training import memory_trial
 from cs336_alignment.training.memory_trial import measure
 from tests.conftest import Sft

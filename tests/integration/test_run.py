@@ -254,7 +254,7 @@ def test_what_is_missing_gets_its_status(
 
 @pytest.mark.fault("T25 token ids beyond the embedding")
 def test_a_tokenizer_beyond_the_embedding_is_refused(sft: Sft, rows: Path, tmp_path: Path) -> None:
-    from cs336_alignment.model.loading import resolve_model
+    from cs336_alignment.model.source import resolve_model
 
     folder = tmp_path / "small"
     folder.mkdir()

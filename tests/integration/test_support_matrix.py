@@ -14,7 +14,6 @@ from cs336_alignment.errors import UserErrors
 from cs336_alignment.microbatch import Batching
 from cs336_alignment.model.policy import Policy
 from cs336_alignment.training.averaging import build_average
-from cs336_alignment.training.checkpoint import optimizer_tensors
 from cs336_alignment.training.optimizer import (
     allocate_state,
     build_optimizer,
@@ -22,6 +21,7 @@ from cs336_alignment.training.optimizer import (
 )
 from cs336_alignment.training.parallel import Processes
 from cs336_alignment.training.preflight import warm_up_compiled
+from cs336_alignment.training.snapshot import optimizer_tensors
 from cs336_alignment.training.step import Cut, accumulate_gradients
 from tests.conftest import build_dataset, build_model
 from tests.options import (

@@ -21,8 +21,8 @@ LAYERS = [
     {"cores", "errors", "files", "html_page", "machine_memory", "microbatch", "orphans", "quiet"}, {"config"}, {"multirun"}, {"config_check", "config_clashes", "config_names", "metric_names"},
     {"compose_errors", "compose_groups", "compose", "data", "model", "training.loss"},
     {"training.parallel", "training.optimizer", "training.schedule_free", "training.averaging", "training.schedule", "training.checkpoint",
-     "training.checkpoint_writer", "training.step", "training.stop", "training.spike",
-     "training.preflight", "training.memory", "training.without_values", "training.heap", "training.live_bytes", "training.batching_choice", "training.safetensors_file",
+     "training.checkpoint_folders", "training.checkpoint_writer", "training.snapshot", "training.step", "training.stop", "training.spike",
+     "training.preflight", "training.rehearsal", "training.memory", "training.without_values", "training.heap", "training.live_bytes", "training.batching_choice", "training.safetensors_file",
      "training.sharding", "training.sharded_loading", "training.shards",
      "training.status", "training.watchdog"},
     {"tracking"}, {"evaluation"},
@@ -39,7 +39,7 @@ OWNERS = {
     "httpx2": {"evaluation.server_client"}, "vllm": {"evaluation.vllm_backend"},
     "wandb": {"tracking.wandb_logger"}, "matplotlib": {"tracking.plots"}, "accelerate": {"training.parallel"},
     "optuna": {"experiments.study"}, "submitit": {"cluster_job"}, "schedulefree": {"training.schedule_free"},
-    "peft": {"model.lora", "training.reload_child"},
+    "peft": {"model.adapter_files", "model.adapters", "model.lora", "training.reload_child"},
 }  # fmt: skip
 
 

@@ -12,14 +12,9 @@ from torch import Tensor, nn
 from cs336_alignment.config import OptimizerConfig
 from cs336_alignment.errors import UserError
 from cs336_alignment.training.averaging import OTHER, Average, NoAverage, build_average
-from cs336_alignment.training.checkpoint import (
-    Snapshot,
-    TrainState,
-    optimizer_tensors,
-    restore,
-    save_checkpoint,
-)
+from cs336_alignment.training.checkpoint import restore, save_checkpoint
 from cs336_alignment.training.optimizer import allocate_state, build_optimizer, set_learning_rate
+from cs336_alignment.training.snapshot import Snapshot, TrainState, optimizer_tensors
 from tests.conftest import build_model
 
 # name → (the optimizer section, the average's decay)

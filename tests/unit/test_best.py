@@ -17,9 +17,10 @@ from cs336_alignment.config_check import check
 from cs336_alignment.errors import UserError
 from cs336_alignment.metric_names import EVALUATED, GENERATED, greater_is_better
 from cs336_alignment.training.best import Criterion, Judge, Score, Verdict
-from cs336_alignment.training.checkpoint import TrainState, mark_best
+from cs336_alignment.training.checkpoint_folders import mark_latest
 from cs336_alignment.training.checkpoint_writer import CheckpointWriter
 from cs336_alignment.training.manifest import _evaluation_hash
+from cs336_alignment.training.snapshot import TrainState
 from tests.checkpoints import save
 
 LOSS = Criterion("eval/loss", greater=False)
@@ -227,15 +228,15 @@ def test_the_best_checkpoint_outlives_the_rotation(tmp_path: Path) -> None:
         return names, json.loads((tmp_path / "index.json").read_text())
 
     save(tmp_path, 1, keep=1)
-    mark_best(tmp_path, 1, latest=1, keep=1)
+    mark_latest(tmp_path, 1, best=1, keep=1)
     save(tmp_path, 2, keep=1, best=1)
     save(tmp_path, 3, keep=1, best=1)
     index = {"latest": "step-000003", "best": "step-000001"}
     assert left() == (["step-000001", "step-000003"], index)
     save(tmp_path, 4, keep=2, best=1)
-    mark_best(tmp_path, 4, latest=4, keep=2)
+    mark_latest(tmp_path, 4, best=4, keep=2)
     index = {"latest": "step-000004", "best": "step-000004"}
     assert left() == (["step-000003", "step-000004"], index)
     (tmp_path / "step-000004" / "model.safetensors").write_bytes(b"")  # a later one, damaged
-    mark_best(tmp_path, 3, latest=3, keep=1)
+    mark_latest(tmp_path, 3, best=3, keep=1)
     assert left()[0] == ["step-000003", "step-000004"]

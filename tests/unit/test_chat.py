@@ -18,8 +18,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from cs336_alignment.data.chat import ChatRenderer, Rendered, TokenizedText, tokenize_rendered
-from cs336_alignment.data.spans import Span
+from cs336_alignment.data.chat import ChatRenderer
+from cs336_alignment.data.spans import Rendered, Span, TokenizedText, tokenize_rendered
 from cs336_alignment.errors import ExitStatus, Place, UserError
 from tests.conftest import ROOT
 

@@ -28,22 +28,25 @@ from transformers import (
 
 from cs336_alignment.config import OptimizerConfig
 from cs336_alignment.errors import ExitStatus, UserError
-from cs336_alignment.model.loading import load_tokenizer, resolve_model
-from cs336_alignment.training import checkpoint as module
-from cs336_alignment.training.checkpoint import (
-    Snapshot,
-    TrainState,
+from cs336_alignment.model.loading import load_tokenizer
+from cs336_alignment.model.source import resolve_model
+from cs336_alignment.training import checkpoint_folders
+from cs336_alignment.training.checkpoint import restore, save_checkpoint
+from cs336_alignment.training.checkpoint_folders import (
     find_latest,
     list_checkpoints,
-    module_tensors,
     remove_leftovers,
-    restore,
-    save_checkpoint,
     verify,
 )
 from cs336_alignment.training.export import export_model, save_sidecars
 from cs336_alignment.training.optimizer import build_optimizer
 from cs336_alignment.training.safetensors_file import DTYPE_NAMES, write_safetensors
+from cs336_alignment.training.snapshot import (
+    Snapshot,
+    TrainState,
+    module_tensors,
+    optimizer_tensors,
+)
 from tests.checkpoints import FILES, Tiny, build, save, sidecars, take_step
 
 CPU = torch.device("cpu")
@@ -103,8 +106,8 @@ def test_the_step_after_a_restore_is_bit_identical(tmp_path: Path) -> None:
         tensors, others = module_tensors(tiny), module_tensors(other)
         assert tensors.keys() == others.keys()
         assert all(torch.equal(tensors[name], others[name]) for name in tensors)
-        moments = module.optimizer_tensors(tiny, optimizer)
-        other_moments = module.optimizer_tensors(other, other_optimizer)
+        moments = optimizer_tensors(tiny, optimizer)
+        other_moments = optimizer_tensors(other, other_optimizer)
         assert moments.keys() == other_moments.keys()
         assert all(torch.equal(moments[name], other_moments[name]) for name in moments)
     assert any(key.startswith("exp_avg_sq:") for key in moments)
@@ -207,8 +210,10 @@ def test_a_manifest_with_a_wrong_entry_is_refused(
     manifest |= {key: right if value == "right" else value for key, value in entry.items()}
     (folder / "manifest.json").write_text(json.dumps(manifest))
     opened: list[Path] = []
-    read = module.sha256_of
-    monkeypatch.setattr(module, "sha256_of", lambda path: (opened.append(path), read(path))[1])
+    read = checkpoint_folders.sha256_of
+    monkeypatch.setattr(
+        checkpoint_folders, "sha256_of", lambda path: (opened.append(path), read(path))[1]
+    )
     assert verify(folder) is not None
     assert all(path.resolve().is_relative_to(folder.resolve()) for path in opened)
 
@@ -226,14 +231,14 @@ def test_a_file_that_the_system_cannot_read_is_damage(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before, newest = save(tmp_path, 1), save(tmp_path, 2)
-    read = module.sha256_of
+    read = checkpoint_folders.sha256_of
 
     def fail(path: Path) -> str:
         if path.is_relative_to(newest):
             raise OSError(errno.EIO, "Input/output error")
         return read(path)
 
-    monkeypatch.setattr(module, "sha256_of", fail)
+    monkeypatch.setattr(checkpoint_folders, "sha256_of", fail)
     latest, skipped = find_latest(tmp_path)
     assert latest == before
     assert "Input/output error" in skipped[newest]

@@ -36,9 +36,18 @@ from cs336_alignment.data.splits import prepare_run
 from cs336_alignment.data.tokenize import TokenizedExample, TokenRow
 from cs336_alignment.errors import ExitStatus, Place
 from cs336_alignment.model import attention
-from cs336_alignment.model.loading import load_tokenizer, resolve_model
+from cs336_alignment.model.loading import load_tokenizer
 from cs336_alignment.model.objective import Objective
-from cs336_alignment.training import checkpoint, doctor, loss, optimizer_check, step, token_check
+from cs336_alignment.model.source import resolve_model
+from cs336_alignment.training import (
+    checkpoint,
+    doctor,
+    loss,
+    optimizer_check,
+    snapshot,
+    step,
+    token_check,
+)
 from cs336_alignment.training.invariances import Finding, cut_short, in_training
 from tests.conftest import build_dataset, build_model
 
@@ -225,12 +234,13 @@ def test_a_loss_that_drops_a_token_fails(
 def test_a_checkpoint_that_loses_a_tensor_fails(
     diagnose: Diagnose, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original = checkpoint.module_tensors
+    original = snapshot.module_tensors
 
     def forgetful(module: Any) -> Any:
         return dict(list(original(module).items())[1:])
 
-    monkeypatch.setattr(checkpoint, "module_tensors", forgetful)
+    for module in (checkpoint, snapshot):
+        monkeypatch.setattr(module, "module_tensors", forgetful)
     assert failed(diagnose("llama")) == {"checkpoint written and read"}
 
 

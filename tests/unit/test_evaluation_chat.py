@@ -18,7 +18,8 @@ from cs336_alignment.evaluation.chat import Conversation, Reply, stream_reply
 from cs336_alignment.evaluation.chat_session import ChatSession
 from cs336_alignment.evaluation.generate import LocalGenerator
 from cs336_alignment.evaluation.sampling import Request, Sampling
-from cs336_alignment.model.loading import load_model, load_tokenizer, resolve_model
+from cs336_alignment.model.loading import load_model, load_tokenizer
+from cs336_alignment.model.source import resolve_model
 from tests.conftest import ROOT
 
 SOURCE = resolve_model("builtin:arithmetic", None, False)

@@ -19,7 +19,8 @@ from cs336_alignment.experiments.samples import (
     refuse_other_rows,
     summarize_samples,
 )
-from cs336_alignment.model.loading import load_tokenizer, resolve_model
+from cs336_alignment.model.loading import load_tokenizer
+from cs336_alignment.model.source import resolve_model
 
 
 def test_questions_are_a_pure_function_of_seed_and_iteration() -> None:

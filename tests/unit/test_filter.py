@@ -13,7 +13,8 @@ from cs336_alignment.config import DataConfig, EvaluationConfig, SourceConfig
 from cs336_alignment.data.splits import RunData, ledger_json, prepare_run
 from cs336_alignment.errors import ExitStatus, UserError
 from cs336_alignment.evaluation.verify import verifying
-from cs336_alignment.model.loading import load_tokenizer, resolve_model
+from cs336_alignment.model.loading import load_tokenizer
+from cs336_alignment.model.source import resolve_model
 from tests.conftest import TINY, Sft
 
 Write = Callable[..., Path]

@@ -21,7 +21,7 @@ from cs336_alignment.evaluation.sampling import (
     request_seed,
 )
 from cs336_alignment.model.attention import FLAT_ATTENTION
-from cs336_alignment.model.loading import resolve_model
+from cs336_alignment.model.source import resolve_model
 from cs336_alignment.sft import compute_entropy
 
 WIDE = {

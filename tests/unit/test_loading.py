@@ -9,7 +9,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from cs336_alignment.errors import ExitStatus, UserError
-from cs336_alignment.model.loading import ModelSource, check_fits, load_model, resolve_model
+from cs336_alignment.model.fits import check_fits
+from cs336_alignment.model.loading import load_model
+from cs336_alignment.model.source import ModelSource, resolve_model
 from tests.conftest import VOCABULARY, build_model
 
 

@@ -11,8 +11,8 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from cs336_alignment.errors import UserError
 from cs336_alignment.evaluation.log_generations import summarize
 from cs336_alignment.evaluation.rewards import r1_zero_reward
-from cs336_alignment.model.loading import resolve_model
 from cs336_alignment.model.policy import Policy
+from cs336_alignment.model.source import resolve_model
 from cs336_alignment.sft import compute_entropy, log_generations
 from cs336_alignment.tracking.console import Console
 from cs336_alignment.tracking.tracker import show_examples

@@ -15,9 +15,9 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from cs336_alignment.config import LoraConfig, TrainerConfig
 from cs336_alignment.errors import UserError
+from cs336_alignment.model.adapters import adapter_tensors
 from cs336_alignment.model.base_model import Base, weights_sha256
 from cs336_alignment.model.lora import (
-    adapter_tensors,
     add_adapter,
     copy_adapter,
     load_adapter,

@@ -29,16 +29,11 @@ from cs336_alignment.errors import ExitStatus, UserError
 from cs336_alignment.machine_memory import Memory, found_memory
 from cs336_alignment.memory_command import ladder, largest_that_fits
 from cs336_alignment.microbatch import Batching
-from cs336_alignment.model.loading import (
-    ModelSource,
-    base_of,
-    load_model,
-    load_tokenizer,
-    resolve_model,
-)
+from cs336_alignment.model.loading import base_of, load_model, load_tokenizer
 from cs336_alignment.model.narrow import narrow_frozen
 from cs336_alignment.model.policy import Policy
 from cs336_alignment.model.recompute import enable_checkpointing
+from cs336_alignment.model.source import ModelSource, resolve_model
 from cs336_alignment.model.trainable import choose_trained
 from cs336_alignment.training import memory, run, run_model
 from cs336_alignment.training.averaging import build_average

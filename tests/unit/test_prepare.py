@@ -16,13 +16,14 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from cs336_alignment.config import ColumnsConfig, DataConfig, LintConfig, SourceConfig
-from cs336_alignment.data import prepare as module
+from cs336_alignment.data import encode_processes, layout, prepare
 from cs336_alignment.data.ledger import LedgerEntry
 from cs336_alignment.data.row import Row
 from cs336_alignment.data.splits import PreparedData, RunData, ledger_json, prepare_run
 from cs336_alignment.data.store import locked
 from cs336_alignment.errors import ExitStatus, Place, UserError, UserErrors
-from cs336_alignment.model.loading import load_tokenizer, resolve_model
+from cs336_alignment.model.loading import load_tokenizer
+from cs336_alignment.model.source import resolve_model
 
 TokenizerOf = Callable[..., PreTrainedTokenizerFast]
 BOS, EOS = 1, 2
@@ -267,7 +268,7 @@ def test_the_ledger_adds_up(
     run: Run,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(module, "BATCH_ROWS", 7)
+    monkeypatch.setattr(encode_processes, "BATCH_ROWS", 7)
     rows = [pair(1 + 5 * i % 13, 1 + 7 * i % 11) for i in range(40)]
     data = run(
         rows, max_train_examples=max_examples, max_length=12, overlong=overlong,
@@ -300,7 +301,7 @@ def test_the_ledger_adds_up(
 
 
 def test_progress_reaches_the_end(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "BATCH_ROWS", 4)
+    monkeypatch.setattr(encode_processes, "BATCH_ROWS", 4)
     seen: list[tuple[str, int | None]] = []
 
     @contextmanager
@@ -496,8 +497,8 @@ def test_a_question_that_spells_a_special_token_is_told(run: Run, tmp_path: Path
 def test_columns_that_come_late_are_told(
     workers: int, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "BATCH_ROWS", 5)
-    monkeypatch.setattr(module, "ROWS_BEFORE_POOL", 10)
+    monkeypatch.setattr(encode_processes, "BATCH_ROWS", 5)
+    monkeypatch.setattr(encode_processes, "ROWS_BEFORE_POOL", 10)
     rows = [{**pair(2, 3), "id": 1}] * 20 + [{**pair(2, 3), "weight": 0.5, "system": "s"}] * 7
     ledger = run(rows, num_workers=workers).ledger
     assert ledger.late_columns == {"system (ignored)": 7, "weight (read)": 7}
@@ -522,7 +523,7 @@ def test_rows_may_begin_with_many_that_cannot_be_read(
     for raw in ('{"prompt": \n' * 120, '{"prompt": \n' * 120 + good):
         with pytest.raises(UserErrors, match="D201"):
             run(raw.encode())
-    monkeypatch.setattr(module, "MOST_UNREADABLE", 110)
+    monkeypatch.setattr(layout, "MOST_UNREADABLE", 110)
     with pytest.raises(UserErrors, match="D201"):
         run(('{"prompt": \n' * 120 + good).encode(), on_bad_row="drop", max_bad_fraction=1.0)
 
@@ -626,7 +627,7 @@ def test_options_without_effect_are_told(
 
 
 def test_a_batch_holds_as_much_of_any_kind_of_row(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "BATCH_CHARACTERS", 1_000)
+    monkeypatch.setattr(encode_processes, "BATCH_CHARACTERS", 1_000)
     text = "x" * 300
     for fields in (
         {"prompt": text},
@@ -634,13 +635,13 @@ def test_a_batch_holds_as_much_of_any_kind_of_row(monkeypatch: pytest.MonkeyPatc
         {"input_ids": [7] * 38},
     ):
         rows = [Row(fields, Place("rows.jsonl", i)) for i in range(8)]
-        assert [len(batch) for batch in module._batches(rows)] == [4, 4]
+        assert [len(batch) for batch in encode_processes._batches(rows)] == [4, 4]
 
 
 def test_a_row_of_any_format_has_a_largest_size(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "MOST_ROW_BYTES", 300)
+    monkeypatch.setattr(encode_processes, "MOST_ROW_BYTES", 300)
     rows = [Row({"messages": [{"content": "x" * n}]}, Place("a.parquet", n)) for n in (299, 300)]
-    (batch,) = module._batches(rows)
+    (batch,) = encode_processes._batches(rows)
     assert batch[0] is rows[0]
     assert isinstance(batch[1], UserError) and (batch[1].code, batch[1].place) == (
         "D215",
@@ -664,13 +665,13 @@ def test_the_cache_serves_what_is_the_same_and_nothing_else(
     run: Run, tokenizer_of: TokenizerOf, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls: list[str] = []
-    original = module._prepare
+    original = prepare._prepare
 
     def counted(*arguments: Any) -> None:
         calls.append("")
         original(*arguments)
 
-    monkeypatch.setattr(module, "_prepare", counted)
+    monkeypatch.setattr(prepare, "_prepare", counted)
 
     def work(*arguments: Any, **options: Any) -> int:
         before = len(calls)
@@ -691,7 +692,7 @@ def test_the_cache_serves_what_is_the_same_and_nothing_else(
     chat = tokenizer_of(template="<s> $A")
     chat.chat_template = "{{ messages }}"
     assert work(rows, chat) == 1
-    monkeypatch.setattr(module, "_code_version", lambda: "another")
+    monkeypatch.setattr(prepare, "_code_version", lambda: "another")
     assert work(rows) == 1
 
 
@@ -704,9 +705,9 @@ def test_a_failed_preparation_leaves_nothing(run: Run, tmp_path: Path) -> None:
 def test_processes_give_what_one_process_gives(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = [pair(1 + i % 7, 1 + i % 5) for i in range(90)]
     alone = run(rows, num_workers=1)
-    monkeypatch.setattr(module, "BATCH_ROWS", 8)
-    monkeypatch.setattr(module, "ROWS_BEFORE_POOL", 10)
-    monkeypatch.setattr(module, "_code_version", lambda: "another")
+    monkeypatch.setattr(encode_processes, "BATCH_ROWS", 8)
+    monkeypatch.setattr(encode_processes, "ROWS_BEFORE_POOL", 10)
+    monkeypatch.setattr(prepare, "_code_version", lambda: "another")
     together = run(rows, num_workers=2)
     assert tokens(together) == tokens(alone) and together.data.places == alone.data.places
     assert together.fingerprint == alone.fingerprint
@@ -721,8 +722,8 @@ def test_processes_give_what_one_process_gives(run: Run, monkeypatch: pytest.Mon
 def test_bad_rows_far_down_are_named(
     workers: int, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "BATCH_ROWS", 5)
-    monkeypatch.setattr(module, "ROWS_BEFORE_POOL", 10)
+    monkeypatch.setattr(encode_processes, "BATCH_ROWS", 5)
+    monkeypatch.setattr(encode_processes, "ROWS_BEFORE_POOL", 10)
     lines = [json.dumps(pair(2, 2)) for _ in range(60)]
     lines[31], lines[47] = json.dumps({"prompt": "1", "response": ""}), '{"prompt": '
     raw = "\n".join(lines).encode()
@@ -750,9 +751,9 @@ def test_errors_cross_process_borders_whole() -> None:
 
 @pytest.mark.fault("T11 a process that tokenizes is killed")
 def test_a_killed_process_is_one_error(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "BATCH_ROWS", 5)
-    monkeypatch.setattr(module, "ROWS_BEFORE_POOL", 10)
-    monkeypatch.setattr(module, "_work", die)
+    monkeypatch.setattr(encode_processes, "BATCH_ROWS", 5)
+    monkeypatch.setattr(encode_processes, "ROWS_BEFORE_POOL", 10)
+    monkeypatch.setattr(encode_processes, "_work", die)
     with pytest.raises(UserError) as caught:
         run([pair(2, 2)] * 60, num_workers=2)
     assert (caught.value.code, caught.value.status) == ("D311", ExitStatus.INTERNAL)

@@ -15,10 +15,10 @@ from cs336_alignment.errors import ExitStatus, UserError
 from cs336_alignment.microbatch import Batching
 from cs336_alignment.model.policy import Policy
 from cs336_alignment.model.recompute import enable_checkpointing
-from cs336_alignment.training import checkpoint, checkpoint_writer
+from cs336_alignment.training import checkpoint_writer, snapshot
 from cs336_alignment.training.checkpoint_writer import CheckpointWriter
 from cs336_alignment.training.optimizer import allocate_state
-from cs336_alignment.training.preflight import largest_microbatch, rehearse_microbatch
+from cs336_alignment.training.rehearsal import largest_microbatch, rehearse_microbatch
 from cs336_alignment.training.step import Cut
 from tests.checkpoints import build, save, sidecars, take_step
 from tests.conftest import build_dataset, build_model
@@ -140,7 +140,7 @@ def test_a_disk_without_room_is_told_before_the_first_step(
 ) -> None:
     module, optimizer = build()
     allocate_state(optimizer)
-    needed = checkpoint.Snapshot.of(checkpoint.TrainState(), module, optimizer).bytes / 2**20
+    needed = snapshot.Snapshot.of(snapshot.TrainState(), module, optimizer).bytes / 2**20
     for room, warns in ((3.1, False), (2.9, True), (1.1, True)):
         monkeypatch.setattr(checkpoint_writer, "free_mib", lambda _, room=room: room * needed)
         warning = writer_of(tmp_path).rehearse(module, optimizer, saves=9)

@@ -21,8 +21,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
 from cs336_alignment.data.dataset import TokenizedDataset
 from cs336_alignment.data.tokenize import TokenRow
-from cs336_alignment.model.loading import load_tokenizer, resolve_model
+from cs336_alignment.model.loading import load_tokenizer
 from cs336_alignment.model.policy import Policy
+from cs336_alignment.model.source import resolve_model
 from cs336_alignment.training import reload_check, reload_child
 from cs336_alignment.training.export import export_model
 from cs336_alignment.training.reload_check import ReloadResult, bit_sums, check_export

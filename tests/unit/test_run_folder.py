@@ -24,9 +24,10 @@ from cs336_alignment.errors import ExitStatus, Place, UserError
 from cs336_alignment.experiments import study
 from cs336_alignment.experiments.expert_iteration import folder_of
 from cs336_alignment.training import run_folder as module
-from cs336_alignment.training.checkpoint import Snapshot, TrainState, save_checkpoint
+from cs336_alignment.training.checkpoint import save_checkpoint
 from cs336_alignment.training.earlier_config import compare
 from cs336_alignment.training.run_folder import KINDS, RunFolder
+from cs336_alignment.training.snapshot import Snapshot, TrainState
 from tests.conftest import ROOT
 
 

@@ -10,7 +10,8 @@ import pytest
 from cs336_alignment.data import chat
 from cs336_alignment.data.chat import ChatRenderer
 from cs336_alignment.errors import ExitStatus, Place, UserError
-from cs336_alignment.model.loading import load_tokenizer, resolve_model
+from cs336_alignment.model.loading import load_tokenizer
+from cs336_alignment.model.source import resolve_model
 from tests.conftest import TINY, Sft
 
 PLAIN = "{% for m in messages %}<{{ m.role }}>{{ m.content }}</s>{% endfor %}"

@@ -21,7 +21,7 @@ from cs336_alignment.evaluation.server_answers import (
 from cs336_alignment.evaluation.server_client import ServerClient
 from cs336_alignment.evaluation.server_dialect import Dialect, learn
 from cs336_alignment.evaluation.server_generator import PromptForms, ServerGenerator
-from cs336_alignment.model.loading import resolve_model
+from cs336_alignment.model.source import resolve_model
 from tests.fake_server import EXTRAS, FakeServer, words_of
 
 SAMPLING = Sampling(max_new_tokens=40)

@@ -13,8 +13,9 @@ from cs336_alignment.config import Config
 from cs336_alignment.config_clashes import clashes
 from cs336_alignment.data.batching import plan_microbatches
 from cs336_alignment.errors import ExitStatus, UserError
-from cs336_alignment.model.loading import load_model, resolve_model
-from cs336_alignment.model.lora import base_tensors
+from cs336_alignment.model.adapters import base_tensors
+from cs336_alignment.model.loading import load_model
+from cs336_alignment.model.source import resolve_model
 from cs336_alignment.training.parallel import Processes, refuse_launcher_options, refuse_sharding
 from cs336_alignment.training.sharded_loading import _fill
 from cs336_alignment.training.shards import Part, Pieces, write_parts

@@ -16,7 +16,8 @@ from cs336_alignment.config import Config, DataConfig, ModelConfig
 from cs336_alignment.data.templates import PromptTemplate, load_template
 from cs336_alignment.data.tokenize import tokenize_prompts
 from cs336_alignment.env_command import shown_variables
-from cs336_alignment.model.loading import load_tokenizer, resolve_model
+from cs336_alignment.model.loading import load_tokenizer
+from cs336_alignment.model.source import resolve_model
 from cs336_alignment.sharing.card import Card, license_of, shorten
 from cs336_alignment.sharing.chat_template import as_chat_template
 

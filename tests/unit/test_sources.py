@@ -19,7 +19,8 @@ import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
-from cs336_alignment.data.sources import Row, open_source
+from cs336_alignment.data.row import Row
+from cs336_alignment.data.sources import open_source
 from cs336_alignment.errors import ExitStatus, UserError
 
 GOOD = b'{"prompt": "p", "response": "r"}'

@@ -23,7 +23,8 @@ from cs336_alignment.errors import ExitStatus, UserError
 from cs336_alignment.evaluation.generate import LocalGenerator
 from cs336_alignment.evaluation.sampling import Request, Sampling
 from cs336_alignment.evaluation.vllm_backend import VllmGenerator
-from cs336_alignment.model.loading import eos_ids, load_model, resolve_model
+from cs336_alignment.model.loading import eos_ids, load_model
+from cs336_alignment.model.source import resolve_model
 
 SOURCE = resolve_model("builtin:arithmetic", None, False)
 
