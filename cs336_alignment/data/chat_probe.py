@@ -54,5 +54,5 @@ def probe_template(tokenizer: PreTrainedTokenizerBase) -> Habits:
     parts = [{"type": "text", "text": f"{PROBE}{i}"} for i in range(2)]
     # Anything but white space is the list itself, written out by a template for strings.
     between = re.search(rf"{PROBE}0(\s*){PROBE}1", render({"role": "user", "content": parts}))
-    header = before.removeprefix(asked) if has_header else ""
+    header = before[len(asked) :] if has_header else ""
     return Habits(end, header, keeps_turns, between[1] if between else "")
