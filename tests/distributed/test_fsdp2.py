@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from cs336_alignment.evaluation.loss import evaluate_loss
@@ -177,6 +177,11 @@ def test_a_sharded_run_goes_on_with_an_adapter(
     assert not (tmp_path / "outputs/more/model").exists()
     dora = json.loads((before / "adapter_config.json").read_text()) | {"use_dora": True}
     (before / "adapter_config.json").write_text(json.dumps(dora))
+    magnitudes = {
+        name.replace("lora_B.weight", "lora_magnitude_vector"): torch.ones(len(tensor))
+        for name, tensor in one.items() if name.endswith("lora_B.weight")
+    }  # fmt: skip
+    save_file({**one, **magnitudes}, before / "adapter_model.safetensors")
     words = (*common, *SHARDED, f"lora.adapter_path={before}", "run_name=dora")
     refused = sft("train", *words, processes=2)
     assert refused.returncode == 78 and "lora.dora and parallel.strategy" in refused.stderr
