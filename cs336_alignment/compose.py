@@ -25,7 +25,13 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from cs336_alignment.compose_errors import config_folder, no_such_key, presets, translate
+from cs336_alignment.compose_errors import (
+    config_folder,
+    no_such_key,
+    presets,
+    translate,
+    unreadable_preset,
+)
 from cs336_alignment.compose_groups import refuse_hidden_groups
 from cs336_alignment.config import ALL_KEYS, DEFAULT_WARMUP_RATIO, Config
 from cs336_alignment.config_check import check, refuse_secrets
@@ -185,6 +191,8 @@ def _compose(verb: str, arguments: Sequence[str], task: Callable[[DictConfig], A
             entry(task)()
         except (HydraException, OmegaConfBaseException) as failure:
             raise translate(failure) from failure
+        except (YAMLError, UnicodeDecodeError) as failure:
+            raise unreadable_preset(failure) from failure
         except ValueError as failure:  # flags that do not combine, a plain error in Hydra
             raise UserError(
                 "C115",

@@ -10,7 +10,7 @@ from pathlib import Path
 from hydra.errors import MissingConfigException, OverrideParseException
 from omegaconf.errors import InterpolationResolutionError
 
-from cs336_alignment.config import ALL_KEYS, ColumnsConfig, SourceConfig
+from cs336_alignment.config import ALL_KEYS, ColumnsConfig, Config, SourceConfig, flatten
 from cs336_alignment.config_names import as_preset, what_was_meant
 from cs336_alignment.errors import ExitStatus, Place, UserError
 
@@ -68,10 +68,8 @@ def translate(failure: Exception) -> UserError:
             ExitStatus.BAD_CONFIG,
             expected="section.key=value",
             got=text.splitlines()[0],
-            hint=as_preset(file)
-            if (file := Path(str(failure.override))).suffix in (".yaml", ".yml")
-            and "=" not in str(file)
-            else "put quotes around values with '=', ',' or spaces: 'key=\"a,b\"'",
+            hint=_of_file(str(failure.override))
+            or "put quotes around values with '=', ',' or spaces: 'key=\"a,b\"'",
         )
     place = None
     if match := re.search(r"In '([^']+)'", text):
@@ -126,15 +124,46 @@ def translate(failure: Exception) -> UserError:
             hint=f"{key}=null" if "'none'" in reason.lower() else f"{key}={_shape(reason)}",
         )
     if match := re.search(r"Ambiguous value for argument '([^=]+)=(.*)'", text):
-        key, value = match.groups()
-        several = "several runs want --multirun (-m)"
-        if (config_folder() / key).is_dir():
-            message, hint = f"{key}={value} chooses several presets", several
-        else:
-            message = f"{key}={value} may be a list, a text or several runs"
-            hint = f"'{key}=[{value}]' is a list, '{key}=\"{value}\"' a text; {several}"
-        return UserError("C109", message, ExitStatus.BAD_CONFIG, hint=hint)
+        return _several_values(*match.groups())
     return UserError("C100", " ".join(text.split()), ExitStatus.BAD_CONFIG, place=place)
+
+
+def _of_file(word: str) -> str | None:
+    """Say how a config or data in a file are given; None: the word names no such file."""
+    kind = "" if "=" in word else Path(word).suffix
+    if kind in (".yaml", ".yml"):
+        return as_preset(Path(word))
+    return (
+        f"type data.train_path={word}" if kind in (".jsonl", ".json", ".csv", ".parquet") else None
+    )
+
+
+def _several_values(key: str, value: str) -> UserError:
+    default = dict(flatten(Config())).get(key)
+    either = key == "lora.target_modules"
+    ways = ["several runs want --multirun (-m)"]
+    if isinstance(default, list) or either:
+        ways.append(f"a list brackets: '{key}=[{value}]'")
+    if (key in ALL_KEYS and (default is None or isinstance(default, str))) or either:
+        ways.append(f"a text quotes: '{key}=\"{value}\"'")
+    if key in ("data.train_path", "data.eval_path"):
+        ways.append("several files a pattern, 'rows-*.jsonl', or data.sources")
+    return UserError(
+        "C109", f"{key}={value} gives several values", ExitStatus.BAD_CONFIG, hint="; ".join(ways)
+    )
+
+
+def unreadable_preset(failure: Exception) -> UserError:
+    """Build the error for a file that is no YAML, or no text."""
+    mark = getattr(failure, "problem_mark", None)
+    return UserError(
+        "C126",
+        "a preset cannot be read",
+        ExitStatus.BAD_CONFIG,
+        place=None if mark is None else Place(mark.name, mark.line + 1),
+        got=str(getattr(failure, "problem", None) or failure),
+        hint="YAML in UTF-8: indent with spaces, one `key: value` a line, each key once",
+    )
 
 
 def _shape(reason: str) -> str:
@@ -164,7 +193,9 @@ def _unknown_preset(text: str) -> UserError:
         )
     group, _, choice = name.rpartition("/")
     folder = config_folder() / group
-    known = sorted(path.stem for path in folder.glob("*.yaml"))
+    # Hydra lists those of --config-dir, too.
+    known = re.findall(r"^\t(\S+)$", text, re.MULTILINE)
+    known = known or sorted(path.stem for path in folder.glob("*.yaml"))
     if not known:
         groups = sorted(path.name for path in config_folder().iterdir() if path.is_dir())
         near = next(iter(difflib.get_close_matches(group, groups, n=1)), None)

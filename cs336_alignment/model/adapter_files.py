@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -51,8 +52,7 @@ def read_adapter_config(folder: Path) -> Any:
     try:
         config: Any = PeftConfig.from_pretrained(str(folder))
     except Exception as failure:
-        what = f"{ADAPTER_CONFIG} cannot be read: {first_line(failure)}"
-        raise unfit(folder, what) from failure
+        raise unfit(folder, f"{ADAPTER_CONFIG} cannot be read: {first_line(failure)}") from failure
     if not isinstance(config, PeftLora):
         raise unfit(folder, f"it is no LoRA: {config.peft_type}")
     default: Any = PeftLora()
@@ -76,13 +76,25 @@ def _where_adapters_are(folder: Path) -> str:
     return "of the hub: hf download NAME --local-dir FOLDER"
 
 
+def load_weights(folder: Path) -> dict[str, Tensor]:
+    """Read the tensors of an adapter's folder.
+
+    Raises:
+        UserError: the file is damaged (78).
+    """
+    try:
+        return load_file(folder / ADAPTER_WEIGHTS)
+    except (OSError, SafetensorError) as failure:
+        raise unfit(folder, f"{ADAPTER_WEIGHTS} cannot be read: {first_line(failure)}") from failure
+
+
 def read_adapter_weights(folder: str | Path, model: nn.Module) -> dict[str, Tensor]:
     """Read the tensors of an adapter's folder, by the names of `adapter_tensors`.
 
     Raises:
         UserError: they are not those that the model, with its adapters, has (78).
     """
-    weights = load_file(Path(folder).expanduser() / ADAPTER_WEIGHTS)
+    weights = load_weights(Path(folder).expanduser())
     refuse_unfit(Path(folder), model, weights)
     return weights
 

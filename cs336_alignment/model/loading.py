@@ -240,7 +240,8 @@ def _refuse_drawn_weights(source: ModelSource, info: Mapping[str, Any]) -> None:
 def _cannot_load(what: str, source: ModelSource, failure: Exception) -> UserError:
     message = f"cannot load the {what} of {source.location}: {first_line(failure)}"
     hint = "check the id and the network; offline, give a local folder or fill the cache first"
-    return UserError("M103", message, ExitStatus.NOT_FOUND, hint=None if source.is_local else hint)
+    hint = "that of a run is in its folder model/" if source.is_local else hint
+    return UserError("M103", message, ExitStatus.NOT_FOUND, hint=hint)
 
 
 def eos_ids(settings: GenerationConfig | None, tokenizer: PreTrainedTokenizerBase) -> set[int]:

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 from transformers import PreTrainedModel
@@ -23,7 +22,7 @@ from transformers import PreTrainedModel
 from cs336_alignment.config import LoraConfig
 from cs336_alignment.errors import ExitStatus, Place, UserError, first_line
 from cs336_alignment.model.adapter_files import (
-    ADAPTER_WEIGHTS,
+    load_weights,
     read_adapter_config,
     read_adapter_weights,
     refuse_unfit,
@@ -95,7 +94,7 @@ def load_adapter(folder: Path, model: PreTrainedModel, base: Base) -> None:
     Raises:
         UserError: it does not fit (78).
     """
-    config, weights = read_adapter_config(folder), load_file(folder / ADAPTER_WEIGHTS)
+    config, weights = read_adapter_config(folder), load_weights(folder)
     base.refuse_another(folder, None)  # it named the model itself
     embedding = model.get_input_embeddings()
     name = next(name for name, module in model.named_modules() if module is embedding)
@@ -324,4 +323,4 @@ def _refuse_unknown(model: nn.Module, wanted: Collection[str], key: str) -> None
 
 def _linear_names(model: nn.Module) -> str:
     names = {name.rpartition(".")[2] for name, m in model.named_modules() if hasattr(m, "weight")}
-    return f"its modules are {', '.join(sorted(names))}"
+    return f"its modules are {', '.join(sorted(names))}: in […] their names, else a pattern"

@@ -135,9 +135,12 @@ def test_contract_defaults() -> None:
         (("--config-name", "x"), 2, ("--config-dir . experiment=x",)),
         (("my/experiment/run.yaml",), 78, ("hint: type: --config-dir my experiment=run",)),
         (("data.train_path=a=b.yaml",), 78, ("put quotes around",)),
-        (("optimizer=adamw,muon",), 78, ("chooses several presets", "hint: several runs")),
+        (("optimizer=adamw,muon",), 78, ("gives several values", "hint: several runs want --multirun (-m)\n")),
+        (("d.jsonl",), 78, ("type data.train_path=d.jsonl",)),
+        (("data.train_path=a.jsonl,b.jsonl",), 78, ("a text quotes", "several files a pattern")),
+        (("optimizer.learning_rate=1,2",), 78, ("hint: several runs want --multirun (-m)\n",)),
         (("my/run.yaml",), 78, ("type: --config-dir my experiment=run",)),
-        (("lora.target_modules=a,b",), 78, ("'lora.target_modules=[a,b]' is a list",)),
+        (("lora.target_modules=a,b",), 78, ("a list brackets: 'lora.target_modules=[a,b]'",)),
         (("lora.modules_to_save=a",), 78, ("lora.modules_to_save=[…] or [], a list",)),
         (("--cfg", "job", "--multirun"), 78, ("error[C115]", "hint: give one")),
         (("--config", "dir/x.yaml"), 2, ("--config-dir dir experiment=x",)),
@@ -308,6 +311,30 @@ def test_groups_that_a_preset_leaves_alone(tmp_path: Path) -> None:
     assert composed(*mine, "optimizer=muon", "logger=wandb")[0].logger.backend == "wandb"
     with pytest.raises(UserError, match=r"C136.*optimizer=adamw(.|\n)*optimizer.eps=1e-08"):
         composed(*mine, "optimizer=adamw")
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        (b"a: b: c\n", "broken.yaml:1"),
+        (b"trainer:\n\tmax_steps: 3\n", "broken.yaml:2"),
+        (b"seed: 1\nseed: 2\n", "broken.yaml:2"),
+        (b"# @package _global_\nrun_name: \xe9\n", "utf-8"),
+    ],
+)
+def test_a_preset_that_is_no_yaml_is_one_error(content: bytes, told: str, tmp_path: Path) -> None:
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment/broken.yaml").write_bytes(content)
+    with pytest.raises(UserError, match="C126") as error:
+        composed("--config-dir", str(tmp_path), "experiment=broken", *GIVEN)
+    assert told in str(error.value) and error.value.status == 78
+
+
+def test_presets_of_ones_own_are_named_when_another_is_meant(tmp_path: Path) -> None:
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment/mine.yaml").write_text("# @package _global_\nseed: 3\n")
+    with pytest.raises(UserError, match=r"C110(.|\n)*did you mean experiment=mine\?"):
+        composed("--config-dir", str(tmp_path), "experiment=min", *GIVEN)
 
 
 def test_hydra_flags_and_no_litter(sft: Sft, tmp_path: Path) -> None:

@@ -289,6 +289,10 @@ def test_an_adapter_goes_on_only_where_it_belongs(tmp_path: Path, tokenizer: Any
     for more in ({"r": 8}, {"bias": "all"}, {"modules_to_save": None}, {"peft_type": "IA3"}):
         (folder / "adapter_config.json").write_text(json.dumps({**config, **more}))
         refused("M127")
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    weights = folder / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    assert "adapter_model.safetensors cannot be read" in refused("M127")
 
 
 def test_freezing_by_name() -> None:
