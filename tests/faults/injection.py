@@ -6,7 +6,7 @@ strikes at the k-th; a write is done by half first. A series over k = 1, 2, 3 â€
 ends before the fault comes.
 
 Losing power is more than being killed, and comes after the last operation too: files written since
-their last fsync are emptied. A disk may keep the names of the day or lose them as well: then renames
+their last fsync go back to the length that they had then, and are emptied if there was none. A disk may keep the names of the day or lose them as well: then renames
 whose folder was not flushed since are undone.
 """
 
@@ -94,6 +94,7 @@ class _Disk:
     count: int = 0
     struck: bool = False
     dirty: set[str] = field(default_factory=set)  # written since the last fsync
+    lengths: dict[str, int] = field(default_factory=dict)  # of files at their last fsync
     renames: list[tuple[str, str, bytes | None]] = field(default_factory=list)  # not yet flushed
 
     def install(self) -> None:
@@ -104,6 +105,8 @@ class _Disk:
             if isinstance(file, int) or not set(mode) & set("wax+"):
                 return open_as_before(file, mode, *args, **options)
             self.operation(creates=True)
+            if "a" not in mode and "+" not in mode:
+                self.lengths.pop(os.path.abspath(file), None)  # it begins anew
             raw = _CountedFile(file, mode.replace("b", "").replace("t", ""))
             raw.disk = self
             if 0 in (*args[:1], options.get("buffering")):  # a line of metrics is one write
@@ -153,6 +156,9 @@ class _Disk:
             moved = {path for path in self.dirty if path == before or path.startswith(before + "/")}
             self.dirty -= moved
             self.dirty |= {after + path[len(before) :] for path in moved}
+            self.lengths.pop(after, None)
+            for path in [p for p in self.lengths if p == before or p.startswith(before + "/")]:
+                self.lengths[after + path[len(before) :]] = self.lengths.pop(path)
             self.renames.append((before, after, old))
 
         return counted
@@ -160,6 +166,8 @@ class _Disk:
     def flushed(self, path: str) -> None:
         """What this file or folder holds will be there after a loss of power."""
         self.dirty.discard(path)
+        if os.path.isfile(path):
+            self.lengths[path] = os.path.getsize(path)
         self.renames = [r for r in self.renames if os.path.dirname(r[1]) != path]
 
     def operation(self, *, creates: bool, half: Callable[[], object] = lambda: None) -> None:
@@ -181,7 +189,7 @@ class _Disk:
         """Take away what no flush has brought to the disk, renames too if asked to."""
         for path in self.dirty:
             if os.path.exists(path):
-                os.truncate(path, 0)
+                os.truncate(path, min(self.lengths.get(path, 0), os.path.getsize(path)))
         for before, after, old in reversed(self.renames if names else []):
             if not os.path.exists(after) or not os.path.isdir(os.path.dirname(before)):
                 continue
