@@ -6,8 +6,9 @@ strikes at the k-th; a write is done by half first. A series over k = 1, 2, 3 â€
 ends before the fault comes.
 
 Losing power is more than being killed, and comes after the last operation too: files written since
-their last fsync go back to the length that they had then, and are emptied if there was none. A disk may keep the names of the day or lose them as well: then renames
-whose folder was not flushed since are undone.
+their last fsync go back to the length that they had then, and are emptied if there was none. A disk
+may keep the names of the day or lose them as well: then renames whose folder was not flushed since
+are undone.
 """
 
 from __future__ import annotations
