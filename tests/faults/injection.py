@@ -6,9 +6,9 @@ strikes at the k-th; a write is done by half first. A series over k = 1, 2, 3 â€
 ends before the fault comes.
 
 Losing power is more than being killed, and comes after the last operation too: files written since
-their last fsync go back to the length that they had then, and are emptied if there was none. A disk
-may keep the names of the day or lose them as well: then renames whose folder was not flushed since
-are undone.
+their last fsync are emptied, but for those that were only appended to: they go back to the length
+that they had then. A disk may keep the names of the day or lose them as well: then renames whose
+folder was not flushed since are undone.
 """
 
 from __future__ import annotations
@@ -106,8 +106,8 @@ class _Disk:
             if isinstance(file, int) or not set(mode) & set("wax+"):
                 return open_as_before(file, mode, *args, **options)
             self.operation(creates=True)
-            if "a" not in mode and "+" not in mode:
-                self.lengths.pop(os.path.abspath(file), None)  # it begins anew
+            if "a" not in mode:  # what was there may be written over
+                self.lengths.pop(os.path.abspath(file), None)
             raw = _CountedFile(file, mode.replace("b", "").replace("t", ""))
             raw.disk = self
             if 0 in (*args[:1], options.get("buffering")):  # a line of metrics is one write
