@@ -118,8 +118,7 @@ class _Gradients:
     ) -> None:
         self._factors = hidden, weight
         self.hidden = torch.empty_like(hidden) if needed[0] else None
-        new = torch.empty_like if len(hidden) else torch.zeros_like  # the first chunk fills it
-        self.weight = new(weight, dtype=dtype) if needed[1] else None
+        self.weight = torch.zeros_like(weight, dtype=dtype) if needed[1] else None
         self.bias = torch.zeros_like(bias, dtype=dtype) if bias is not None and needed[2] else None
 
     def add(self, chunk: slice, d_logits: Tensor) -> None:
@@ -136,7 +135,7 @@ class _Gradients:
         if self.hidden is not None:
             torch.mm(d_logits, weight, out=self.hidden[chunk])
         if self.weight is not None:
-            _add_product(self.weight, d_logits.T, hidden[chunk], first=chunk.start == 0)
+            _add_product(self.weight, d_logits.T, hidden[chunk])
 
 
 class _ChunkedLogProbs(torch.autograd.Function):
@@ -307,11 +306,8 @@ def _logits(
     return logits
 
 
-def _add_product(total: Tensor, left: Tensor, right: Tensor, first: bool) -> None:
-    """Add a product to a total that holds nothing yet if this is the first."""
+def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
     if total.dtype == left.dtype:
-        total.addmm_(left, right, beta=0 if first else 1)  # 0: what is there is not read
-    elif first:
-        total.copy_(left @ right)
+        total.addmm_(left, right)
     else:
         total += left @ right
