@@ -198,6 +198,7 @@ class ParallelConfig:
     timeout_minutes: float = 30.0
     reshard_after_forward: bool = True
     shard_gradients: bool = True
+    cpu_offload: bool = False
 
 
 @dataclass

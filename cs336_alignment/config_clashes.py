@@ -19,6 +19,7 @@ from cs336_alignment.config import (
     ExportConfig,
     LoraConfig,
     OptimizerConfig,
+    ParallelConfig,
 )
 from cs336_alignment.errors import ExitStatus, UserError
 from cs336_alignment.metric_names import GENERATED, greater_is_better, nearest_metric
@@ -134,8 +135,8 @@ def _training_clashes(config: Config) -> Iterator[UserError]:
 def _parallel_clashes(config: Config) -> Iterator[UserError]:
     parallel = config.parallel
     if parallel.strategy != "fsdp2":
-        for name in ("reshard_after_forward", "shard_gradients"):
-            if not getattr(parallel, name):
+        for name in ("reshard_after_forward", "shard_gradients", "cpu_offload"):
+            if getattr(parallel, name) != getattr(ParallelConfig(), name):
                 yield clash(f"parallel.{name}", "parallel.strategy", "parallel=fsdp2 reads it")
 
 

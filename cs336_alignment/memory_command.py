@@ -37,6 +37,7 @@ from cs336_alignment.training.memory import (
     device_memory,
     divided,
     gib,
+    placed,
     refuse_too_large,
     ways_to_less,
 )
@@ -69,17 +70,20 @@ def report_memory(config: Config) -> ExitStatus:
             ExitStatus.BAD_CONFIG,
             hint="type cs336-sft doctor --memory parallel.num_processes=…",
         )  # fmt: skip
-    outlook = Outlook.of(config, console)
+    outlook, sharded = Outlook.of(config, console), config.parallel.strategy == SHARDED
     found, whole = outlook.found, outlook.whole(config)
     if found is not None:
         apiece = f" for each of {outlook.processes} processes" if outlook.shares else ""
         console.note(f"{'memory':<10} {gib(found.total)}, {gib(found.free)} free now{apiece}")
     needs = outlook.each(config, whole)
-    outlook.show(needs)
-    warning = refuse_too_large(needs, found, outlook.device, config)
-    if warning is not None:
-        console.warn(warning)
-    if config.parallel.strategy == SHARDED and outlook.processes > 1:
+    for device, part in placed(needs, config, outlook.device).items():
+        outlook.show(part, device)
+        if device != outlook.device:
+            found = device_memory(device, outlook.processes)
+        warning = refuse_too_large(part, found, device, config)
+        if warning is not None:
+            console.warn(warning)
+    if config.parallel.cpu_offload or (sharded and outlook.processes > 1):
         console.note("not measured: one process alone would hold the whole model")
         return ExitStatus.DONE
     console.note("measuring  the worst microbatch, in a process of its own")
@@ -233,30 +237,29 @@ class Outlook:
     def _accumulates(self, cut: Cut) -> bool:
         return accumulates(self.plan, cut, self.data.train.dataset, self.steps, self.processes)
 
-    def show(self, needs: Needs) -> None:
-        """Print the estimate, part by part."""
+    def show(self, needs: Needs, device: torch.device) -> None:
+        """Print the estimate of what a device holds, part by part."""
         model, parts = self.foresight.policy.model, needs.microbatch
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        of_all = {
-            "gathered by FSDP2" if self.config.parallel.strategy == SHARDED else "DDP's buckets":
-            needs.shared
-        }  # fmt: skip
+        sharded = self.config.parallel.strategy == SHARDED
         rows: list[tuple[str, float, float]] = [
             ("program and libraries", self.base, self.base),
             (f"{WEIGHTS}, {model.num_parameters():,} parameters", needs.weights, needs.weights),
             (f"{GRADIENTS} of {trained:,}, as far as they are there",
              parts[GRADIENTS], needs.gradients),
             (STATE, needs.state, needs.state),
-            *((name, size, size) for name, size in of_all.items() if size),
+            ("gathered by FSDP2" if sharded else "DDP's buckets", needs.shared, needs.shared),
             (f"{ACTIVATIONS}, {self.batching} rows", parts[ACTIVATIONS], 0),
             (f"{HEAD}, a chunk and its gradients", parts[HEAD], 0),
             (PASSING, parts[PASSING], needs.stepping),
-            *([(GAPS, parts[GAPS], 0)] if parts[GAPS] else []),
+            (GAPS, parts[GAPS], 0),
             ("sum", self.base + needs.at_microbatch, self.base + needs.at_step),
         ]  # fmt: skip
         self.console.table(
-            "estimate, before anything is loaded (GiB)", ["part", "microbatch", "optimizer step"],
-            [[name, *(f"{size / 2**30:.2f}" for size in sizes)] for name, *sizes in rows],
+            f"estimate for the {device.type}, before anything is loaded (GiB)",
+            ["part", "microbatch", "optimizer step"],
+            [[name, *(f"{size / 2**30:.2f}" for size in sizes)]
+             for name, *sizes in rows if any(sizes)],
         )  # fmt: skip
 
     def compare(self, needs: Needs, trial: Trial) -> None:

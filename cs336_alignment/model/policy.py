@@ -32,15 +32,23 @@ class Policy(nn.Module):
     Attributes:
         compute_dtype: of the products; None: the weights' own. Where weights are sharded they are
             gathered in it, and `autocast_dtype` is None.
+        compute_device: where weights are gathered that lie elsewhere; None: they are where they
+            are computed with.
     """
 
     def __init__(self, model: PreTrainedModel, autocast_dtype: torch.dtype | None = None) -> None:
         super().__init__()
         self.model = model
         self.autocast_dtype = self.compute_dtype = autocast_dtype
+        self.compute_device: torch.device | None = None
         self.head = head_of(model)
         if why_not_flat(model, max_length=0) is None:
             model.set_attn_implementation(FLAT_ATTENTION)
+
+    @property
+    def device(self) -> torch.device:
+        """Where it computes."""
+        return self.compute_device or next(self.parameters()).device
 
     def forward(
         self,
@@ -52,7 +60,7 @@ class Policy(nn.Module):
         """Compute the log-probs of a microbatch's response tokens.
 
         Args:
-            batch: on the model's device.
+            batch: on `device`.
             with_entropy: also give the entropy of each response position, without a graph.
             slopes: (R,) the gradient of the loss by each log-prob (or value of the objective), if
                 known: saves a product in the head.

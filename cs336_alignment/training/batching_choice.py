@@ -202,8 +202,7 @@ def _probing(policy: Policy) -> Iterator[None]:
 
 
 def _log_probs(policy: Policy, rows: Sequence[TokenizedExample], batching: Batching) -> Tensor:
-    device = next(policy.parameters()).device
-    log_probs: Tensor = policy(collate(rows, batching=batching).to(device))[0]
+    log_probs: Tensor = policy(collate(rows, batching=batching).to(policy.device))[0]
     return log_probs
 
 
@@ -211,15 +210,14 @@ def _reference(policy: Policy, rows: Sequence[TokenizedExample]) -> Tensor:
     """Row by row through the whole model, head included, with nothing of this project in
     between.
     """
-    device = next(policy.parameters()).device
     parts = []
     for row in rows:
-        ids = row.input_ids.to(device)
+        ids = row.input_ids.to(policy.device)
         with past_the_hooks(policy):
             logits = policy.model(ids[None, :-1], use_cache=False).logits[0]
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         log_probs = logits.log_softmax(-1).gather(1, ids[1:, None]).squeeze(1)
-        parts.append(log_probs[row.response_mask[1:].to(device)])
+        parts.append(log_probs[row.response_mask[1:].to(policy.device)])
     return torch.cat(parts)
 
 

@@ -29,7 +29,7 @@ NOTICED = frozenset({
     "trainer.gradient_accumulation_steps", "trainer.batching", "trainer.gradient_checkpointing",
     "trainer.compile", "trainer.early_stopping_patience", "trainer.loss_spike",
     "trainer.loss_spike_nats", "parallel.strategy", "parallel.reshard_after_forward",
-    "parallel.shard_gradients",
+    "parallel.shard_gradients", "parallel.cpu_offload",
 })  # fmt: skip
 LENGTH = frozenset({"trainer.max_steps", "trainer.num_train_epochs"})
 CUT = frozenset(

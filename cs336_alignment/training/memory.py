@@ -109,7 +109,7 @@ def divided(
         accumulates: whether a step has several microbatches.
         compute_bytes: of a number in the compute dtype, in which parameters are gathered.
     """
-    if processes == 1:
+    if processes == 1 and strategy != SHARDED:
         return needs
     parts = needs.microbatch.copy()
     if strategy != SHARDED:
@@ -131,6 +131,24 @@ def divided(
         shared=compute_bytes * gathered,
         microbatch=parts,
     )
+
+
+def placed(needs: Needs, config: Config, device: torch.device) -> dict[torch.device, Needs]:
+    """Say what of it each memory must hold; see `parallel.cpu_offload`.
+
+    Args:
+        needs: of each process.
+        config: of the run.
+        device: where it computes.
+    """
+    if device.type == "cpu" or not config.parallel.cpu_offload:
+        return {device: needs}
+    parts = needs.microbatch.copy()
+    parts.pop(GRADIENTS, None)
+    return {
+        device: Needs(0, 0, 0, needs.shared, parts),
+        torch.device("cpu"): replace(needs, shared=0, microbatch=Counter()),
+    }
 
 
 def _sizes(module: nn.Module) -> tuple[int, int]:

@@ -99,7 +99,7 @@ def _refuse_other_sharding(config: Config) -> None:
     same = {
         "parallel.strategy": (config.parallel.strategy, "fsdp2"),
         "fsdp_version": (os.environ.get("FSDP_VERSION", "1"), "2"),
-        "fsdp_offload_params": (_is_set("FSDP_OFFLOAD_PARAMS"), False),
+        "parallel.cpu_offload": (config.parallel.cpu_offload, _is_set("FSDP_OFFLOAD_PARAMS")),
         "parallel.reshard_after_forward": (
             config.parallel.reshard_after_forward,
             os.environ.get("FSDP_RESHARD_AFTER_FORWARD", "true").lower() != "false",
@@ -135,15 +135,19 @@ def start_processes(config: ParallelConfig) -> Accelerator:
         UserError: accelerate and launcher disagree on the number of processes, or the number is not
             the one that `parallel.num_processes` asserts (78).
     """
-    if config.strategy == "fsdp2":  # accelerate would shard by itself, and load by its own rules
+    timeout = timedelta(minutes=config.timeout_minutes)
+    if config.strategy == "fsdp2":
+        # accelerate would shard by itself, and load by its own rules.
         os.environ.pop("ACCELERATE_USE_FSDP", None)
+        if not torch.distributed.is_initialized():
+            _open_group(timeout)
     accelerator = Accelerator(
         # Without a GPU a plain Accelerator() would start no group: every process would train alone.
         cpu=not torch.cuda.is_available(),
         mixed_precision="no",
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
         kwargs_handlers=[
-            InitProcessGroupKwargs(timeout=timedelta(minutes=config.timeout_minutes)),
+            InitProcessGroupKwargs(timeout=timeout),
             DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
         ],
     )
@@ -174,12 +178,18 @@ def start_processes(config: ParallelConfig) -> Accelerator:
             hint=f"torchrun --standalone --nproc_per_node {config.num_processes} scripts/train.py "
             "… (`accelerate launch --cpu` starts one process, whatever it is told)",
         )
-    if config.strategy == "fsdp2" and not torch.distributed.is_initialized():
-        torch.distributed.init_process_group(
-            "nccl" if accelerator.device.type == "cuda" else "gloo",
-            store=HashStore(), rank=0, world_size=1,
-        )  # fmt: skip
     return accelerator
+
+
+def _open_group(timeout: timedelta) -> None:
+    """Open the group that `fully_shard` needs: accelerate opens none for a lone process, and on
+    GPUs none that sums what lies in the machine's memory, too.
+    """
+    alone: dict[str, Any] = {"store": HashStore(), "rank": 0, "world_size": 1}
+    torch.distributed.init_process_group(
+        "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo",
+        timeout=timeout, **(alone if launched_processes() == 1 else {}),
+    )  # fmt: skip
 
 
 def without_weights() -> contextlib.AbstractContextManager[Any]:

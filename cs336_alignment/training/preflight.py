@@ -52,7 +52,7 @@ def warm_up_compiled(policy: Policy, batching: Batching) -> None:
     compile_layers(policy.model)
     batch = collate(probe_rows(policy, lengths=(24, 40)), batching=batching)
     try:
-        policy(batch.to(next(policy.parameters()).device))[0].sum().backward()
+        policy(batch.to(policy.device))[0].sum().backward()
     except Exception as failure:  # of a hundred kinds
         raise UserError(
             "C118",

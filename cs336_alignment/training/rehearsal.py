@@ -169,7 +169,7 @@ def rehearse_microbatch(
     Raises:
         UserError: there is not enough memory (70).
     """
-    device = next(policy.parameters()).device
+    device = policy.device
     batch = collate([dataset[i] for i in ids], batching=cut.batching).to(device)
     seconds = 0.0
     policy.train()

@@ -57,7 +57,7 @@ def describe_run(
     parameter = next(policy.parameters())
     dtype = DTYPE_NAMES.get(parameter.dtype, str(parameter.dtype))
     compute = DTYPE_NAMES.get(policy.compute_dtype or parameter.dtype, "?")
-    compute += doubt_about(policy.compute_dtype, parameter.device)
+    compute += doubt_about(policy.compute_dtype, policy.device)
     threads = torch.get_num_threads()
     count = sum(p.numel() for p in policy.parameters())
     trained = sum(p.numel() for p in policy.parameters() if p.requires_grad)
@@ -74,7 +74,7 @@ def describe_run(
         ("model", f"{config.model.name_or_path}, {count:,} parameters, {share}{drawn}"),
         *([("adapters", describe_adapter(policy.model))] if is_adapted(policy.model) else []),
         ("precision", f"weights {dtype}{frozen}, compute {compute}, optimizer state {dtype}"),
-        ("processes", f"{num_processes} on {parameter.device.type}, {threads} thread(s) each"),
+        ("processes", f"{num_processes} on {policy.device.type}, {threads} thread(s) each"),
         *(("data", ledger_line(ledger)) for ledger in train.ledgers),
     ]
     if train.mixture is not None:

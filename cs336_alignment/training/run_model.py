@@ -19,7 +19,12 @@ from cs336_alignment.model.trainable import load_to_train
 from cs336_alignment.tracking.console import Console
 from cs336_alignment.training.inputs import Inputs
 from cs336_alignment.training.manifest import count_parameters
-from cs336_alignment.training.memory import certain_needs, device_memory, refuse_too_large
+from cs336_alignment.training.memory import (
+    certain_needs,
+    device_memory,
+    placed,
+    refuse_too_large,
+)
 from cs336_alignment.training.parallel import Processes, set_threads
 from cs336_alignment.training.reload_check import bit_sums, tensor_sums, trained_sums
 from cs336_alignment.training.sharded_loading import load_sharded
@@ -57,10 +62,11 @@ class RunModel:
         if isinstance(needs, str):
             self.console.note(f"{'memory':<10} not foretold: {needs}")
             return
-        found = device_memory(processes.device, processes.local_count)
-        warning = refuse_too_large(needs, found, processes.device, config)
-        if warning is not None:
-            self.console.warn(warning)
+        for device, part in placed(needs, config, processes.device).items():
+            found = device_memory(device, processes.local_count)
+            warning = refuse_too_large(part, found, device, config)
+            if warning is not None:
+                self.console.warn(warning)
 
     def load(self, dtype: torch.dtype | None) -> tuple[Policy, dict[str, int]]:
         """Load it onto the device, whole or this process's part of it, and choose what of it is
@@ -92,7 +98,8 @@ class RunModel:
             policy, who = load_sharded(source, processes, config, dtype, filled)
             set_threads(processes.local_count, policy.model.num_parameters())
             held = count_parameters(policy.model)["local_parameters"]
-            self.console.note(f"{'sharded':<10} {held:,} parameters a process; {who}")
+            where = ", in the machine's memory" if config.parallel.cpu_offload else ""
+            self.console.note(f"{'sharded':<10} {held:,} parameters a process{where}; {who}")
             return policy, trained_sums(policy.model, before) if watched else {}
         model = load_to_train(
             source, self.inputs.tokenizer, config, processes.device, dtype, loaded

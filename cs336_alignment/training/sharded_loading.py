@@ -55,7 +55,7 @@ def load_sharded(
     Raises:
         UserError: as `load_model`, `freeze` and `add_adapter`, on all processes.
     """
-    device, lora = processes.device, config.lora
+    device, lora, parallel = processes.device, config.lora, config.parallel
     drawn: dict[str, Tensor] = {}
 
     def build() -> PreTrainedModel:
@@ -71,13 +71,16 @@ def load_sharded(
 
     model: Any = processes.on_each(build)
     policy = Policy(model, compute_dtype)
-    again = config.parallel.reshard_after_forward
-    shard(policy, device, processes.count, reshard_after_forward=again)
-    buffers = {name: buffer.clone() for name, buffer in policy.named_buffers()}
-    policy.to_empty(device=device)
+    shard(
+        policy, device, processes.count, cpu_offload=parallel.cpu_offload,
+        reshard_after_forward=parallel.reshard_after_forward,
+    )  # fmt: skip
+    buffers = dict(policy.named_buffers(remove_duplicate=False))
+    policy.to_empty(device="cpu" if parallel.cpu_offload else device)
     with torch.no_grad():
-        for name, buffer in policy.named_buffers():
-            buffer.copy_(buffers[name])
+        for name, buffer in buffers.items():
+            owner, _, own = name.rpartition(".")
+            setattr(policy.get_submodule(owner), own, buffer.to(device))
         who = _fill(base_tensors(model), source, processes, config)
         loaded(base_tensors(model))
         if lora.active:

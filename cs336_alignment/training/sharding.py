@@ -12,14 +12,24 @@ from typing import Any
 import torch
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    MixedPrecisionPolicy,
+    fully_shard,
+)
 
 from cs336_alignment.model.compile import repeated_layers
 from cs336_alignment.model.policy import Policy
 
 
 def shard(
-    policy: Policy, device: torch.device, num_processes: int, *, reshard_after_forward: bool
+    policy: Policy,
+    device: torch.device,
+    num_processes: int,
+    *,
+    reshard_after_forward: bool,
+    cpu_offload: bool = False,
 ) -> None:
     """Cut the policy's parameters into rows, in place: each repeated layer is gathered and let go
     by itself, all else (embedding, last norm, head; a tied weight once) with the whole.
@@ -33,6 +43,9 @@ def shard(
         device: where this process computes.
         num_processes: that share the parameters.
         reshard_after_forward: let a layer go between its forward and its backward pass.
+        cpu_offload: keep what a process holds in the machine's memory: weights are copied to
+            `device` to be gathered, and gradients back once they are reduced. Parameters must be on
+            the CPU before the first forward pass, buffers on `device`.
 
     Raises:
         UserError: the architecture does not name its layers (78).
@@ -48,6 +61,9 @@ def shard(
     options: dict[str, Any] = {
         "mesh": init_device_mesh(device.type, (num_processes,)), "mp_policy": precision,
     }  # fmt: skip
+    if cpu_offload:
+        policy.compute_device = device
+        options["offload_policy"] = CPUOffloadPolicy(pin_memory=device.type == "cuda")
     for layer in layers:
         fully_shard(layer, reshard_after_forward=reshard_after_forward, **options)
     fully_shard(policy, **options)

@@ -67,7 +67,7 @@ def test_sharded_steps_are_those_of_one_process(
     assert report["world"] == 2
     assert report["gathers"] == 3  # one a microbatch
     steps, kinds = (3, 3) if thorough else (2, 1)
-    assert len(report["errors"]) == (2 * (3 + 1 + 1) + 3) * steps * 3 + 6 * kinds * 3
+    assert len(report["errors"]) == (2 * (3 + 1 + 1) + 4) * steps * 3 + 6 * kinds * 3
     for case, error in report["errors"].items():
         assert error <= bounds_of(case)[0], (case, error)
     for case, steps in report["adapter steps"].items():
@@ -133,8 +133,10 @@ def test_a_sharded_run_is_the_run_of_one_process(
     outputs = tmp_path / "outputs"
     generating = ("evaluation.generation_steps=0", "evaluation.max_new_tokens=4")
     assert sft("train", *overrides, *generating, "run_name=alone").returncode == 0
-    said = train((*overrides, *generating, *SHARDED, "run_name=whole"), 2)
     adapters = "lora.r=4" in overrides
+    offload = f"parallel.cpu_offload={str(adapters).lower()}"
+    said = train((*overrides, *generating, *SHARDED, offload, "run_name=whole"), 2)
+    assert ("parameters a process, in the machine's memory;" in said) == adapters
     assert ("each process reads its own rows" if adapters else "main process loads") in said
     assert "each process holds the whole model" in said
     manifest, status = read(outputs / "whole/manifest.json"), read(outputs / "whole/status.json")

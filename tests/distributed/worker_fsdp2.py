@@ -12,6 +12,7 @@ import json
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -45,6 +46,7 @@ STEPS = {"full": list(range(8)), "lone": [5]}
 if THOROUGH:
     STEPS["short"] = [8, 3, 10]
 MANY = 50
+USUAL = ParallelConfig("fsdp2", 2)
 CUTS = (Cut(None, 1, "flat"), Cut(None, 3, "padded"), Cut(60, None, "flat_shared_prefix"))
 
 
@@ -53,12 +55,15 @@ def build(
     dtype: torch.dtype,
     processes: Processes,
     *,
-    reshard: bool = True,
+    config: ParallelConfig = USUAL,
     compute: torch.dtype | None = None,
     checkpointing: bool | str = False,
 ) -> Policy:
     policy = Policy(build_model(name, dtype), compute)
-    shard(policy, processes.device, processes.count, reshard_after_forward=reshard)
+    shard(
+        policy, processes.device, processes.count, cpu_offload=config.cpu_offload,
+        reshard_after_forward=config.reshard_after_forward,
+    )  # fmt: skip
     if checkpointing:
         enable_checkpointing(policy.model, selective=checkpointing == "selective")
     return policy.train()
@@ -93,23 +98,27 @@ class Gathers:
         return gather(output_tensor, input_tensor, group=group, async_op=async_op)
 
 
-def cases() -> Iterator[tuple[bool, bool, str, torch.dtype, bool | str]]:
+def cases() -> Iterator[tuple[ParallelConfig, str, torch.dtype, bool | str]]:
     """All models in the usual layout, and the other layouts with one."""
+    changes: tuple[dict[str, bool], ...] = (
+        {"shard_gradients": False}, {"reshard_after_forward": False}, {"cpu_offload": True},
+        {"shard_gradients": False, "reshard_after_forward": False},
+    )  # fmt: skip
     for name, dtype in itertools.product(
         ("llama", "qwen2", "gpt2"), (torch.float64, torch.float32)
     ):
         llama, wide = name == "llama", dtype == torch.float64
         for checkpointing in (False, True, "selective") if llama else (wide,):
-            yield True, True, name, dtype, checkpointing
-    for reshard, sharded in ((True, False), (False, True), (False, False)):
-        yield reshard, sharded, "llama", torch.float64, True
+            yield USUAL, name, dtype, checkpointing
+    for changed in changes:
+        yield replace(USUAL, **changed), "llama", torch.float64, True  # type: ignore[arg-type]
 
 
 def one_step(processes: Processes) -> dict[str, float]:
     dataset, errors, wanted = build_dataset(prefix=17), {}, {}
-    for reshard, sharded, name, dtype, checkpointing in cases():
-        own = of(ParallelConfig("fsdp2", 2, shard_gradients=sharded), processes)
-        policy = build(name, dtype, own, reshard=reshard, checkpointing=checkpointing)
+    for config, name, dtype, checkpointing in cases():
+        own = of(config, processes)
+        policy = build(name, dtype, own, config=config, checkpointing=checkpointing)
         for step, cut in itertools.product(STEPS, CUTS):
             if (name, dtype, step) not in wanted:
                 reference = build_model(name, dtype)
@@ -120,7 +129,7 @@ def one_step(processes: Processes) -> dict[str, float]:
                 policy, dataset, STEPS[step], cut=cut, processes=own, seed=0, step=0,
                 trainer=TrainerConfig(loss_normalization="sequence"), with_entropy=True,
             )  # fmt: skip
-            case = f"{name} {dtype} {step} {cut} {checkpointing} {reshard} {sharded}"
+            case = f"{name} {dtype} {step} {cut} {checkpointing} {config}"
             got = whole_gradient(policy.model)
             errors[case] = relative_error(got, wanted[name, dtype, step])
     for (what, (name, dtype, make)), checkpointing in itertools.product(
@@ -221,8 +230,7 @@ def checkpoints(processes: Processes) -> dict[str, Any]:
 
 def main(path: str) -> None:
     faulthandler.dump_traceback_later(240, exit=True)  # a process that hangs says where
-    config = ParallelConfig("fsdp2", 2)
-    processes = Processes(start_processes(config), config)
+    processes = Processes(start_processes(USUAL), USUAL)
     torch.set_num_threads(1)
     narrow = build("qwen2", torch.float32, processes, compute=torch.bfloat16)
     root: Any = narrow

@@ -17,7 +17,10 @@ from cs336_alignment.model import attention
 from cs336_alignment.model.embedding_noise import uniform
 from cs336_alignment.model.policy import Policy
 from cs336_alignment.training.batching_choice import choose_batching
+from cs336_alignment.training.optimizer import clip_gradients
 from cs336_alignment.training.parallel import Processes, start_processes
+from cs336_alignment.training.rehearsal import rehearse_microbatch
+from cs336_alignment.training.sharding import shard
 from cs336_alignment.training.step import Cut, accumulate_gradients
 from tests.conftest import build_dataset, build_model
 from tests.options import (
@@ -155,3 +158,24 @@ def test_every_row_of_the_support_matrix_trains_as_on_the_cpu(row: Row, on_gpu: 
     got = train(policy, policy, dataset, config, Cut(None, 2, "flat"), on_gpu).cpu()
     want = train_plainly(build_model("llama", torch.float32), dataset, config)
     assert apart(got, want, start_of("llama", torch.float32)) <= 0.02
+
+
+@pytest.mark.parametrize("cpu_offload", [False, True])
+def test_sharded_steps_are_those_of_the_cpu(cpu_offload: bool, on_gpu: Processes) -> None:
+    sharding = ParallelConfig("fsdp2", cpu_offload=cpu_offload)
+    processes, config = Processes(start_processes(sharding), sharding), config_of()
+    dataset = build_dataset(prefix=PREFIX)
+    policy = Policy(build_model("llama", torch.float32))
+    shard(policy, on_gpu.device, 1, reshard_after_forward=True, cpu_offload=cpu_offload)
+    assert policy.device.type == "cuda"
+    assert {p.is_cpu for p in policy.parameters()} == {cpu_offload}
+    assert not any(buffer.is_cpu for buffer in policy.buffers())
+    choice = choose_batching(policy, "auto", 64)
+    assert choice.batching == "flat_shared_prefix"
+    rehearse_microbatch(policy, dataset, IDS, Cut(None, 2, choice.batching), accumulated=True)
+    got = train(policy, policy, dataset, config, Cut(None, 2, choice.batching), processes).cpu()
+    assert clip_gradients(policy, 1.0).isfinite()
+    want = train_plainly(build_model("llama", torch.float32), dataset, config)
+    assert apart(got, want, start_of("llama", torch.float32)) <= 0.02
+    with processes.held_whole(policy):
+        assert {p.is_cpu for p in policy.parameters()} == {False}

@@ -45,6 +45,7 @@ from cs336_alignment.training.memory import (
     Needs,
     certain_needs,
     divided,
+    placed,
     refuse_too_large,
     state_bytes,
 )
@@ -259,6 +260,17 @@ def test_processes_divide_what_they_share() -> None:
     assert (sharded.weights, sharded.gradients, sharded.state) == (250, 200, 400)
     assert sharded.shared == 2 * (2 * root + 3 * block)
     assert sharded.microbatch == Counter({GRADIENTS: 200, "activations": 500})
+
+
+def test_what_is_offloaded_lies_in_the_machines_memory() -> None:
+    needs = Needs(1000, 800, 1600, 60, Counter({GRADIENTS: 800, "activations": 500}), 7)
+    gpu, offloading = torch.device("cuda"), Config(parallel=ParallelConfig("fsdp2"))
+    assert placed(needs, offloading, gpu) == {gpu: needs}
+    offloading.parallel.cpu_offload = True
+    assert placed(needs, offloading, CPU) == {CPU: needs}
+    parts = placed(needs, offloading, gpu)
+    assert (parts[gpu].peak, parts[CPU].peak) == (60 + 500, 1000 + 800 + 1600 + 7)
+    assert parts[gpu].certain == 60 and parts[CPU].certain == 1000 + 800 + 1600
 
 
 def test_refusal_and_warning() -> None:

@@ -99,9 +99,9 @@ def test_what_does_not_combine_with_sharding_is_refused() -> None:
         assert "parallel" not in found(config)
         setattr(getattr(config, section), name, value)
         assert f"{section}.{name} and parallel.strategy" in found(config)
-    for name in ("reshard_after_forward", "shard_gradients"):
+    for name in ("reshard_after_forward", "shard_gradients", "cpu_offload"):
         config = Config()
-        setattr(config.parallel, name, False)
+        setattr(config.parallel, name, not getattr(config.parallel, name))
         assert f"parallel.{name} and parallel.strategy" in found(config)
     refuse_sharding(Config().parallel, "evaluate")
     with pytest.raises(UserError, match="evaluate holds the whole model") as caught:
@@ -138,7 +138,7 @@ LAUNCHED = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_OFFLOAD_PA
     ("variable", "value", "named"),
     [
         ("FSDP_VERSION", "1", "fsdp_version"),
-        ("FSDP_OFFLOAD_PARAMS", "true", "fsdp_offload_params"),
+        ("FSDP_OFFLOAD_PARAMS", "true", "parallel.cpu_offload"),
         ("FSDP_RESHARD_AFTER_FORWARD", "false", "parallel.reshard_after_forward"),
         ("FSDP_ACTIVATION_CHECKPOINTING", "true", "trainer.gradient_checkpointing"),
         (None, None, "parallel.strategy"),
@@ -150,6 +150,11 @@ def test_the_launchers_own_sharding_is_taken_or_refused_never_ignored(
     for name, text in LAUNCHED.items():
         monkeypatch.setenv(name, text)
     assert refuse_launcher_options(sharded()) == "auto"
+    with monkeypatch.context() as offloading:
+        offloading.setenv("FSDP_OFFLOAD_PARAMS", "true")
+        config = sharded()
+        config.parallel.cpu_offload = True
+        assert refuse_launcher_options(config) == "auto"
     if variable is not None and value is not None:
         monkeypatch.setenv(variable, value)
     with pytest.raises(UserError) as caught:
