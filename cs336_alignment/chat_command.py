@@ -62,14 +62,12 @@ def chat(config: Config, model: str, given: Collection[str]) -> ExitStatus:
         raise UserError(
             "C150",
             f"{', '.join(useless)} has no effect on a chat",
-            ExitStatus.BAD_CONFIG,
             expected="one of " + ", ".join(SETTABLE),
         )
     if launched_processes() > 1:
         raise UserError(
             "C151",
             "a chat works in one process, and the launcher started several",
-            ExitStatus.BAD_CONFIG,
             hint=f"cs336-sft chat {model}",
         )
     location, run = find_model(model)
@@ -143,7 +141,6 @@ def find_model(name: str) -> tuple[str, Path | None]:
         raise UserError(
             "R331",
             f"the run {name} has no model yet, and no whole checkpoint",
-            ExitStatus.NOT_FOUND,
             hint="wait for its first checkpoint, or name a model folder",
         )
     return str(found), path
@@ -172,7 +169,6 @@ def read_run(run: Path) -> Trained:
         raise UserError(
             "R204",
             f"cannot read {run / CONFIG}: {failure}",
-            ExitStatus.IO,
             hint="name the model's own folder instead; data.prompt_template=… says how to ask",
         ) from failure
     try:

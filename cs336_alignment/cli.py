@@ -104,7 +104,6 @@ def _sweep(arguments: Sequence[str]) -> ExitStatus:
         raise UserError(
             "C144",
             "a sweep tries several values by itself",
-            ExitStatus.USAGE,
             hint="leave -m away and give sweep.space=…; for every combination: cs336-sft train -m",
         )
     words = [*arguments, "hydra.mode=RUN"]  # whatever a preset says for `train`
@@ -151,7 +150,6 @@ def take_model(arguments: Sequence[str], verb: str, what: str) -> tuple[str, lis
         raise UserError(
             "C152",
             f"{verb} needs {what}",
-            ExitStatus.USAGE,
             expected="it comes before any override",
             hint=f"cs336-sft {verb} outputs/quickstart",
         )
@@ -171,9 +169,7 @@ def take_html(arguments: Sequence[str]) -> tuple[list[str], Path | None]:
         if word == HTML or word.startswith(f"{HTML}="):
             name = word.partition("=")[2] or next(words, "")
             if not name:
-                raise UserError(
-                    "C003", "--html needs a file", ExitStatus.USAGE, hint="--html data.html"
-                )
+                raise UserError("C003", "--html needs a file", hint="--html data.html")
             html = Path(name).expanduser()
         else:
             rest.append(word)
@@ -236,7 +232,6 @@ def refuse_foreign_flags(arguments: Sequence[str], verb: Verb) -> None:
             raise UserError(
                 "C001",
                 f"{flag} is not a flag of {verb.name}",
-                ExitStatus.USAGE,
                 hint=f"it belongs to {' and '.join(owners)}",
             )
         following = arguments[index + 1] if index + 1 < len(arguments) else ""
@@ -253,7 +248,7 @@ def _foreign_flag(flag: str, value: str) -> UserError:
         hint = what_was_meant(name, value) or (
             "overrides are section.key=value; `cs336-sft train --help` shows every key"
         )
-    return UserError("C001", f"{flag} is not a flag of this command", ExitStatus.USAGE, hint=hint)
+    return UserError("C001", f"{flag} is not a flag of this command", hint=hint)
 
 
 def _verb_hint(arguments: Sequence[str]) -> str:
@@ -296,7 +291,6 @@ def run(arguments: list[str]) -> ExitStatus:
             raise UserError(
                 "C002",
                 f"there is no verb {arguments[0]}",
-                ExitStatus.USAGE,
                 expected="one of " + ", ".join(verb.name for verb in VERBS),
                 hint=_verb_hint(arguments),
             )

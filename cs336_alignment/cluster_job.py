@@ -37,14 +37,12 @@ def as_cluster_job(job: Job, launcher: str) -> Job:
         raise UserError(
             "C128",
             "hydra/launcher starts jobs through submitit, which is not installed",
-            ExitStatus.BAD_CONFIG,
             hint="pip install hydra-submitit-launcher",
         )
     if "slurm" in launcher and shutil.which("srun") is None:
         raise UserError(
             "C128",
             f"hydra/launcher={launcher} hands runs to SLURM, and there is no srun on this machine",
-            ExitStatus.BAD_CONFIG,
             hint="type the command on a node of the cluster; here: hydra/launcher=local_jobs",
         )
 

@@ -102,7 +102,6 @@ def run_with_config(
             raise UserError(
                 "C127",
                 f"hydra/launcher={launcher} starts the runs of a multirun, and this is one run",
-                ExitStatus.BAD_CONFIG,
                 hint="add -m and the values to try; for one run: scripts/slurm/train.sbatch",
             )
         return job(single)
@@ -110,7 +109,6 @@ def run_with_config(
         raise UserError(
             "C113",
             "a multirun works in one process, and the launcher started several",
-            ExitStatus.BAD_CONFIG,
             hint="launch the runs one after another, each with its own run_name=…",
         )
     refuse_equal_names(runs)
@@ -119,7 +117,6 @@ def run_with_config(
             raise UserError(
                 "C127",
                 f"hydra/launcher={launcher} does not start `{verb}`",
-                ExitStatus.BAD_CONFIG,
                 hint="leave it away: the runs follow one another here",
             )
         outcomes = _hand_over(verb, arguments, as_cluster_job(job, launcher), runs)
@@ -158,7 +155,6 @@ def _read_configs(
             raise UserError(
                 "C127",
                 f"a preset chooses hydra/launcher: {chosen}, and it has to be typed",
-                ExitStatus.BAD_CONFIG,
                 hint=f"add hydra/launcher={chosen} to the command",
             )
         try:
@@ -197,14 +193,12 @@ def _compose(verb: str, arguments: Sequence[str], task: Callable[[DictConfig], A
             raise UserError(
                 "C115",
                 str(failure),
-                ExitStatus.BAD_CONFIG,
                 hint="give one of these flags: `cs336-sft train --hydra-help` explains them",
             ) from failure
         except AssertionError as failure:  # names that Hydra's own code takes for impossible
             raise UserError(
                 "C107",
                 "cannot use these overrides",
-                ExitStatus.BAD_CONFIG,
                 expected="section.key=value",
                 got=" ".join(arguments),
                 hint="every word after the verb is one key, `=` and a value, or a flag",
@@ -327,7 +321,6 @@ def to_config(
         raise UserError(
             "C102",
             f"{' and '.join(lacking)} {'is' if len(lacking) == 1 else 'are'} not given",
-            ExitStatus.BAD_CONFIG,
             hint=f"add {' '.join(f'{key}=…' for key in lacking)}, or choose a preset: "
             f"experiment={presets()}",
         )
@@ -351,7 +344,6 @@ def to_config(
         raise UserError(
             "C171",
             f"hub.push_to_hub pushes one run's model, and {verb} makes several",
-            ExitStatus.BAD_CONFIG,
             hint="push the chosen one afterwards: cs336-sft export RUN hub.push_to_hub=true",
         )
     if "model.name_or_path" in given and "model.random_init" not in given:
@@ -376,7 +368,6 @@ def config_of_run(path: Path) -> Config:
         raise UserError(
             "R204",
             f"cannot read {path}: {failure}",
-            ExitStatus.IO,
             hint="restore it from a copy; a key that it has may be of another release",
         ) from failure
     assert isinstance(config, Config)

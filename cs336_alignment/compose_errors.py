@@ -12,7 +12,7 @@ from omegaconf.errors import InterpolationResolutionError
 
 from cs336_alignment.config import ALL_KEYS, ColumnsConfig, Config, SourceConfig, flatten
 from cs336_alignment.config_names import as_preset, what_was_meant
-from cs336_alignment.errors import ExitStatus, Place, UserError
+from cs336_alignment.errors import Place, UserError
 
 PACKAGE = Path(__file__).resolve().parent
 PATHS = {"data": "data.train_path", "model": "model.name_or_path"}  # what was meant by a path
@@ -34,7 +34,6 @@ def no_such_key(key: str, place: Place | None = None) -> UserError:
     return UserError(
         "C101",
         f"there is no key {key}",
-        ExitStatus.BAD_CONFIG,
         place=place,
         hint=what_was_meant(key) or "`cs336-sft train --cfg job` prints every key",
     )
@@ -47,7 +46,6 @@ def _no_such_key_of_source(key: str, place: Place | None) -> UserError:
     return UserError(
         "C101",
         f"an entry of data.sources has no key {key}",
-        ExitStatus.BAD_CONFIG,
         place=place,
         expected=", ".join(keys),
         hint=f"did you mean {near[0]}?" if near else None,
@@ -65,7 +63,6 @@ def translate(failure: Exception) -> UserError:
         return UserError(
             "C107",
             f"cannot read the override `{failure.override}`",
-            ExitStatus.BAD_CONFIG,
             expected="section.key=value",
             got=text.splitlines()[0],
             hint=_of_file(str(failure.override))
@@ -79,7 +76,6 @@ def translate(failure: Exception) -> UserError:
             return UserError(
                 "C101",
                 f"the preset has the key {key}, as if it were a group of its own",
-                ExitStatus.BAD_CONFIG,
                 place=place,
                 hint="begin the file with the line `# @package _global_`",
             )
@@ -90,7 +86,6 @@ def translate(failure: Exception) -> UserError:
         return UserError(
             "C117",
             f"{failure.full_key or 'a key'} refers to something that is not there",
-            ExitStatus.BAD_CONFIG,
             place=place,
             got=text.splitlines()[0],
             hint="${section.key} is the value of a key, ${oc.env:NAME} that of a variable",
@@ -118,14 +113,13 @@ def translate(failure: Exception) -> UserError:
         return UserError(
             "C108",
             f"{key} has a value of the wrong type",
-            ExitStatus.BAD_CONFIG,
             place=place,
             got=reason.strip(),
             hint=f"{key}=null" if "'none'" in reason.lower() else f"{key}={_shape(reason)}",
         )
     if match := re.search(r"Ambiguous value for argument '([^=]+)=(.*)'", text):
         return _several_values(*match.groups())
-    return UserError("C100", " ".join(text.split()), ExitStatus.BAD_CONFIG, place=place)
+    return UserError("C100", " ".join(text.split()), place=place)
 
 
 def _of_file(word: str) -> str | None:
@@ -148,9 +142,7 @@ def _several_values(key: str, value: str) -> UserError:
         ways.append(f"a text quotes: '{key}=\"{value}\"'")
     if key in ("data.train_path", "data.eval_path"):
         ways.append("several files a pattern, 'rows-*.jsonl', or data.sources")
-    return UserError(
-        "C109", f"{key}={value} gives several values", ExitStatus.BAD_CONFIG, hint="; ".join(ways)
-    )
+    return UserError("C109", f"{key}={value} gives several values", hint="; ".join(ways))
 
 
 def unreadable_preset(failure: Exception) -> UserError:
@@ -159,7 +151,6 @@ def unreadable_preset(failure: Exception) -> UserError:
     return UserError(
         "C126",
         "a preset cannot be read",
-        ExitStatus.BAD_CONFIG,
         place=None if mark is None else Place(mark.name, mark.line + 1),
         got=str(getattr(failure, "problem", None) or failure),
         hint="YAML in UTF-8: indent with spaces, one `key: value` a line, each key once",
@@ -188,7 +179,6 @@ def _unknown_preset(text: str) -> UserError:
         return UserError(
             "C110",
             f"there is no preset {section}={value}",
-            ExitStatus.BAD_CONFIG,
             hint=f"type {PATHS[section]}={value}",
         )
     group, _, choice = name.rpartition("/")
@@ -202,7 +192,6 @@ def _unknown_preset(text: str) -> UserError:
         return UserError(
             "C101",
             f"there is no key {group or choice}",
-            ExitStatus.BAD_CONFIG,
             hint=what_was_meant(group or choice)
             or (f"did you mean {near}?" if near else f"groups: {', '.join(groups)}"),
         )
@@ -210,7 +199,6 @@ def _unknown_preset(text: str) -> UserError:
     return UserError(
         "C110",
         f"there is no preset {group}={choice}",
-        ExitStatus.BAD_CONFIG,
         expected="one of " + ", ".join(known),
         hint=(f"did you mean {group}={near}? " if near else "")
         + "your own presets: --config-dir DIR, with "

@@ -16,7 +16,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from cs336_alignment.config import ALL_KEYS, MISSING
-from cs336_alignment.errors import ExitStatus, UserError
+from cs336_alignment.errors import UserError
 
 PRESETS = "experiment"  # the group whose options set keys of all sections
 
@@ -57,7 +57,6 @@ def refuse_hidden_groups(composed: DictConfig) -> None:
     raise UserError(
         "C136",
         f"{words} would have no effect on keys that {preset} sets, too",
-        ExitStatus.BAD_CONFIG,
         expected="the keys typed, or the preset alone",
         got=", ".join(f"{key}={_text(final[key])}" for key in hidden) + f" by {preset}",
         hint=f"add {shlex.join(f'{key}={_text(value)}' for key, value in hidden.items())}, "

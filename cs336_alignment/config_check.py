@@ -11,7 +11,7 @@ from typing import Any
 
 from cs336_alignment.config import ALL_KEYS, FORMATS, REWARDS, Config, flatten
 from cs336_alignment.config_clashes import clashes
-from cs336_alignment.errors import ExitStatus, UserError, UserErrors, describe
+from cs336_alignment.errors import UserError, UserErrors, describe
 
 LOSS_NORMALIZATIONS = ("token", "sequence", "microbatch", "constant")
 LOSSES = ("nll", "dft")
@@ -265,7 +265,6 @@ def _secrets(
             yield UserError(
                 "C116",
                 f"{key} holds a secret" + (f", the value of {name}" if name else ""),
-                ExitStatus.BAD_CONFIG,
                 hint="secrets belong into the environment (HF_TOKEN, WANDB_API_KEY), where the "
                 "libraries find them; what a config holds is written to files",
             )
@@ -296,7 +295,6 @@ def check(config: Config) -> None:
         UserError(
             "C103",
             f"{rule.key} has a value that it cannot take",
-            ExitStatus.BAD_CONFIG,
             expected=rule.expected,
             got=describe(values[rule.key]),
             hint=f"{rule.key}=…",

@@ -21,7 +21,7 @@ from cs336_alignment.config import (
     OptimizerConfig,
     ParallelConfig,
 )
-from cs336_alignment.errors import ExitStatus, UserError
+from cs336_alignment.errors import UserError
 from cs336_alignment.metric_names import GENERATED, greater_is_better, nearest_metric
 
 HELD_WHOLE = "it is made in a model held whole: parallel=ddp"
@@ -57,7 +57,6 @@ def clashes(config: Config) -> Iterator[UserError]:
         yield UserError(
             "C133",
             f"{best} does not say by its name whether greater is better",
-            ExitStatus.BAD_CONFIG,
             hint=f"did you mean {near}?" if near else "eval/answer_reward, say",
         )
     if model.trust_remote_code and not re.fullmatch(r"[0-9a-f]{40}", model.revision or ""):
@@ -165,7 +164,6 @@ def _reward_clashes(evaluation: EvaluationConfig) -> Iterator[UserError]:
         yield UserError(
             "C141",
             f"evaluation.reward={evaluation.reward} is code, and running it has not been allowed",
-            ExitStatus.BAD_CONFIG,
             hint="evaluation.allow_custom_reward=true, if you trust it",
         )
 
@@ -197,7 +195,6 @@ def _best_clashes(config: Config) -> Iterator[UserError]:
             yield UserError(
                 "C134",
                 "trainer.early_stopping_patience needs a metric to be patient with",
-                ExitStatus.BAD_CONFIG,
                 hint="trainer.metric_for_best_model=eval/loss",
             )
         return
@@ -206,7 +203,6 @@ def _best_clashes(config: Config) -> Iterator[UserError]:
         yield UserError(
             "C131",
             f"trainer.metric_for_best_model={metric} is no metric that an evaluation writes",
-            ExitStatus.BAD_CONFIG,
             expected="a name that begins with eval/",
             hint=f"did you mean {near}?" if near else "trainer.metric_for_best_model=eval/loss",
         )
@@ -216,7 +212,6 @@ def _best_clashes(config: Config) -> Iterator[UserError]:
         yield UserError(
             "C133",
             f"{metric} does not say by its name whether greater is better",
-            ExitStatus.BAD_CONFIG,
             hint="trainer.greater_is_better=true or false"
             + (f"; or did you mean {near}?" if near else ""),
         )
@@ -235,7 +230,6 @@ def _best_clashes(config: Config) -> Iterator[UserError]:
     yield UserError(
         "C135",
         f"trainer.metric_for_best_model={metric} finds nothing to choose from: {lacking}",
-        ExitStatus.BAD_CONFIG,
         hint=f"{cadences[0]}=100, say; or trainer.metric_for_best_model=null",
     )
 
@@ -267,7 +261,6 @@ def _bad_source(expected: str, got: str) -> UserError:
     return UserError(
         "C112",
         "data.sources has a value that it cannot take",
-        ExitStatus.BAD_CONFIG,
         expected=expected,
         got=got,
         hint="'data.sources=[{path: a.jsonl, weight: 2}, {path: b.jsonl, weight: 1}]'",
@@ -276,9 +269,7 @@ def _bad_source(expected: str, got: str) -> UserError:
 
 def clash(first: str, second: str, why: str) -> UserError:
     """Build the error for two options that do not combine, naming both."""
-    return UserError(
-        "C104", f"{first} and {second} do not combine", ExitStatus.BAD_CONFIG, hint=why
-    )
+    return UserError("C104", f"{first} and {second} do not combine", hint=why)
 
 
 def warmup_clash() -> UserError:

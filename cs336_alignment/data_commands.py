@@ -86,7 +86,6 @@ def inspect(config: Config, html: Path | None) -> ExitStatus:
         raise UserError(
             "R101",
             f"cannot write {html}: {failure.strerror or failure}",
-            ExitStatus.CANNOT_CREATE,
             hint="choose another file after --html",
         ) from failure
     console.note(f"page     {html}")
@@ -113,7 +112,6 @@ def _choose(data: PreparedData, config: InspectConfig, seed: int) -> list[int]:
             raise UserError(
                 "C121",
                 f"there is no example {max(config.rows)}",
-                ExitStatus.BAD_CONFIG,
                 expected=f"1 to {total}",
                 hint="inspect.rows=[1,2]",
             )
@@ -131,7 +129,6 @@ def _choose(data: PreparedData, config: InspectConfig, seed: int) -> list[int]:
             raise UserError(
                 "C121",
                 "no example shows a finding of the linter",
-                ExitStatus.BAD_CONFIG,
                 got=f"findings at {', '.join(found)}: rows that are dropped"
                 if found
                 else "no findings",

@@ -50,9 +50,7 @@ def env(arguments: Sequence[str]) -> ExitStatus:
         print(USAGE)
         return ExitStatus.DONE
     if arguments:
-        raise UserError(
-            "C174", f"{arguments[0]} has no effect on env", ExitStatus.USAGE, hint=USAGE
-        )
+        raise UserError("C174", f"{arguments[0]} has no effect on env", hint=USAGE)
     for title, rows in (
         ("Versions", _versions()),
         ("Machine", _machine()),

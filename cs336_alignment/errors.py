@@ -29,6 +29,24 @@ class ExitStatus(IntEnum):
     INTERRUPTED = 130
 
 
+# An error's exit status follows from its code: the area's, unless the code is named below.
+OF_AREA = {
+    "C": ExitStatus.BAD_CONFIG, "D": ExitStatus.BAD_DATA, "L": ExitStatus.BAD_DATA,
+    "M": ExitStatus.BAD_CONFIG, "R": ExitStatus.INTERNAL,
+}  # fmt: skip
+OF_CODE = {
+    ExitStatus.USAGE: "C001 C002 C003 C144 C152 C153 C154 C174",
+    ExitStatus.BAD_DATA: "R310 R382",
+    ExitStatus.NOT_FOUND: "D101 D102 D104 D105 D109 D110 D112 M101 M102 M103 M107 M109 M122 "
+    "R202 R331 R332 R333 R361",
+    ExitStatus.INTERNAL: "D311",
+    ExitStatus.CANNOT_CREATE: "D310 R101 R102 R103 R104 R105 R106 R107 R360",
+    ExitStatus.IO: "R201 R203 R204 R205 R206 R207 R209 R210 R211 R306 R341 R342 R344 R371",
+    ExitStatus.BAD_CONFIG: "D403 D408 D409 D410 R304 R308 R312 R343 R345 R347",
+}
+STATUS_OF = {code: status for status, codes in OF_CODE.items() for code in codes.split()}
+
+
 @dataclass(frozen=True)
 class Place:
     """Where in the user's input something is: a file, its 1-based physical line, a field of the
@@ -49,19 +67,18 @@ class UserError(Exception):
     """One mistake that the user can mend; the command line prints it without a traceback.
 
     Args:
-        code: stable identifier, a letter for the area (C config, D data, M model, R run, X other)
-            and three digits.
+        code: stable identifier, a letter for the area (C config, D data, L linter, M model, R run)
+            and three digits. The exit status of the command follows from it.
         message: what is wrong, in one sentence without a full stop.
-        status: the exit status of the command.
         place: where it is wrong, if it has a place.
         expected: what would have been right.
         got: what was found instead (shortened to 80 characters, so that no data leaks into logs).
         hint: what to type or change.
+        status: the exit status, where an error stands for one that another process met.
 
     Example:
         >>> place = Place("train.jsonl", 418, "response")
-        >>> print(UserError("D203", "response is empty", ExitStatus.BAD_DATA, place=place,
-        ...                 expected="non-empty string"))
+        >>> print(UserError("D203", "response is empty", place=place, expected="non-empty string"))
         error[D203]: response is empty
           --> train.jsonl:418, field "response"
           expected: non-empty string
@@ -71,17 +88,17 @@ class UserError(Exception):
         self,
         code: str,
         message: str,
-        status: ExitStatus,
         *,
         place: Place | None = None,
         expected: str | None = None,
         got: str | None = None,
         hint: str | None = None,
+        status: ExitStatus | None = None,
     ) -> None:
         super().__init__(message)
         self.code = code
         self.message = message
-        self.status = status
+        self.status = status or STATUS_OF.get(code, OF_AREA[code[0]])
         self.place = place
         self.expected = expected
         self.got = got
@@ -125,7 +142,7 @@ class UserErrors(UserError):
         self.errors = list(errors)
         self.total = len(self.errors) if total is None else total
         first = self.errors[0]
-        super().__init__(first.code, first.message, first.status, place=first.place)
+        super().__init__(first.code, first.message, place=first.place, status=first.status)
 
     def __str__(self) -> str:
         shown = self.errors[:MAX_SHOWN]
@@ -150,7 +167,7 @@ def needing(code: str, key: str, extra: str, instead: str) -> Iterator[None]:
         yield
     except ImportError as failure:
         raise UserError(
-            code, f"{key} needs {extra}", ExitStatus.BAD_CONFIG, got=str(failure),
+            code, f"{key} needs {extra}", got=str(failure),
             hint=f"pip install 'cs336_alignment[{extra}]', or {instead}",
         ) from failure  # fmt: skip
 

@@ -48,7 +48,6 @@ def export(config: Config, name: str, given: Collection[str]) -> ExitStatus:
         raise UserError(
             "C173",
             f"{', '.join(useless)} has no effect on an export",
-            ExitStatus.BAD_CONFIG,
             expected="export.…, hub.… or output_root; all else is as the run was trained",
             hint="leave it out; to train otherwise: cs336-sft train with another run_name",
         )
@@ -56,7 +55,6 @@ def export(config: Config, name: str, given: Collection[str]) -> ExitStatus:
         raise UserError(
             "C151",
             "an export works in one process, and the launcher started several",
-            ExitStatus.BAD_CONFIG,
             hint=f"cs336-sft export {shlex.quote(name)}",
         )
     console, options = Console(), config.export
@@ -67,7 +65,6 @@ def export(config: Config, name: str, given: Collection[str]) -> ExitStatus:
         raise UserError(
             "C173",
             f"output_root has no effect: it says where a run is, and {run.folder} is not there",
-            ExitStatus.BAD_CONFIG,
             hint="where an export goes says export.output_dir=…",
         )
     if options.format in ROWS:
@@ -185,7 +182,6 @@ def _refuse_other_data(data: RunData, hashes: Mapping[str, Any]) -> None:
         raise UserError(
             "R382",
             "the data are not those that the run was trained and evaluated on",
-            ExitStatus.BAD_DATA,
             expected=", ".join(f"{key} {str(hashes[key])[:16]}" for key in other),
             got=", ".join(str(found[key])[:16] for key in other),
             hint="restore the files of data.train_path and data.eval_path, and the release that "

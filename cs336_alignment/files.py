@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-from cs336_alignment.errors import ExitStatus, UserError
+from cs336_alignment.errors import UserError
 
 OS_ERROR = re.compile(r"\(os error (\d+)\)")
 READ_BYTES = 2**22
@@ -130,11 +130,11 @@ def system_error(failure: Exception) -> str | None:
 
 
 @contextmanager
-def telling(code: str, what: str, status: ExitStatus, hint: str) -> Iterator[None]:
+def telling(code: str, what: str, hint: str) -> Iterator[None]:
     """Make a UserError of what the system refuses within a block: `what`, and its words."""
     try:
         yield
     except Exception as failure:
         if isinstance(failure, UserError) or (reason := system_error(failure)) is None:
             raise
-        raise UserError(code, f"{what}: {reason}", status, hint=hint) from failure
+        raise UserError(code, f"{what}: {reason}", hint=hint) from failure

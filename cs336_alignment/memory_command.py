@@ -67,7 +67,6 @@ def report_memory(config: Config) -> ExitStatus:
     if launched_processes() > 1:
         raise UserError(
             "C129", "the doctor works in one process, and the launcher started several",
-            ExitStatus.BAD_CONFIG,
             hint="type cs336-sft doctor --memory parallel.num_processes=…",
         )  # fmt: skip
     outlook, sharded = Outlook.of(config, console), config.parallel.strategy == SHARDED

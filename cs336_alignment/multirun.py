@@ -57,7 +57,6 @@ def refuse_equal_names(runs: Sequence[SweptRun]) -> None:
         raise UserError(
             "C172",
             f"several runs of this multirun would be pushed to {pushed[0]}",
-            ExitStatus.BAD_CONFIG,
             hint="hub.hub_model_id=null pushes each under its own name",
         )
     seen: dict[tuple[str, str | None], SweptRun] = {}
@@ -67,7 +66,6 @@ def refuse_equal_names(runs: Sequence[SweptRun]) -> None:
             raise UserError(
                 "C140",
                 f"two runs of this multirun would be called {run.config.run_name}",
-                ExitStatus.BAD_CONFIG,
                 got=f"{_describe(other)} and {_describe(run)}",
                 hint="sweep values whose letters and digits differ",
             )

@@ -44,14 +44,12 @@ def report(words: Sequence[str], html: Path | None) -> ExitStatus:
             raise UserError(
                 "C154",
                 f"{word} has no effect on a report",
-                ExitStatus.USAGE,
                 expected="runs, --html FILE, output_root=DIR",
             )
     if not 1 <= len(set(names)) <= MOST_RUNS:
         raise UserError(
             "C153",
             "a report needs the folders or names of runs",
-            ExitStatus.USAGE,
             expected=f"1 to {MOST_RUNS}",
             got=str(len(set(names))),
             hint="cs336-sft report outputs/quickstart",
@@ -69,7 +67,6 @@ def report(words: Sequence[str], html: Path | None) -> ExitStatus:
         raise UserError(
             "R105",
             f"cannot write the report to {html.parent}: {failure.strerror or failure}",
-            ExitStatus.CANNOT_CREATE,
             hint="choose another place: --html FILE",
         ) from failure
     for run in runs:
@@ -102,7 +99,6 @@ def find_run(name: str, root: Path) -> Path:
     raise UserError(
         "R332",
         f"{name} is no run",
-        ExitStatus.NOT_FOUND,
         expected=f"a folder with metrics.jsonl, or a name under {root}",
         hint=f"there are: {', '.join(there[:20])}" if there else "output_root=DIR says where",
     )
@@ -115,6 +111,5 @@ def _refuse_several(folder: Path) -> None:
         raise UserError(
             "R333",
             f"{folder} is no run: it holds some",
-            ExitStatus.NOT_FOUND,
             hint=f"cs336-sft report {folder / inner[0]}; there are: {', '.join(inner[:20])}",
         )

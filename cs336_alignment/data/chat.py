@@ -25,7 +25,7 @@ from cs336_alignment.data.messages import (
     wrong,
 )
 from cs336_alignment.data.spans import Rendered, Span, count_changed
-from cs336_alignment.errors import ExitStatus, Place, UserError
+from cs336_alignment.errors import Place, UserError
 
 TRAIN_ON = ("response", "assistant", "last_turn", "all")
 GENERATION_TAG = re.compile(r"\{%-?\s*generation\s*-?%\}")
@@ -78,7 +78,6 @@ class ChatRenderer:
             raise UserError(
                 "D403",
                 "the tokenizer has no chat template",
-                ExitStatus.BAD_CONFIG,
                 hint="use the instruct model's tokenizer, put a chat_template.jinja into its "
                 "folder, or choose a data.prompt_template other than chat",
             )
@@ -86,7 +85,6 @@ class ChatRenderer:
             raise UserError(
                 "D409",
                 "the tokenizer's chat template is too large to be one",
-                ExitStatus.BAD_CONFIG,
                 expected=f"at most {MOST_TEMPLATE:,} characters",
                 got=f"{len(str(tokenizer.chat_template)):,}",
                 hint="look at its chat_template.jinja",
@@ -98,7 +96,6 @@ class ChatRenderer:
             raise UserError(
                 "D410",
                 "split_special_tokens would cut the chat template's own tokens into pieces",
-                ExitStatus.BAD_CONFIG,
                 hint="load the tokenizer without it (tokenizer_config.json)",
             )
         self._habits = probe_template(tokenizer)
@@ -225,7 +222,7 @@ class ChatRenderer:
             )
             assert isinstance(text, str)
             if len(text) > MOST_RENDERED:
-                raise wrong("D409", "the chat template makes too long a text of it", chat.place,
+                raise wrong("D411", "the chat template makes too long a text of it", chat.place,
                             found=f"{len(text):,} characters")  # fmt: skip
             text.encode()
         except UnicodeEncodeError as error:

@@ -9,7 +9,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from cs336_alignment.errors import ExitStatus, UserError
+from cs336_alignment.errors import UserError
 
 ASKS_DATE = re.compile(r"""strftime_now\(\s*(['"])(.*?)\1\s*\)""")  # Llama 3.2's, gpt-oss's
 ASKS_DATE_SOMEHOW = re.compile(r"strftime_now\s*\(")
@@ -43,7 +43,6 @@ def with_fixed_date(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBa
         raise UserError(
             "D409",
             "the chat template asks for the date in a way that cannot be given a fixed one",
-            ExitStatus.BAD_CONFIG,
             hint="write the date itself into its chat_template.jinja",
         )
     pinned = copy.copy(tokenizer)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from cs336_alignment.data.row import Row
-from cs336_alignment.errors import ExitStatus, Place, UserError, describe
+from cs336_alignment.errors import Place, UserError, describe
 
 LETTERS = "ABCDEFGHIJ"
 FEWEST = 2
@@ -64,7 +64,7 @@ def read_choices(row: Row, column: str, values: Any) -> list[Any]:
     sound = all((isinstance(choice, str) and choice) or _is_number(choice) for choice in choices)
     if not sound or not FEWEST <= len(choices) <= len(LETTERS):
         raise UserError(
-            "D218", "the choices are no list of texts", ExitStatus.BAD_DATA,
+            "D218", "the choices are no list of texts",
             place=Place(row.place.path, row.place.line, column),
             expected=f"{FEWEST} to {len(LETTERS)} texts, none empty", got=describe(values)
         )  # fmt: skip
@@ -91,7 +91,7 @@ def read_letter(row: Row, column: str, choices: Sequence[Any]) -> str:
         ways = " and ".join(f"{LETTERS[i]} by its {way}" for way, i in readings.items())
         message, hint = f"{column} can be read as {ways}", "give the letters of the right choices"
     raise UserError(
-        "D216", message, ExitStatus.BAD_DATA,
+        "D216", message,
         place=Place(row.place.path, row.place.line, column),
         expected=f"a letter of A to {LETTERS[len(choices) - 1]}, a number of 0 to "
         f"{len(choices) - 1}, or the text of one choice",

@@ -22,7 +22,7 @@ from cs336_alignment.data.row import Row
 from cs336_alignment.data.spans import tokenize_rendered
 from cs336_alignment.data.templates import PromptTemplate
 from cs336_alignment.data.tokenize import TokenRow, tokenize_plain, tokenize_prompts
-from cs336_alignment.errors import MAX_SHOWN, ExitStatus, Place, UserError
+from cs336_alignment.errors import MAX_SHOWN, Place, UserError
 
 WINDOW = 24  # characters on each side of a border that decide how it tokenizes
 
@@ -117,7 +117,6 @@ class Encoder:
         raise UserError(
             "D212",
             "the tokenizer has no such token",
-            ExitStatus.BAD_DATA,
             place=Place(example.place.path, example.place.line, self.layout.columns["input_ids"]),
             expected=f"ids from 0 to {self._vocabulary - 1}",
             got=str(largest),
@@ -254,7 +253,6 @@ def fit(row: TokenRow, config: DataConfig, place: Place, ledger: LedgerEntry) ->
         raise UserError(
             "D302",
             "the example is longer than data.max_length",
-            ExitStatus.BAD_DATA,
             place=place,
             expected=f"at most {limit} tokens",
             got=f"{length} tokens, {int(row.spans[0, 0])} of them before the first trained one",

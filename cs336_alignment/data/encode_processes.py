@@ -17,7 +17,7 @@ from cs336_alignment.cores import count_cores
 from cs336_alignment.data.encode import Encoded, Encoder
 from cs336_alignment.data.json_rows import MOST_ROW_BYTES, too_large
 from cs336_alignment.data.row import Row
-from cs336_alignment.errors import ExitStatus, UserError
+from cs336_alignment.errors import UserError
 from cs336_alignment.orphans import end_with
 
 BATCH_ROWS = 1_000
@@ -101,7 +101,6 @@ def _encode_in_processes(
         raise UserError(
             "D311",
             "a process that tokenizes was killed: by the system for want of memory, most likely",
-            ExitStatus.INTERNAL,
             hint="data.num_workers=1 takes least memory",
         ) from failure
 

@@ -13,7 +13,7 @@ from cs336_alignment.data.dataset import TokenizedDataset
 from cs336_alignment.data.encode import special_tokens
 from cs336_alignment.data.ledger import LedgerEntry
 from cs336_alignment.data.tokenize import decode
-from cs336_alignment.errors import MAX_SHOWN, ExitStatus, Place, UserError, UserErrors
+from cs336_alignment.errors import MAX_SHOWN, Place, UserError, UserErrors
 
 Verify = Callable[[str, str], bool]
 """(response, ground truth) → whether it is correct."""
@@ -81,7 +81,6 @@ def without(
         raise UserError(
             "D301",
             f"no example of {ledger.source} is left",
-            ExitStatus.BAD_DATA,
             got=f"{len(wrong):,} examples, all of them wrong by evaluation.reward",
             hint="cs336-sft inspect data.filter=none … shows them; a reward that asks for other "
             "tags than the responses have finds none correct",
@@ -105,7 +104,6 @@ def _no_truth(place: str) -> UserError:
     return UserError(
         "D340",
         "the row has no ground truth, so data.filter=correct cannot verify its response",
-        ExitStatus.BAD_DATA,
         place=Place(place),
         hint="name the column: data.columns.ground_truth=answer, say; or data.filter=none",
     )

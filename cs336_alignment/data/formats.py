@@ -15,7 +15,7 @@ from cs336_alignment.data.layout import ANYWHERE, OPTIONAL, Layout
 from cs336_alignment.data.messages import WEIGHT, is_weight
 from cs336_alignment.data.row import Row
 from cs336_alignment.data.templates import PromptTemplate
-from cs336_alignment.errors import ExitStatus, Place, UserError, describe
+from cs336_alignment.errors import Place, UserError, describe
 
 MOST_IDS = 2**31  # ids are kept in 32 bits
 CLOSING_TAG = "</think>"
@@ -128,7 +128,6 @@ def _from_question(row: Row, layout: Layout, template: PromptTemplate | None) ->
         raise UserError(
             "D207",
             f"the template {template.name} opens <think>, and the response does not close it",
-            ExitStatus.BAD_DATA,
             place=_at(row, answered),
             expected=f"reasoning, then {CLOSING_TAG}, then the answer",
             got=describe(response),
@@ -142,7 +141,6 @@ def _from_question(row: Row, layout: Layout, template: PromptTemplate | None) ->
         raise UserError(
             "D206",
             "the row has an `input`, and the prompt template has no place for it",
-            ExitStatus.BAD_DATA,
             place=_at(row, layout.columns["input"]),
             got=describe(extra),
             hint="use data.prompt_template=alpaca, or a .prompt file with {input}",
@@ -172,7 +170,6 @@ def _from_problem(row: Row, layout: Layout, template: PromptTemplate | None) -> 
         raise UserError(
             "D217",
             f"the {column} has no final answer in a \\boxed{{}}",
-            ExitStatus.BAD_DATA,
             place=_at(row, column),
             expected="… \\boxed{answer} …, the braces closed, or a column `answer`",
             got=describe(solution[-40:]),
@@ -317,7 +314,6 @@ def _shape_answer(row: Row, answer: str, *, tagged: bool) -> tuple[str, str | No
         raise UserError(
             "D204",
             "the answer has no reasoning and final answer to put into <think> and <answer>",
-            ExitStatus.BAD_DATA,
             place=_at(row, "answer"),
             expected=f"reasoning, then a line `{FINAL_MARK} final`",
             got=describe(answer),
@@ -338,7 +334,6 @@ def _text(row: Row, column: str) -> str:
         raise UserError(
             "D203",
             f"{column} is empty",
-            ExitStatus.BAD_DATA,
             place=_at(row, column),
             expected="non-empty string",
             got=describe(value),
@@ -377,9 +372,7 @@ def _columns(row: Row) -> str:
 def _wrong(
     row: Row, column: str, code: str, message: str, got: str, expected: str | None = None
 ) -> UserError:
-    return UserError(
-        code, message, ExitStatus.BAD_DATA, place=_at(row, column), expected=expected, got=got
-    )
+    return UserError(code, message, place=_at(row, column), expected=expected, got=got)
 
 
 def _at(row: Row, name: str) -> Place:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from cs336_alignment.data.row import Row
-from cs336_alignment.errors import ExitStatus, Place, UserError, describe
+from cs336_alignment.errors import Place, UserError, describe
 
 SPACE = re.compile(r"[ \t\r\n]*")
 SURROGATE = re.compile("[\ud800-\udfff]")
@@ -76,7 +76,6 @@ def too_large(place: Place) -> UserError:
     return UserError(
         "D215",
         "the row is too large to be an example",
-        ExitStatus.BAD_DATA,
         place=place,
         expected=f"at most {MOST_ROW_BYTES >> 20} MiB",
         hint="divide it, or set data.on_bad_row=drop (drops are counted)",
@@ -252,9 +251,7 @@ def _skip(text: str, at: int) -> int:
 
 def _no_array(message: str, path: Path, is_lines: bool = False) -> UserError:
     hint = "one object a line is JSON Lines: call it .jsonl" if is_lines else None
-    return UserError(
-        "D107", message, ExitStatus.BAD_DATA, place=Place(path), expected=ARRAY, hint=hint
-    )
+    return UserError("D107", message, place=Place(path), expected=ARRAY, hint=hint)
 
 
 def _shown(name: str, length: int | None = MAX_NAME_CHARS) -> str:
@@ -265,6 +262,4 @@ def _shown(name: str, length: int | None = MAX_NAME_CHARS) -> str:
 def _bad(
     message: str, place: Place, expected: str, got: str | None = None, hint: str | None = None
 ) -> UserError:
-    return UserError(
-        "D201", message, ExitStatus.BAD_DATA, place=place, expected=expected, got=got, hint=hint
-    )
+    return UserError("D201", message, place=place, expected=expected, got=got, hint=hint)

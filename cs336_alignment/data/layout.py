@@ -9,7 +9,7 @@ from itertools import chain, islice
 from cs336_alignment.config import SourceConfig
 from cs336_alignment.data.choices import lettered_columns
 from cs336_alignment.data.row import Row
-from cs336_alignment.errors import MAX_SHOWN, ExitStatus, Place, UserError, UserErrors
+from cs336_alignment.errors import MAX_SHOWN, Place, UserError, UserErrors
 
 # For each format its roles, and for each role the columns that can play it. The first format of
 # which every required role is there is the one, unless another is there too.
@@ -100,7 +100,6 @@ def detect(
             raise UserError(
                 "C120",
                 f"data.columns maps {role} to `{column}`, and there is no such column",
-                ExitStatus.BAD_CONFIG,
                 place=place,
                 got=f"columns {', '.join(present) or 'none'}",
             )
@@ -121,7 +120,6 @@ def detect(
         raise UserError(
             "D209",
             f"the rows fit several formats: {', '.join(fitting)}",
-            ExitStatus.BAD_DATA,
             place=place,
             got=f"columns {', '.join(present)}",
             hint=f"choose: data.format={fitting[0]}, or map a column: data.columns.response=…",
@@ -134,7 +132,6 @@ def detect(
             raise UserError(
                 "D210",
                 f"several columns can be the {role}: {', '.join(choices)}",
-                ExitStatus.BAD_DATA,
                 place=place,
                 hint=f"choose: data.columns.{role}={choices[0]}",
             )
@@ -190,7 +187,6 @@ def _none_fits(present: Sequence[str], place: Place, wanted: str) -> UserError:
     return UserError(
         "D202",
         "a field is missing" if wanted != "auto" else "the columns fit no format",
-        ExitStatus.BAD_DATA,
         place=place,
         expected=expected,
         got=f"columns {', '.join(present) or 'none'}",
@@ -227,4 +223,4 @@ def detect_layout(
             raise UserErrors(errors[:MAX_SHOWN], len(errors))
         layout = Layout("text", {}, "no row could be read", ())  # the errors are what is told
         return layout, iter(head)
-    raise first or UserError("D301", f"there is no row in {path}", ExitStatus.BAD_DATA)
+    raise first or UserError("D301", f"there is no row in {path}")

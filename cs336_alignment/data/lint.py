@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from cs336_alignment.config import LintConfig
 from cs336_alignment.data.tokenize import TokenRow
-from cs336_alignment.errors import ExitStatus, Place, UserError, UserErrors
+from cs336_alignment.errors import Place, UserError, UserErrors
 
 MAX_EXAMPLES = 5
 
@@ -209,7 +209,6 @@ def judge(parts: Iterable[Judged], config: LintConfig) -> list[str]:
             UserError(
                 check.code,
                 f"{share}: {check.message}",
-                ExitStatus.BAD_DATA,
                 got=where,
                 hint=f"{check.hint}; data.lint.{name}=warning goes on all the same",
             )

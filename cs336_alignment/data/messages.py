@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from cs336_alignment.errors import ExitStatus, Place, UserError, describe
+from cs336_alignment.errors import Place, UserError, describe
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 FLAGS = ("train", "weight")  # this project's own keys; a template never sees them
@@ -136,6 +136,4 @@ def wrong(
 ) -> UserError:
     """Make the error of a bad row; `got` is described, `found` shown as it stands."""
     shown = found if got is ... else describe(got)
-    return UserError(
-        code, message, ExitStatus.BAD_DATA, place=place, expected=expected, got=shown, hint=hint
-    )
+    return UserError(code, message, place=place, expected=expected, got=shown, hint=hint)

@@ -10,7 +10,7 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
-from cs336_alignment.errors import ExitStatus, UserError
+from cs336_alignment.errors import UserError
 
 MOST_PASSES = 1000  # through all sources together, in one epoch
 Permutation = Callable[[int, int, int], NDArray[np.int64]]
@@ -55,7 +55,6 @@ class Mixture:
             raise UserError(
                 "C123",
                 f"an epoch of this mixture would hold {sum(draws):,} examples",
-                ExitStatus.BAD_CONFIG,
                 expected=f"at most {most:,}, a thousand times those of the sources",
                 hint="bring the weights of data.sources nearer together, or use "
                 "data.mixture_stop=first_exhausted",

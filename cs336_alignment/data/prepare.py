@@ -27,7 +27,7 @@ from cs336_alignment.data.sources import Source, open_source
 from cs336_alignment.data.store import Store, StoreWriter, check_store, locked
 from cs336_alignment.data.templates import PromptTemplate, load_template
 from cs336_alignment.data.tokenize import tokenizer_fingerprint
-from cs336_alignment.errors import MAX_SHOWN, ExitStatus, UserError, UserErrors
+from cs336_alignment.errors import MAX_SHOWN, UserError, UserErrors
 from cs336_alignment.files import replacing_folder, telling
 
 LEFT_OUT = {  # why rows are not trained on, and what to do
@@ -100,7 +100,6 @@ def prepare_source(
         raise UserError(
             "M104",
             "the tokenizer has no EOS token, so no response could learn to stop",
-            ExitStatus.BAD_CONFIG,
             hint="choose a tokenizer with one, or set data.append_eos=false",
         )
     opened = open_source(source.path, seed=seed, default_split=split)
@@ -253,7 +252,6 @@ def _refuse_bad_rows(ledger: LedgerEntry, errors: Sequence[UserError], config: D
         too_many = UserError(
             "D303",
             f"{ledger.bad_rows:,} of {ledger.rows_read:,} rows are bad",
-            ExitStatus.BAD_DATA,
             expected=f"at most {config.max_bad_fraction:.1%} (data.max_bad_fraction)",
             got=f"{share:.1%}",
         )
@@ -265,7 +263,6 @@ def _nothing_left(ledger: LedgerEntry, config: DataConfig) -> UserError:
     return UserError(
         "D301",
         f"no example of {ledger.source} is left",
-        ExitStatus.BAD_DATA,
         got=f"{ledger.rows_read:,} rows read; dropped: "
         + (", ".join(f"{count:,} {name}" for name, count in ledger.dropped.items()) or "none"),
         hint=", ".join(
@@ -282,20 +279,16 @@ def _check_train_on(layout: Layout, train_on: str) -> None:
         raise UserError(
             "C122",
             f"the rows are text alone, and data.train_on={train_on} asks for a part of it",
-            ExitStatus.BAD_CONFIG,
             hint="data.train_on=all trains the whole text",
         )
     if layout.format == "tokens" and train_on in ("last_turn", "all"):
         raise UserError(
             "C122",
             f"the rows say themselves what is trained, and data.train_on={train_on} says otherwise",
-            ExitStatus.BAD_CONFIG,
             hint="data.train_on=response takes the labels or the mask as they are",
         )
 
 
 def _telling_unwritable(folder: Path) -> AbstractContextManager[None]:
     hint = "choose another folder: data.cache_dir=…"
-    return telling(
-        "D310", f"cannot write prepared data to {folder.parent}", ExitStatus.CANNOT_CREATE, hint
-    )
+    return telling("D310", f"cannot write prepared data to {folder.parent}", hint)

@@ -20,7 +20,7 @@ from cs336_alignment.data import arithmetic
 from cs336_alignment.data.json_rows import read_json, read_json_lines
 from cs336_alignment.data.row import Row
 from cs336_alignment.data.table_rows import has_header, read_csv, read_dataset, read_parquet
-from cs336_alignment.errors import ExitStatus, Place, UserError, first_line
+from cs336_alignment.errors import Place, UserError, first_line
 
 BUILTIN = "builtin:"
 HUB_SPEC = re.compile(
@@ -142,7 +142,6 @@ def _of_split(files: Sequence[Path], split: str, folder: str) -> Sequence[Path]:
         raise UserError(
             "D112",
             f"{folder} holds files of splits and others beside them",
-            ExitStatus.NOT_FOUND,
             expected="either every file name with train, test, validation …, or none",
             got=f"{next(iter(named)).name} and {unnamed[0]}",
             hint=f"name the files that are meant, as a glob: '{folder}/*{ending_of(files[0])}'",
@@ -155,7 +154,6 @@ def _of_split(files: Sequence[Path], split: str, folder: str) -> Sequence[Path]:
         raise UserError(
             "D109",
             f"{folder} has no files of the split {split}",
-            ExitStatus.NOT_FOUND,
             expected=f"a file name with {' or '.join(wanted)}",
             got=", ".join(file.name for file in files[:5]),
             hint="name the file itself",
@@ -170,7 +168,6 @@ def _builtin(path: str, seed: int, default_split: str) -> Source:
         raise UserError(
             "D102",
             f"there is no built-in data {path}",
-            ExitStatus.NOT_FOUND,
             expected="builtin:arithmetic, builtin:arithmetic:train or builtin:arithmetic:test",
         )
     rows = arithmetic.generate_rows(split, ARITHMETIC_ROWS[split], seed)
@@ -220,7 +217,6 @@ def _files(path: str, files: Sequence[Path], notes: tuple[str, ...]) -> Source:
                 raise UserError(
                     "D113",
                     f"{file} was changed while it was read",
-                    ExitStatus.BAD_DATA,
                     hint="wait until what writes it is done, then run the command again",
                 )
 
@@ -263,7 +259,7 @@ def _read_file(path: Path) -> Iterator[Row | UserError]:
         if isinstance(failure, OSError) and failure.errno is not None:  # the system's own
             raise _unreadable(path, failure) from failure
         message = f"the compressed file breaks off or is damaged: {failure}"
-        raise UserError("D106", message, ExitStatus.BAD_DATA, place=Place(path)) from failure
+        raise UserError("D106", message, place=Place(path)) from failure
 
 
 def _open(path: Path) -> IO[bytes]:
@@ -300,7 +296,6 @@ def _with_datasets(path: str, default_split: str) -> Source:
         raise UserError(
             "D105",
             f"cannot load {path} with `datasets`: {first_line(failure)}",
-            ExitStatus.NOT_FOUND,
             hint="give the folder of one split inside it"
             if match is None
             else "check name, config and split (name[:config[:split]][@revision]); offline, only "
@@ -319,7 +314,6 @@ def _missing(message: str) -> UserError:
     return UserError(
         "D101",
         message,
-        ExitStatus.NOT_FOUND,
         hint="data.train_path and data.eval_path take a file, a glob, a folder or a hub id "
         f"(name[:config[:split]][@revision]); paths are relative to {Path.cwd()}",
     )
@@ -329,7 +323,6 @@ def _unknown_kind(path: Path, what: str) -> UserError:
     return UserError(
         "D103",
         f"{what} is not a format that is read",
-        ExitStatus.BAD_DATA,
         place=Place(path),
         expected=", ".join(ENDINGS) + ", those of text also with .gz or .zst",
     )
@@ -337,4 +330,4 @@ def _unknown_kind(path: Path, what: str) -> UserError:
 
 def _unreadable(path: Path, failure: OSError) -> UserError:
     message = f"cannot read {failure.filename or path}: {failure.strerror or failure}"
-    return UserError("D104", message, ExitStatus.NOT_FOUND)
+    return UserError("D104", message)

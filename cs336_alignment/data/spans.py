@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from cs336_alignment.data.tokenize import decode, tokenize_plain
-from cs336_alignment.errors import ExitStatus, Place, UserError
+from cs336_alignment.errors import Place, UserError
 
 
 @dataclass(frozen=True)
@@ -251,7 +251,6 @@ def _settle(
                 "D408",
                 "this tokenizer changes a conversation that it gets in pieces, and does not say "
                 "where its tokens stand",
-                ExitStatus.BAD_CONFIG,
                 got=type(tokenizer).__name__,
                 hint="use a fast tokenizer (a model folder with tokenizer.json)",
             )

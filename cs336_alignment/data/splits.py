@@ -28,7 +28,7 @@ from cs336_alignment.data.prepare import PreparedSource, Progress, prepare_sourc
 from cs336_alignment.data.row import Row
 from cs336_alignment.data.sources import open_source
 from cs336_alignment.data.templates import PromptTemplate, load_template
-from cs336_alignment.errors import ExitStatus, UserError, UserErrors
+from cs336_alignment.errors import UserError, UserErrors
 
 SPLIT_STREAM = 7  # of the seeds mixed from the run's, one that no epoch uses
 
@@ -285,7 +285,6 @@ def split_off(data: PreparedData, fraction: float, seed: int) -> tuple[PreparedD
         raise UserError(
             "D312",
             "data.eval_fraction needs two rows or more to divide",
-            ExitStatus.BAD_DATA,
             got=f"{total}",
             hint="give data.eval_path, or data.eval_fraction=0",
         )

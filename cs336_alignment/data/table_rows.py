@@ -13,7 +13,7 @@ from typing import IO, Any
 from cs336_alignment.data.choices import columns_without_header, subject_of
 from cs336_alignment.data.json_rows import MOST_ROW_BYTES, SURROGATE
 from cs336_alignment.data.row import Row
-from cs336_alignment.errors import ExitStatus, Place, UserError, first_line
+from cs336_alignment.errors import Place, UserError, first_line
 
 BATCH_ROWS = 256  # at a time, fewer if they are large
 BATCH_BYTES = 2**25
@@ -127,9 +127,7 @@ def read_parquet(path: Path) -> Iterator[Row | UserError]:
                 number += batch.num_rows
     except (pa.ArrowException, OSError) as failure:
         message = f"cannot read the Parquet file: {first_line(failure)}"
-        raise UserError(
-            "D108", message, ExitStatus.BAD_DATA, place=Place(path, number + 1)
-        ) from failure
+        raise UserError("D108", message, place=Place(path, number + 1)) from failure
 
 
 def _batch_rows(row_bytes: float) -> int:
@@ -193,4 +191,4 @@ def read_dataset(data: Any, path: str) -> Iterator[Row]:
 
 
 def _bad(message: str, place: Place, expected: str) -> UserError:
-    return UserError("D201", message, ExitStatus.BAD_DATA, place=place, expected=expected)
+    return UserError("D201", message, place=place, expected=expected)

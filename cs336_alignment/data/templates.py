@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 
-from cs336_alignment.errors import ExitStatus, UserError
+from cs336_alignment.errors import UserError
 
 PLACEHOLDER = re.compile(r"\{(question|instruction|input)\}")
 CHAT = "chat"  # no template of ours: the tokenizer's own, see `cs336_alignment.data.chat`
@@ -65,7 +65,7 @@ def load_template(name: str) -> PromptTemplate | None:
             text = Path(name).expanduser().read_text(encoding="utf-8-sig")
         except (OSError, UnicodeDecodeError) as failure:
             raise UserError(
-                "D110", f"cannot read the prompt template {name}: {failure}", ExitStatus.NOT_FOUND
+                "D110", f"cannot read the prompt template {name}: {failure}"
             ) from failure
         if "{input}" in text:
             text, with_input = text.replace("{input}", ""), text
@@ -78,7 +78,6 @@ def load_template(name: str) -> PromptTemplate | None:
         raise UserError(
             "C105",
             f"there is no prompt template {name}",
-            ExitStatus.BAD_CONFIG,
             expected=", ".join([*(n for n in names if not n.endswith(WITH_INPUT)), CHAT])
             + ", or the path of a .prompt file",
             hint="data.prompt_template=r1_zero",
@@ -87,7 +86,6 @@ def load_template(name: str) -> PromptTemplate | None:
         raise UserError(
             "D111",
             f"the prompt template {name} needs exactly one placeholder",
-            ExitStatus.BAD_DATA,
             expected="{question} or {instruction}, once (and {input} for rows that have one)",
         )
     return PromptTemplate(name, text, with_input)

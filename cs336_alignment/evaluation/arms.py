@@ -17,7 +17,7 @@ from cs336_alignment.config import Config, DataConfig, ModelConfig
 from cs336_alignment.data.dataset import TokenizedDataset
 from cs336_alignment.data.splits import PreparedData, prepare_evaluation
 from cs336_alignment.data.tokenize import special_prefix, tokenizer_fingerprint
-from cs336_alignment.errors import ExitStatus, UserError
+from cs336_alignment.errors import UserError
 from cs336_alignment.evaluation.categories import find_categories
 from cs336_alignment.evaluation.sampling import doubtful_sampling
 from cs336_alignment.files import sha256_of
@@ -101,7 +101,6 @@ def prepare_arms(config: Config, console: Console) -> list[Arm]:
         raise UserError(
             "D330",
             f"no row of {config.data.eval_path} has a ground truth, so nothing can be compared",
-            ExitStatus.BAD_DATA,
             hint="name their column: data.columns.ground_truth=…",
         )
     for arm in arms:
@@ -145,7 +144,6 @@ def _same_examples(arms: Sequence[Arm], console: Console) -> list[Arm]:
         raise UserError(
             "D331",
             "model and baseline have no example in common: their tokenizers drop different ones",
-            ExitStatus.BAD_DATA,
             hint="raise data.max_length",
         )
     if left_out:
@@ -166,7 +164,6 @@ def _refuse_empty_prompts(arm: Arm, gradable: Sequence[int], config: DataConfig)
             raise UserError(
                 "D332",
                 f"the prompt of example {number + 1} is empty, so there is nothing to answer",
-                ExitStatus.BAD_DATA,
                 got=arm.data.places[example],
                 expected="a row with a prompt or question, and data.train_on=response",
             )

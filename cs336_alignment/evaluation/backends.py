@@ -13,7 +13,7 @@ from cs336_alignment.config import Config
 from cs336_alignment.config_clashes import clash
 from cs336_alignment.data.chat_date import writes_date
 from cs336_alignment.data.tokenize import decode
-from cs336_alignment.errors import ExitStatus, UserError
+from cs336_alignment.errors import UserError
 from cs336_alignment.evaluation.arms import Arm, identity_of
 from cs336_alignment.evaluation.conversations import Asked, find_conversations
 from cs336_alignment.evaluation.sampling import Generator, sampling_of
@@ -194,6 +194,5 @@ def refuse_nothing_to_ask(gradable: Sequence[int], config: Config) -> None:
             "D333",
             f"no row of {config.data.eval_path} has a ground truth, and without a model here there "
             "is nothing else to evaluate",
-            ExitStatus.BAD_DATA,
             hint="name their column: data.columns.ground_truth=…",
         )

@@ -15,7 +15,7 @@ from cs336_alignment.data.chat_date import with_fixed_date
 from cs336_alignment.data.chat_probe import TEMPLATE_ERRORS
 from cs336_alignment.data.templates import PromptTemplate
 from cs336_alignment.data.tokenize import decode, tokenize_plain, tokenize_prompts
-from cs336_alignment.errors import ExitStatus, UserError
+from cs336_alignment.errors import UserError
 from cs336_alignment.evaluation.generate import draw
 from cs336_alignment.evaluation.sampling import UNFINISHED, Sampling, end_of_stop
 from cs336_alignment.model.loading import eos_ids
@@ -54,7 +54,6 @@ class Conversation:
             raise UserError(
                 "D403",
                 "the tokenizer has no chat template",
-                ExitStatus.BAD_CONFIG,
                 hint="data.prompt_template=r1_zero, question_only or alpaca asks without one",
             )
         self.tokenizer: Any = with_fixed_date(tokenizer) if template is None else tokenizer
@@ -88,7 +87,7 @@ class Conversation:
             )
         except TEMPLATE_ERRORS as error:
             raise UserError(
-                "D402", f"the chat template refuses the conversation: {error}", ExitStatus.BAD_DATA
+                "D402", f"the chat template refuses the conversation: {error}"
             ) from error
         return text
 

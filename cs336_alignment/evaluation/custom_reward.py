@@ -14,7 +14,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from cs336_alignment.errors import ExitStatus, UserError
+from cs336_alignment.errors import UserError
 
 START_SECONDS = 120.0  # to import the function's module
 CLOSE_SECONDS = 1.0
@@ -53,7 +53,6 @@ class CustomReward:
             raise UserError(
                 "C142",
                 f"evaluation.reward={path} cannot be imported: {failure}",
-                ExitStatus.BAD_CONFIG,
                 expected="package.module:function, of a package that is installed or a module in "
                 f"{Path.cwd()}",
             ) from failure

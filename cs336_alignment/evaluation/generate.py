@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from cs336_alignment.data.tokenize import decode
-from cs336_alignment.errors import ExitStatus, UserError
+from cs336_alignment.errors import UserError
 from cs336_alignment.evaluation.sampling import Generation, Request, Sampling, end_of_stop
 from cs336_alignment.model.loading import eos_ids
 from cs336_alignment.model.log_probs import compute_entropy
@@ -257,7 +257,6 @@ def _no_numbers(row: _Row) -> UserError:
     return UserError(
         "R321",
         "the model computes NaN or infinity, of which no token can be chosen",
-        ExitStatus.INTERNAL,
         got=f"token {len(row.tokens) + 1} of response {row.index + 1} of this process",
         hint="look for NaN in its weights, or for a precision that overflows: "
         "trainer.precision=fp32",

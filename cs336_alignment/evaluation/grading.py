@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from cs336_alignment.errors import ExitStatus, UserError, describe
+from cs336_alignment.errors import UserError, describe
 from cs336_alignment.evaluation.custom_reward import RewardFailure
 from cs336_alignment.evaluation.rewards import RewardFunction
 
@@ -90,7 +90,6 @@ def failures_of(rows: Sequence[Mapping[str, Any]]) -> str | None:
         raise UserError(
             "R320",
             f"the reward failed on all {len(rows):,} responses, so there is nothing to report",
-            ExitStatus.INTERNAL,
             got=first,
             hint="mend the function of evaluation.reward; responses that are kept stay",
         )

@@ -17,7 +17,6 @@ from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 
-from cs336_alignment.errors import ExitStatus
 from cs336_alignment.evaluation.sampling import Generation, Generator, Request, Sampling
 from cs336_alignment.files import telling
 
@@ -67,7 +66,7 @@ class KeptResponses:
         chunk = {_key(r): asdict(g) for r, g in zip(requests, generations, strict=True)}
         line = json.dumps(chunk, ensure_ascii=True).encode() + b"\n"
         hint = "make room and run the same command again: it goes on from what is kept"
-        with telling("R306", f"cannot keep responses in {self._path}", ExitStatus.IO, hint):
+        with telling("R306", f"cannot keep responses in {self._path}", hint):
             self._path.parent.mkdir(parents=True, exist_ok=True)
             with self._path.open("ab+") as file:
                 if file.tell() and os.pread(file.fileno(), 1, file.tell() - 1) != b"\n":

@@ -63,7 +63,6 @@ def evaluate(config: Config) -> ExitStatus:
         raise UserError(
             "C111",
             "data.eval_path is not given",
-            ExitStatus.BAD_CONFIG,
             hint="add data.eval_path=test.jsonl",
         )
     precision = refuse_launcher_options(config)
@@ -115,7 +114,6 @@ def _refuse_another(path: Path, subject: dict[str, str | None]) -> None:
         raise UserError(
             "R104",
             f"{path} holds the evaluation of another model or other data",
-            ExitStatus.CANNOT_CREATE,
             expected=f"{subject['model']} on {subject['data']}",
             got=f"{old.get('model')} on {old.get('data')}",
             hint="choose another run_name=…",
@@ -228,7 +226,6 @@ def _write(
     with telling(
         "R101",
         f"cannot write to {folder}",
-        ExitStatus.CANNOT_CREATE,
         "choose another output_root=… or run_name=…",
     ):
         folder.mkdir(parents=True, exist_ok=True)

@@ -15,7 +15,7 @@ from typing import Any
 
 import httpx2
 
-from cs336_alignment.errors import MAX_GOT_CHARS, ExitStatus, UserError
+from cs336_alignment.errors import MAX_GOT_CHARS, UserError
 
 BUSY = (408, 425, 429, 500, 502, 503, 504)  # what another try may change
 FIRST_WAIT = 0.5  # seconds; doubled with every try
@@ -190,7 +190,6 @@ class ServerClient:
         return UserError(
             "R342",
             f"the server {self.url} does not answer: {what}",
-            ExitStatus.IO,
             expected=f"an answer within {self._retries + 1} tries"
             if asked <= LONGEST_ASKED
             else f"to wait at most {LONGEST_ASKED:,.0f} s, and it asks for {asked:,.0f}",
@@ -204,7 +203,6 @@ class ServerClient:
         return UserError(
             "R341",
             f"no server answers at {self.url}: {failure}",
-            ExitStatus.IO,
             hint=f"start one ({START_LINES}), or name its address: evaluation.server_url=…",
         )
 
@@ -216,7 +214,6 @@ def _sendable(key: str | None) -> str:
         raise UserError(
             "C148",
             "the API key of the server holds characters that cannot be sent",
-            ExitStatus.BAD_CONFIG,
             expected="printable ASCII in OPENAI_API_KEY",
             hint="set it anew, or unset OPENAI_API_KEY",
         )
@@ -230,7 +227,6 @@ def _host_of(url: str) -> str:
         raise UserError(
             "C103",
             f"evaluation.server_url is no address: {failure}",
-            ExitStatus.BAD_CONFIG,
             expected="an address such as http://127.0.0.1:8000/v1",
             got=url,
         ) from failure
@@ -252,7 +248,6 @@ def rubbish(url: str, what: str, got: object) -> UserError:
     return UserError(
         "R344",
         f"the server {url} answered with something that is no response: {what}",
-        ExitStatus.IO,
         got=_one_line(text),
         hint=f"is it an OpenAI-compatible server? {GO_ON}",
     )

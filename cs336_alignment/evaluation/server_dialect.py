@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any, Literal
 
-from cs336_alignment.errors import ExitStatus, UserError
+from cs336_alignment.errors import UserError
 from cs336_alignment.evaluation.sampling import Sampling
 from cs336_alignment.evaluation.server_answers import Answer, NoAnswer, read_answer
 from cs336_alignment.evaluation.server_client import (
@@ -158,7 +158,6 @@ def learn(
             raise UserError(
                 "C104",
                 "evaluation.min_new_tokens and evaluation.backend=server do not combine here",
-                ExitStatus.BAD_CONFIG,
                 got=f"{client.url} takes no such option",
                 hint="evaluation.min_new_tokens=0",
             )
@@ -185,7 +184,6 @@ def _listed(client: ServerClient, *, needed: bool) -> list[Mapping[str, Any]]:
         raise UserError(
             "R345",
             f"the server {client.url} does not list its models",
-            ExitStatus.BAD_CONFIG,
             got=str(failure) if isinstance(failure, Refused) else "an answer without their names",
             hint="evaluation.server_model=MODEL, as the server was started with",
         ) from failure
@@ -198,7 +196,6 @@ def _the_one(listed: Sequence[Mapping[str, Any]], client: ServerClient) -> str:
         raise UserError(
             "R345",
             f"the server {client.url} lists {len(names)} models, and one is asked",
-            ExitStatus.BAD_CONFIG,
             got=", ".join(names) or "none",
             hint=f"evaluation.server_model={names[0] if names else 'NAME'}",
         )
@@ -261,7 +258,6 @@ def _see_repeats(
         raise UserError(
             "R347",
             f"the server {client.url} samples, and greedy responses were asked for",
-            ExitStatus.BAD_CONFIG,
             got=" / ".join(repr(text[:40]) for text in said),
             hint="evaluation.temperature=0 needs a server that reads `temperature: 0`; one that "
             "does not can be asked with evaluation.temperature=1",
@@ -310,7 +306,6 @@ def refusal(client: ServerClient, dialect: Dialect, refused: Refused) -> UserErr
     return UserError(
         "R343",
         f"the server {client.url} refuses the request to /{dialect.path}",
-        ExitStatus.BAD_CONFIG,
         expected=expected,
         got=got,
         hint=hint,

@@ -9,7 +9,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from cs336_alignment.data.tokenize import decode
-from cs336_alignment.errors import ExitStatus, UserError
+from cs336_alignment.errors import UserError
 from cs336_alignment.evaluation.sampling import Generation, Request, Sampling
 from cs336_alignment.evaluation.server_answers import end_after_minimum
 from cs336_alignment.model.source import ModelSource
@@ -46,7 +46,6 @@ class VllmGenerator:
             raise UserError(
                 "C147",
                 f"evaluation.backend=vllm needs vLLM, which cannot be imported: {failure}",
-                ExitStatus.BAD_CONFIG,
                 hint="pip install vllm (it brings the torch that it was built for, so best in an "
                 "environment of its own); or evaluation.backend=server, which asks `vllm serve`",
             ) from failure
@@ -61,9 +60,7 @@ class VllmGenerator:
                 max_num_seqs=batch_size, max_model_len=longest, seed=0,
             )  # fmt: skip
         except Exception as failure:
-            raise UserError(
-                "R351", f"vLLM cannot load {source.location}: {failure}", ExitStatus.INTERNAL
-            ) from failure
+            raise UserError("R351", f"vLLM cannot load {source.location}: {failure}") from failure
 
     def generate(
         self,
@@ -104,7 +101,6 @@ class VllmGenerator:
             raise UserError(
                 "R352",
                 f"vLLM ended a response with {output.finish_reason}",
-                ExitStatus.INTERNAL,
                 hint="its own log says more; what was generated is kept",
             )
         return Generation(text, ids, None, len(ids), "eos" if ended else "length")

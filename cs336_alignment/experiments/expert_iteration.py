@@ -187,7 +187,6 @@ class _Whole:
                 raise UserError(
                     "C302",
                     "the training data differs from what these iterations were started with",
-                    ExitStatus.BAD_CONFIG,
                     expected=f"data_sha256 {str(old['data_sha256'])[:16]}",
                     got=str(manifest["data_sha256"])[:16],
                     hint=f"to start another: run_name={self.config.run_name}-2",
@@ -286,7 +285,6 @@ def refuse_other_iterations(folder: Path, config: Config) -> None:
         raise UserError(
             "R103",
             f"{folder} holds iterations, and trainer.resume=never",
-            ExitStatus.CANNOT_CREATE,
             hint="choose another run_name=…, or leave trainer.resume=auto to continue them",
         )
     if not _trained(folder):  # nothing that another config could spoil
@@ -296,7 +294,6 @@ def refuse_other_iterations(folder: Path, config: Config) -> None:
         raise UserError(
             "C303",
             "there are more iterations already than are asked for",
-            ExitStatus.BAD_CONFIG,
             expected=f"expert_iteration.iterations of at least {done}",
             got=f"{iterations}",
         )
@@ -387,6 +384,5 @@ def _no_truths(config: Config) -> UserError:
     return UserError(
         "D342",
         f"no row of {config.data.train_path} has a ground truth, so no response can be verified",
-        ExitStatus.BAD_DATA,
         hint="name the column: data.columns.ground_truth=answer, say",
     )

@@ -166,7 +166,6 @@ class Sampler:
                     "D341",
                     f"the prompt of {arm.data.places[example]} is other tokens once it is written "
                     "down and read again",
-                    ExitStatus.BAD_DATA,
                     expected=f"{len(wanted[number])} tokens",
                     got=f"{len(again[number])} tokens",
                     hint="the tokenizer does not give its own text back; use another model",
@@ -261,7 +260,6 @@ def refuse_other_rows(iteration: int, folder: Path, request: Mapping[str, Any]) 
         raise UserError(
             "C302",
             f"iteration {iteration} was trained on other samples than this command would draw",
-            ExitStatus.BAD_CONFIG,
             got="; ".join(f"{name}: {before.get(name)} → {request[name]}" for name in changed),
             hint="undo the change (of a reward's file, say), or start another: run_name=…",
         )
@@ -282,7 +280,6 @@ def _nothing_correct(iteration: int, rows: Sequence[Mapping[str, Any]], folder: 
     return UserError(
         "R310",
         f"iteration {iteration} has nothing to train on: none of {len(rows):,} samples is correct",
-        ExitStatus.BAD_DATA,
         got=f"{formed:,} in the right format, {ended:,} that ended by themselves",
         hint=f"look at {folder / SAMPLES}; begin with a model that sometimes answers (train it "
         "first), raise evaluation.max_new_tokens, expert_iteration.num_samples or num_questions, "

@@ -9,7 +9,7 @@ from typing import Any
 
 from cs336_alignment.config import ALL_KEYS
 from cs336_alignment.config_names import nearest_key
-from cs336_alignment.errors import ExitStatus, UserError, UserErrors
+from cs336_alignment.errors import UserError, UserErrors
 
 FIELDS = {"low", "high", "log", "step", "choices"}
 NOT_SEARCHED = ("run_name", "output_root", "trainer.resume")  # a sweep sets them itself
@@ -116,7 +116,6 @@ def _read(key: str, entry: Any) -> Range | Choice:
         raise UserError(
             "C101",
             f"there is no key {key}, in sweep.space",
-            ExitStatus.BAD_CONFIG,
             hint=f"did you mean {near}?"
             if near
             else "`cs336-sft train --cfg job` prints every key",
@@ -154,7 +153,6 @@ def _wrong(message: str, expected: str | None, got: str | None) -> UserError:
     return UserError(
         "C145",
         message,
-        ExitStatus.BAD_CONFIG,
         expected=expected,
         got=got,
         hint="'sweep.space={optimizer.learning_rate: {low: 1e-5, high: 1e-3, log: true}, "

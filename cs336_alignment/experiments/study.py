@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from cs336_alignment.data.batching import mix_seed
-from cs336_alignment.errors import ExitStatus, UserError
+from cs336_alignment.errors import UserError
 from cs336_alignment.experiments.search_space import Choice, Range, to_text
 
 FILE = "study.db"
@@ -64,7 +64,6 @@ class Study:
             raise UserError(
                 "C146",
                 "cs336-sft sweep needs Optuna",
-                ExitStatus.BAD_CONFIG,
                 hint="pip install 'optuna>=4.5,<5'",
             ) from failure
         optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -83,7 +82,6 @@ class Study:
             raise UserError(
                 "R204",
                 f"cannot read {self._path}: {str(failure).splitlines()[0]}",
-                ExitStatus.IO,
                 hint="restore it from a copy, or start anew with another run_name=…",
             ) from failure
 

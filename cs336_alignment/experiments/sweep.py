@@ -67,7 +67,6 @@ def sweep(config: Config, arguments: Sequence[str]) -> ExitStatus:
         raise UserError(
             "C113",
             "a sweep works in one process, and the launcher started several",
-            ExitStatus.BAD_CONFIG,
             hint="start it without a launcher: each trial is a process of its own",
         )
     folder, console = RunFolder(config), Console()
@@ -237,7 +236,6 @@ def _direction(config: Config) -> bool:
         raise UserError(
             "C133",
             f"sweep.metric={metric} does not say by its name whether greater is better",
-            ExitStatus.BAD_CONFIG,
             hint="sweep.greater_is_better=true or false"
             + (f"; or did you mean {near}?" if near else ""),
         )
@@ -248,9 +246,7 @@ def _direction(config: Config) -> bool:
     if metric in GENERATED and config.evaluation.generation_steps is None:
         lacking = "nothing is generated: evaluation.generation_steps=0, say"
     if lacking is not None:
-        raise UserError(
-            "C143", f"no trial would have a {metric}", ExitStatus.BAD_CONFIG, hint=lacking
-        )
+        raise UserError("C143", f"no trial would have a {metric}", hint=lacking)
     return better
 
 
@@ -264,7 +260,6 @@ def _refuse_nothing(study: Study) -> None:
         raise UserError(
             "R323",
             f"none of {len(trials)} trials came to its end",
-            ExitStatus.INTERNAL,
             got=(trials[0].error or "").splitlines()[0] if trials else None,
             hint="try one of them by hand with cs336-sft train",
         )

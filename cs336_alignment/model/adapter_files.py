@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from cs336_alignment.errors import ExitStatus, UserError, first_few, first_line
+from cs336_alignment.errors import UserError, first_few, first_line
 from cs336_alignment.model.adapters import adapter_config, adapter_tensors
 from cs336_alignment.model.base_model import ADAPTER_CONFIG, unfit
 
@@ -45,7 +45,6 @@ def read_adapter_config(folder: Path) -> Any:
         raise UserError(
             "M122",
             f"{folder} holds no adapter" if folder.is_dir() else f"there is no folder {folder}",
-            ExitStatus.NOT_FOUND,
             expected=f"{ADAPTER_CONFIG} and {ADAPTER_WEIGHTS}",
             hint=_where_adapters_are(folder),
         )

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cs336_alignment.errors import ExitStatus, Place, UserError
+from cs336_alignment.errors import Place, UserError
 from cs336_alignment.files import write_json
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -62,7 +62,6 @@ class Base:
             raise UserError(
                 "M121",
                 f"the adapter was trained on another base model than {self.name}",
-                ExitStatus.BAD_CONFIG,
                 place=Place(folder),
                 expected=was,
                 got=f"sha256 {self.sha256[:16]}" if found else self.name,
@@ -87,7 +86,6 @@ def unfit(folder: Path, reason: str) -> UserError:
     return UserError(
         "M127",
         "the adapter does not fit the model",
-        ExitStatus.BAD_CONFIG,
         place=Place(folder),
         got=reason,
         hint="it belongs to another base model, or another tool's options made it",

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from cs336_alignment.errors import ExitStatus, UserError
+from cs336_alignment.errors import UserError
 
 
 def compile_layers(model: PreTrainedModel) -> int:
@@ -38,7 +38,6 @@ def repeated_layers(model: nn.Module, instead: str) -> list[nn.Module]:
         raise UserError(
             "C163",
             f"{type(model).__name__} does not say which modules its repeated layers are",
-            ExitStatus.BAD_CONFIG,
             hint=instead,
         )
     return layers

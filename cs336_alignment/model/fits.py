@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from cs336_alignment.errors import ExitStatus, UserError
+from cs336_alignment.errors import UserError
 
 
 def embedding_rows(model: PreTrainedModel) -> int:
@@ -34,7 +34,6 @@ def check_fits(
         raise UserError(
             "M105",
             "the tokenizer gives token ids that the model's embedding does not have",
-            ExitStatus.BAD_CONFIG,
             expected=f"ids below {rows}",
             got=str(highest_token_id),
             hint="model and tokenizer do not belong together",
@@ -45,7 +44,6 @@ def check_fits(
         raise UserError(
             "M106",
             "the longest example has more tokens than the model has positions",
-            ExitStatus.BAD_CONFIG,
             expected=f"at most {positions + 1} tokens",
             got=f"{longest} tokens",
             hint=f"data.max_length={positions + 1}",
@@ -68,7 +66,6 @@ def check_positions(positions: int | None, generated: int) -> None:
         raise UserError(
             "M108",
             "prompt and generated response have more tokens than the model has positions",
-            ExitStatus.BAD_CONFIG,
             expected=f"at most {positions} tokens",
             got=f"{generated} tokens",
             hint="lower evaluation.max_new_tokens, or leave out evaluation.generation_steps",

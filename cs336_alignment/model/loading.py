@@ -24,7 +24,7 @@ from transformers import (
 )
 
 from cs336_alignment.config import ModelConfig
-from cs336_alignment.errors import ExitStatus, UserError, first_line
+from cs336_alignment.errors import UserError, first_line
 from cs336_alignment.model.adapter_files import is_adapter, read_adapter_config
 from cs336_alignment.model.adapters import is_adapted
 from cs336_alignment.model.base_model import Base, weights_sha256
@@ -70,7 +70,6 @@ def load_tokenizer(source: ModelSource, new_tokens: Sequence[str] = ()) -> PreTr
         raise UserError(
             "M130",
             f"the tokenizer of {source.location} has tokens of model.new_tokens already",
-            ExitStatus.BAD_CONFIG,
             got=", ".join(known),
             hint="leave them out",
         )
@@ -123,7 +122,7 @@ def load_model(
         _refuse_drawn_weights(source, info)
         if is_adapted(model):
             raise UserError(
-                "M109", f"{source.location} is an adapter on the hub", ExitStatus.NOT_FOUND,
+                "M109", f"{source.location} is an adapter on the hub",
                 hint=f"hf download {source.location} --local-dir FOLDER, and give the folder"
             )  # fmt: skip
         return model
@@ -148,14 +147,12 @@ def in_four_bits(device: torch.device, compute: torch.dtype) -> dict[str, Any]:
     """
     if device.type != "cuda":
         raise UserError(
-            "C162", "lora.quantize=nf4 needs a CUDA GPU", ExitStatus.BAD_CONFIG, got=str(device),
+            "C162", "lora.quantize=nf4 needs a CUDA GPU", got=str(device),
             hint="lora.quantize=null",
         )  # fmt: skip
     if importlib.util.find_spec("bitsandbytes") is None:
         hint = "pip install 'cs336_alignment[quantize]', or lora.quantize=null"
-        raise UserError(
-            "C162", "lora.quantize=nf4 needs bitsandbytes", ExitStatus.BAD_CONFIG, hint=hint
-        )
+        raise UserError("C162", "lora.quantize=nf4 needs bitsandbytes", hint=hint)
     settings = BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=compute,
@@ -193,7 +190,6 @@ def base_of(
         raise UserError(
             "M131",
             "model.name_or_path is an adapter, and an adapter of an adapter loads nowhere",
-            ExitStatus.BAD_CONFIG,
             got=source.location,
             hint="to go on with it: lora.adapter_path=FOLDER, and its base model as "
             "model.name_or_path",
@@ -231,7 +227,6 @@ def _refuse_drawn_weights(source: ModelSource, info: Mapping[str, Any]) -> None:
         raise UserError(
             "M107",
             f"the weights of {source.location} lack tensors that the model has",
-            ExitStatus.NOT_FOUND,
             got=f"{len(lost)} missing or of another shape: {', '.join(lost[:3])}",
             hint="the folder is damaged, or its config.json belongs to another model",
         )
@@ -241,7 +236,7 @@ def _cannot_load(what: str, source: ModelSource, failure: Exception) -> UserErro
     message = f"cannot load the {what} of {source.location}: {first_line(failure)}"
     hint = "check the id and the network; offline, give a local folder or fill the cache first"
     hint = "that of a run is in its folder model/" if source.is_local else hint
-    return UserError("M103", message, ExitStatus.NOT_FOUND, hint=hint)
+    return UserError("M103", message, hint=hint)
 
 
 def eos_ids(settings: GenerationConfig | None, tokenizer: PreTrainedTokenizerBase) -> set[int]:

@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 from transformers import PreTrainedModel
 
 from cs336_alignment.config import LoraConfig
-from cs336_alignment.errors import ExitStatus, Place, UserError, first_line
+from cs336_alignment.errors import Place, UserError, first_line
 from cs336_alignment.model.adapter_files import (
     load_weights,
     read_adapter_config,
@@ -139,7 +139,6 @@ def _refuse_other_options(folder: Path, config: Any, options: LoraConfig) -> Non
             raise UserError(
                 "M123",
                 f"lora.{name} is not that of the adapter in lora.adapter_path",
-                ExitStatus.BAD_CONFIG,
                 place=Place(folder),
                 expected=f"lora.{name}={shown}, or leave it out",
                 got=str(wanted),
@@ -170,7 +169,6 @@ def _inject(
             raise UserError(
                 "M124",
                 "lora.target_modules finds nothing that can have an adapter",
-                ExitStatus.BAD_CONFIG,
                 got=first_line(failure),
                 hint=_linear_names(model),
             ) from failure
@@ -179,7 +177,6 @@ def _inject(
         raise UserError(
             "M125",
             f"lora.target_modules finds {', '.join(refused)}: an embedding gets no adapter here",
-            ExitStatus.BAD_CONFIG,
             hint=f"train it whole: lora.modules_to_save=[{refused[0].rsplit('.', 1)[-1]}]",
         )
     for layer in adapted.values():
@@ -193,7 +190,6 @@ def _inject(
                 raise UserError(
                     "M126",
                     f"lora.modules_to_save and lora.target_modules both find {inside[0]}",
-                    ExitStatus.BAD_CONFIG,
                     hint="a module has an adapter or is trained whole",
                 )
             module.requires_grad_(True)
@@ -264,7 +260,6 @@ def copy_adapter(
         raise UserError(
             "M132",
             f"the weights of {base.name} have changed since the run began",
-            ExitStatus.BAD_CONFIG,
             hint="put its files back; the checkpoints are intact, and the same command exports",
         )
     rows: Any = source.get_input_embeddings().weight
@@ -315,7 +310,6 @@ def _refuse_unknown(model: nn.Module, wanted: Collection[str], key: str) -> None
         raise UserError(
             "M124",
             f"{key} names modules that the model does not have",
-            ExitStatus.BAD_CONFIG,
             got=", ".join(unknown),
             hint=_linear_names(model),
         )

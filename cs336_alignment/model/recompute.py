@@ -7,7 +7,7 @@ from typing import Any
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 from transformers import PreTrainedModel
 
-from cs336_alignment.errors import ExitStatus, UserError
+from cs336_alignment.errors import UserError
 
 PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm")
 
@@ -38,7 +38,6 @@ def enable_checkpointing(model: PreTrainedModel, selective: bool = False) -> Non
             "C124",
             f"trainer.gradient_checkpointing and model.name_or_path do not combine: "
             f"{type(model).__name__} cannot recompute its layers",
-            ExitStatus.BAD_CONFIG,
             hint="trainer.gradient_checkpointing=false; a smaller trainer.microbatch_tokens saves "
             "memory, too",
         )

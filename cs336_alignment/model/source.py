@@ -6,7 +6,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from cs336_alignment.errors import ExitStatus, UserError
+from cs336_alignment.errors import UserError
 
 BUILTIN = "builtin:"
 WEIGHT_FILES = ("*.safetensors", "pytorch_model*.bin")
@@ -45,7 +45,6 @@ def resolve_model(name_or_path: str, revision: str | None, trust_remote_code: bo
         raise UserError(
             "C114",
             f"model.revision={revision} names a commit on the hub, and {name_or_path} is local",
-            ExitStatus.BAD_CONFIG,
             hint="model.revision=null",
         )
     if name_or_path.startswith(BUILTIN):
@@ -54,7 +53,6 @@ def resolve_model(name_or_path: str, revision: str | None, trust_remote_code: bo
             raise UserError(
                 "M101",
                 f"there is no built-in model {name_or_path}",
-                ExitStatus.NOT_FOUND,
                 expected="builtin:arithmetic",
             )
         return ModelSource(str(folder), None, False)
@@ -65,7 +63,6 @@ def resolve_model(name_or_path: str, revision: str | None, trust_remote_code: bo
         raise UserError(
             "M101",
             f"there is no model folder {name_or_path}",
-            ExitStatus.NOT_FOUND,
             hint="model.name_or_path takes a folder in Hugging Face form or a hub id such as "
             "Qwen/Qwen2.5-0.5B"
             + ("; `make smollm2` makes this one" if "SmolLM2" in name_or_path else ""),
@@ -92,7 +89,7 @@ def require_weights(source: ModelSource) -> None:
     folder = Path(source.location)
     if not any(any(folder.glob(pattern)) for pattern in WEIGHT_FILES):
         raise UserError(
-            "M102", f"{folder} holds no weights", ExitStatus.NOT_FOUND,
+            "M102", f"{folder} holds no weights",
             expected="model.safetensors (or shards of it)",
             hint=f"a checkpoint in parts: `cs336-sft export {folder.resolve()}` makes it whole"
             if (folder / "sharded").is_dir()

@@ -10,7 +10,7 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from cs336_alignment.config import Config, LoraConfig, ModelConfig
-from cs336_alignment.errors import ExitStatus, UserError
+from cs336_alignment.errors import UserError
 from cs336_alignment.model.base_model import Base
 from cs336_alignment.model.fits import embedding_rows
 from cs336_alignment.model.loading import base_of, in_four_bits, load_model
@@ -82,7 +82,6 @@ def choose_trained(
                 "M128",
                 f"lora.export={lora.export} and model.new_tokens do not combine on this model: the "
                 "adapter would have more rows than the base model's embedding and not load on it",
-                ExitStatus.BAD_CONFIG,
                 hint="lora.export=merged",
             )
         ends = [model.get_input_embeddings(), model.get_output_embeddings()]
@@ -95,7 +94,6 @@ def choose_trained(
         raise UserError(
             "M129",
             "model.new_tokens and model.freeze do not combine: the new tokens would stay untrained",
-            ExitStatus.BAD_CONFIG,
             hint="leave the embedding out of model.freeze",
         )
 
@@ -118,7 +116,6 @@ def freeze(model: nn.Module, patterns: Sequence[str]) -> None:
             raise UserError(
                 "M120",
                 f"model.freeze finds no parameter with {pattern!r}",
-                ExitStatus.BAD_CONFIG,
                 expected=f"a regular expression for names such as {parameters[0][0]} and "
                 f"{parameters[-1][0]}",
             )
@@ -126,7 +123,7 @@ def freeze(model: nn.Module, patterns: Sequence[str]) -> None:
             parameter.requires_grad_(False)
     if not any(parameter.requires_grad for _, parameter in parameters):
         raise UserError(
-            "M120", "model.freeze leaves nothing to train", ExitStatus.BAD_CONFIG,
+            "M120", "model.freeze leaves nothing to train",
             got=", ".join(patterns)
         )  # fmt: skip
 

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from cs336_alignment.errors import ExitStatus, UserError
+from cs336_alignment.errors import UserError
 from cs336_alignment.files import replacing_folder, sha256_of, write_json
 from cs336_alignment.tracking.console import Console
 from cs336_alignment.training.export import telling_full_disk
@@ -43,7 +43,6 @@ def making(target: Path, made_of: dict[str, Any], console: Console) -> Iterator[
                 raise UserError(
                     "R360",
                     f"{target} is there, and is something else",
-                    ExitStatus.CANNOT_CREATE,
                     hint="remove it, or choose another place: export.output_dir=…",
                 )
             if (reason := _damage(target, found.get("files", {}))) is None:
@@ -89,7 +88,6 @@ def _alone(parent: Path) -> Iterator[None]:
             raise UserError(
                 "R102",
                 f"another export is writing into {parent}",
-                ExitStatus.CANNOT_CREATE,
                 hint="wait for it and run the same command again",
             ) from failure
         yield

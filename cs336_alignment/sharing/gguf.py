@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from cs336_alignment.errors import ExitStatus, UserError
+from cs336_alignment.errors import UserError
 
 CONVERTERS = ("convert_hf_to_gguf.py", "convert_hf_to_gguf", "convert-hf-to-gguf")
 QUANTIZER = "llama-quantize"
@@ -117,7 +117,6 @@ def _failed(command: list[str], why: str) -> UserError:
     return UserError(
         "R362",
         f"{Path(program).name} made no GGUF file",
-        ExitStatus.INTERNAL,
         expected="exit status 0 and a file",
         got=why[-600:],
         hint="does llama.cpp know this architecture? A newer one may",
@@ -128,7 +127,6 @@ def _not_found(what: str, expected: str, hint: str) -> UserError:
     return UserError(
         "R361",
         f"{what} is not there, and GGUF is made with it",
-        ExitStatus.NOT_FOUND,
         expected=expected,
         hint=hint,
     )

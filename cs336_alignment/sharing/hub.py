@@ -14,7 +14,7 @@ from pathlib import Path
 from huggingface_hub import HfApi, constants, get_token
 
 from cs336_alignment.config import HubConfig
-from cs336_alignment.errors import ExitStatus, UserError
+from cs336_alignment.errors import UserError
 from cs336_alignment.files import write_json, write_text
 from cs336_alignment.tracking.run_record import MANIFEST
 from cs336_alignment.training.parallel import is_main_process_before_start
@@ -44,7 +44,6 @@ def announce(config: HubConfig, warn: Callable[[str], None]) -> None:
         raise UserError(
             "C170",
             "hub.push_to_hub=true, and there is no token for the hub",
-            ExitStatus.BAD_CONFIG,
             hint="set HF_TOKEN, or type `hf auth login`",
         )
 
@@ -88,7 +87,6 @@ def push(
         raise UserError(
             "R371",
             f"{folder} could not be pushed to {wanted}: {reason}",
-            ExitStatus.IO,
             hint=f"nothing here is lost; to try again: {again}",
         ) from failure
     return str(made)

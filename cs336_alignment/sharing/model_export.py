@@ -16,7 +16,7 @@ from cs336_alignment.data.dataset import TokenizedDataset
 from cs336_alignment.data.layout import ASKING
 from cs336_alignment.data.templates import PromptTemplate, load_template
 from cs336_alignment.data.tokenize import TokenRow, tokenize_plain
-from cs336_alignment.errors import ExitStatus, UserError
+from cs336_alignment.errors import UserError
 from cs336_alignment.evaluation.chat import Conversation
 from cs336_alignment.sharing.card import CURVES, Card
 from cs336_alignment.sharing.chat_template import as_chat_template
@@ -170,7 +170,6 @@ def _check(
         raise UserError(
             "R305",
             "what was exported is not the model that was trained, and is removed",
-            ExitStatus.INTERNAL,
             got="; ".join(result.reasons),
             hint="if fp16 is too narrow for these weights: export.dtype=bf16"
             if options.dtype == "fp16"

@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 
 from cs336_alignment.data.batching import StepPlan
 from cs336_alignment.data.splits import PreparedData, RunData
-from cs336_alignment.errors import ExitStatus, UserError
+from cs336_alignment.errors import UserError
 
 BATCH_ROWS = 1_000
 SCHEMA = pa.schema([
@@ -143,7 +143,6 @@ def compare_with_ledger(
         raise UserError(
             "R381",
             "what was written is not what data_ledger.json counts",
-            ExitStatus.INTERNAL,
             got="; ".join(wrong),
             hint="the ledger is of other data, or this is a mistake of this program: train again "
             "with another run_name, and report it with what `cs336-sft env` prints",

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from cs336_alignment.compose import config_of_run
 from cs336_alignment.config import Config
-from cs336_alignment.errors import ExitStatus, UserError
+from cs336_alignment.errors import UserError
 from cs336_alignment.model.loading import (
     base_of,
     build_model,
@@ -108,7 +108,6 @@ def find_weights(
         raise UserError(
             "C175",
             f"{run.folder} trained all weights, and no adapter",
-            ExitStatus.BAD_CONFIG,
             got="export.format=adapter",
             hint="export.format=hf",
         )
@@ -121,7 +120,6 @@ def find_weights(
             raise UserError(
                 "R203",
                 f"the model of the run is damaged: {reason}",
-                ExitStatus.IO,
                 hint="the command that trained it writes it anew; or export.checkpoint=latest",
             )
         return own, int(run.manifest.get("export_step", 0))
@@ -139,7 +137,6 @@ def find_weights(
         raise UserError(
             "R202",
             f"there is no whole checkpoint {wanted or ''} in {checkpoints}".replace("  ", " "),
-            ExitStatus.NOT_FOUND,
             got=", ".join(there) or "none",
             hint="export.checkpoint=latest, or the number of a step that is there",
         )
@@ -147,7 +144,6 @@ def find_weights(
         raise UserError(
             "R203",
             f"the checkpoint {folder} is damaged: {reason}",
-            ExitStatus.IO,
             hint="export.checkpoint=latest takes the latest that is whole",
         )
     return folder, int(read_json(folder / STATE)["progress"]["step"])

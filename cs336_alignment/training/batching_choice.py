@@ -12,7 +12,7 @@ from torch import Tensor
 
 from cs336_alignment.data.batching import MIN_SHARED_TOKENS, collate
 from cs336_alignment.data.tokenize import TokenizedExample
-from cs336_alignment.errors import ExitStatus, UserError
+from cs336_alignment.errors import UserError
 from cs336_alignment.microbatch import Batching
 from cs336_alignment.model.adapters import adapter_dropout
 from cs336_alignment.model.attention import FLAT_ATTENTION, why_not_flat
@@ -95,7 +95,6 @@ def _fall_back(wanted: str, batching: Batching, reason: str) -> BatchingChoice:
     raise UserError(
         "C106",
         f"trainer.batching={wanted} is not exact for this model: {reason}",
-        ExitStatus.BAD_CONFIG,
         hint=f"trainer.batching={batching}, or auto, which falls back by itself",
     )
 

@@ -8,7 +8,7 @@ from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
 from cs336_alignment.config import TrainerConfig
-from cs336_alignment.errors import ExitStatus, UserError
+from cs336_alignment.errors import UserError
 from cs336_alignment.metric_names import SOMETIMES, greater_is_better, nearest_metric
 
 
@@ -165,7 +165,6 @@ class Judge:
         raise UserError(
             "C132",
             f"the evaluation gives no {metric}, which trainer.metric_for_best_model names",
-            ExitStatus.BAD_CONFIG,
             expected=f"one of {', '.join(sorted(metrics))}",
             hint=f"did you mean {near}?" if near else None,
         )

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from cs336_alignment.errors import ExitStatus, UserError
+from cs336_alignment.errors import UserError
 from cs336_alignment.files import flush_folder, free_mib, system_error, write_json
 from cs336_alignment.model.adapter_files import refuse_another_base
 from cs336_alignment.model.adapters import is_adapted
@@ -64,7 +64,6 @@ def restore(folder: Path, module: nn.Module, optimizer: torch.optim.Optimizer) -
         raise UserError(
             "R205",
             f"{folder} holds the state of another optimizer",
-            ExitStatus.IO,
             hint="give another run_name",
         )
     for name, place in places.items():
@@ -84,7 +83,6 @@ def restore_weights(folder: Path, module: nn.Module) -> TrainState:
         raise UserError(
             "R205",
             f"{folder} holds weights of another model",
-            ExitStatus.IO,
             hint="give another run_name, or the model the run was started with",
         )
     if is_adapted(module):
@@ -176,7 +174,6 @@ def save_checkpoint(
         raise UserError(
             "R206",
             f"cannot write the checkpoint {final}: {reason}",
-            ExitStatus.IO,
             expected=f"{needed / 2**20:,.1f} MiB"
             + ("" if team is None else f", in a folder that all {team.count} processes write to"),
             got=f"{free_mib(checkpoints.parent):,.1f} MiB free",

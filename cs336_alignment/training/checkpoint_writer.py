@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from cs336_alignment.errors import ExitStatus, UserError
+from cs336_alignment.errors import UserError
 from cs336_alignment.files import free_mib, telling
 from cs336_alignment.training.checkpoint import save_checkpoint
 from cs336_alignment.training.checkpoint_folders import (
@@ -97,7 +97,6 @@ class CheckpointWriter:
                 raise UserError(
                     "R210",
                     f"what is written to {self.checkpoints} does not read back: {reason}",
-                    ExitStatus.IO,
                     hint="the disk or its driver is failing; choose another output_root=…",
                 )
 
@@ -121,7 +120,6 @@ class CheckpointWriter:
                 raise UserError(
                     "R206",
                     f"there is no room for a checkpoint in {self.checkpoints}",
-                    ExitStatus.IO,
                     expected=f"{needed:,.1f} MiB",
                     got=f"{free:,.1f} MiB free",
                     hint="make room, or choose an output_root=… on another disk",
@@ -174,7 +172,7 @@ class CheckpointWriter:
         """
         self._best = best
         hint = "make room and run the same command again; the checkpoints are intact"
-        with telling("R211", f"cannot write to {self.checkpoints}", ExitStatus.IO, hint):
+        with telling("R211", f"cannot write to {self.checkpoints}", hint):
             mark_latest(self.checkpoints, latest, best=best, keep=self.keep)
 
     @property

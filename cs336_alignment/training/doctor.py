@@ -78,9 +78,10 @@ def doctor(config: Config) -> ExitStatus:
     try:
         if processes.count > 1:
             raise UserError(
-                "C129", "the doctor works in one process, and the launcher started several",
-                ExitStatus.BAD_CONFIG, hint="type cs336-sft doctor …"
-            )  # fmt: skip
+                "C129",
+                "the doctor works in one process, and the launcher started several",
+                hint="type cs336-sft doctor …",
+            )
         findings = []
         for finding in examine(config, processes, console):
             text = f" ({finding.text})" if finding.text else ""

@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 
 from cs336_alignment.config import ALL_KEYS, Config, flatten
-from cs336_alignment.errors import ExitStatus, Place, UserError
+from cs336_alignment.errors import Place, UserError
 
 # What may change between a stop and a restart. These keys do not touch the weights:
 FREE = frozenset({
@@ -112,7 +112,6 @@ def unreadable(path: Path, failure: Exception) -> UserError:
     return UserError(
         "R204",
         f"cannot read {path}: {failure}",
-        ExitStatus.IO,
         hint="restore it from a copy, or start anew with another run_name=…",
     )
 
@@ -128,7 +127,6 @@ def _refusal(
     return UserError(
         "C301",
         f"the folder holds {what}",
-        ExitStatus.BAD_CONFIG,
         place=place,
         got="; ".join(f"{key}: {before} → {after}" for key, (before, after) in changed.items()),
         hint=f"to start another: run_name={config.run_name}-2",

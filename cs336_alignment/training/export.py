@@ -11,7 +11,6 @@ from pathlib import Path
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from cs336_alignment.errors import ExitStatus
 from cs336_alignment.files import replacing_folder, telling
 from cs336_alignment.model.adapter_files import ADAPTER_WEIGHTS, save_adapter_config
 from cs336_alignment.model.adapters import adapter_tensors, is_adapted
@@ -63,7 +62,7 @@ def export_model(
 def telling_full_disk(folder: Path) -> AbstractContextManager[None]:
     """Make a UserError (74) of a disk that refuses an export."""
     hint = "make room and run the same command again: only this last step repeats"
-    return telling("R207", f"cannot write the model to {folder}", ExitStatus.IO, hint)
+    return telling("R207", f"cannot write the model to {folder}", hint)
 
 
 def write_model(

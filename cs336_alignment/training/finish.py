@@ -189,7 +189,6 @@ class Finish:
                 raise UserError(
                     "R305",
                     f"{target} is not the model that was trained",
-                    ExitStatus.INTERNAL,
                     got="; ".join(result.reasons),
                     hint="the checkpoints are intact; the same command exports and checks again",
                 )

@@ -14,7 +14,7 @@ import torch
 
 from cs336_alignment.config import Config, ParallelConfig, flatten
 from cs336_alignment.data.tokenize import tokenizer_fingerprint
-from cs336_alignment.errors import ExitStatus, UserError, first_few, first_line
+from cs336_alignment.errors import UserError, first_few, first_line
 from cs336_alignment.files import write_text
 from cs336_alignment.training.inputs import Inputs
 from cs336_alignment.training.manifest import git_commit, versions
@@ -41,7 +41,6 @@ def refuse_lone_and_surplus_processes() -> None:
         raise UserError(
             "C215",
             f"srun started {tasks} tasks that know nothing of each other: each would train alone",
-            ExitStatus.BAD_CONFIG,
             hint="one task a node that starts torchrun, as scripts/slurm/train.sbatch does",
         )
     local = int(environment.get("LOCAL_RANK", "0")) + 1
@@ -50,7 +49,6 @@ def refuse_lone_and_surplus_processes() -> None:
         raise UserError(
             "C216",
             f"{host} was given more processes than it has GPUs",
-            ExitStatus.BAD_CONFIG,
             expected=f"at most {found} "
             f"(CUDA_VISIBLE_DEVICES {environment.get('CUDA_VISIBLE_DEVICES', 'is not set')})",
             got=f"{local}",
@@ -76,7 +74,6 @@ def meet(config: ParallelConfig) -> Processes:
             "C211",
             f"the processes did not find each other (parallel.timeout_minutes="
             f"{config.timeout_minutes:g})",
-            ExitStatus.BAD_CONFIG,
             expected=f"{launched_processes()} processes that meet at {where}",
             got=f"process {os.environ.get('RANK', '0')} on {socket.gethostname()}: "
             f"{first_line(failure)}",
@@ -97,7 +94,6 @@ def naming_lost_processes() -> Iterator[None]:
         raise UserError(
             "R311",
             "another process is gone, or was silent for parallel.timeout_minutes",
-            ExitStatus.INTERNAL,
             got=f"on {socket.gethostname()}: {text.splitlines()[0]}",
             hint="what the others printed says why; the same command goes on from the checkpoint",
         ) from failure
@@ -137,7 +133,6 @@ def check_launch(
         raise UserError(
             "C214",
             "a step has fewer examples than there are processes: some would never have work",
-            ExitStatus.BAD_CONFIG,
             expected=f"trainer.global_batch_size of at least {processes.count}",
             got=f"{batch}",
             hint=f"trainer.global_batch_size={processes.count}, or fewer processes",
@@ -171,7 +166,6 @@ def check_launch(
         raise UserError(
             "R107",
             f"not all processes see the run's folder {shared.parent}",
-            ExitStatus.CANNOT_CREATE,
             expected=f"what process 0 on {first} writes there is there on every node",
             got=f"nothing for {first_few(blind, '; ')}",
             hint="output_root=… on a file system that all nodes share, by the same path",
@@ -204,7 +198,6 @@ def _refuse_others(
         code,
         "the processes were given different "
         + ("configs" if config else "versions, data or precision"),
-        ExitStatus.BAD_CONFIG,
         expected=f"as process 0 on {host}: "
         + ", ".join(f"{name}={main.get(name, 'missing')}" for name in names),
         got=first_few(who, "; "),

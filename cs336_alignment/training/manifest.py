@@ -19,7 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from cs336_alignment.config import Config, EvaluationConfig
 from cs336_alignment.data.splits import PreparedData
 from cs336_alignment.data.tokenize import tokenizer_fingerprint
-from cs336_alignment.errors import ExitStatus, UserError
+from cs336_alignment.errors import UserError
 from cs336_alignment.model.adapters import base_sha256
 from cs336_alignment.training.shards import part_of
 
@@ -101,7 +101,6 @@ def build_manifest(
             raise UserError(
                 "C302",
                 f"the {what} differs from what this run was started with",
-                ExitStatus.BAD_CONFIG,
                 expected=f"{key} {str(old.get(key))[:16]}",
                 got=str(manifest[key])[:16],
                 hint=f"to start another run: run_name={config.run_name}-2",

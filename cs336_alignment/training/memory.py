@@ -22,7 +22,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from cs336_alignment.config import Config, OptimizerConfig
 from cs336_alignment.config_clashes import clashes
-from cs336_alignment.errors import ExitStatus, UserError, first_line
+from cs336_alignment.errors import UserError, first_line
 from cs336_alignment.machine_memory import Memory, found_memory
 from cs336_alignment.microbatch import Batching, Microbatch, with_tensors
 from cs336_alignment.model.attention import FLAT_ATTENTION, why_not_flat
@@ -251,7 +251,6 @@ class Foresight:
                 "R312",
                 f"what lora.quantize={config.lora.quantize} takes is not foretold: its kernels "
                 "need values",
-                ExitStatus.BAD_CONFIG,
                 hint="`cs336-sft train` tries its largest microbatch before the first step",
             )
         model = without_values(source, tokenizer, config, autocast_dtype)
@@ -288,7 +287,6 @@ class Foresight:
             raise UserError(
                 "R309",
                 "the memory of this architecture cannot be foretold: its code reads values",
-                ExitStatus.INTERNAL,
                 got=f"{type(failure).__name__}: {first_line(failure)}",
                 hint="`cs336-sft train` tries its largest microbatch before the first step",
             ) from failure
@@ -405,7 +403,6 @@ def refuse_too_large(
     raise UserError(
         "R308",
         f"the model is too large to be trained in the memory of this {device.type}",
-        ExitStatus.BAD_CONFIG,
         expected=f"at most {gib(found.total)} for each process",
         got=text,
         hint=", or ".join(ways),

@@ -19,7 +19,7 @@ from cs336_alignment import quiet
 from cs336_alignment.config import Config
 from cs336_alignment.cores import keep_freed_memory
 from cs336_alignment.data.batching import collate
-from cs336_alignment.errors import ExitStatus, UserError
+from cs336_alignment.errors import UserError
 from cs336_alignment.machine_memory import (
     forget_peak,
     peak_resident_memory,
@@ -105,7 +105,7 @@ def measure(config: Config, processes: int, room: int) -> Trial | None:
     try:
         if not ours.poll(LIMIT_SECONDS):
             raise UserError(
-                "R307", f"a microbatch took more than {LIMIT_SECONDS:.0f} s", ExitStatus.INTERNAL,
+                "R307", f"a microbatch took more than {LIMIT_SECONDS:.0f} s",
                 hint="a lower trainer.microbatch_tokens or data.max_length"
             )  # fmt: skip
         result: Trial | UserError | None = ours.recv()
@@ -114,7 +114,7 @@ def measure(config: Config, processes: int, room: int) -> Trial | None:
         if child.exitcode == -signal.SIGKILL:
             return None  # by the system, for want of memory
         raise UserError(
-            "R307", "the process that tried a microbatch failed", ExitStatus.INTERNAL,
+            "R307", "the process that tried a microbatch failed",
             got=f"exit status {child.exitcode}"
         ) from None  # fmt: skip
     finally:

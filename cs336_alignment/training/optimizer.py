@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from cs336_alignment.config import OptimizerConfig
-from cs336_alignment.errors import ExitStatus, UserError, first_line, needing
+from cs336_alignment.errors import UserError, first_line, needing
 from cs336_alignment.model.compile import repeated_layers
 
 FUSED_DEVICES = ("cuda", "cpu")
@@ -130,7 +130,6 @@ def _muon(
         raise UserError(
             "C160",
             "optimizer.name=muon trains the hidden matrices, and none is trained",
-            ExitStatus.BAD_CONFIG,
             hint="optimizer.name=adamw",
         )
     muon = torch.optim.Muon(
@@ -181,7 +180,6 @@ def allocate_state(optimizer: torch.optim.Optimizer) -> None:
         raise UserError(  # torchao compiles its step: of a hundred kinds
             "C119",
             "optimizer.state_bits=8 does not work on this machine",
-            ExitStatus.BAD_CONFIG,
             got=f"{type(failure).__name__}: {first_line(failure)}",
             hint="it needs a C++ compiler on a CPU, Triton on a GPU; or optimizer.state_bits=32",
         ) from failure

@@ -63,7 +63,6 @@ def refuse_launcher_options(config: Config) -> str:
                 "C201",
                 f"`accelerate launch` was configured for {name}, and parallel={strategy} would "
                 "ignore it",
-                ExitStatus.BAD_CONFIG,
                 hint="launch with --config_file configs/accelerate/multi_gpu.yaml",
             )
     steps = os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
@@ -71,7 +70,6 @@ def refuse_launcher_options(config: Config) -> str:
         raise UserError(
             "C202",
             f"`accelerate launch` has gradient_accumulation_steps={steps}, which has no effect",
-            ExitStatus.BAD_CONFIG,
             hint=f"type trainer.gradient_accumulation_steps={steps} instead",
         )
     launcher = {"no": None, "bf16": "bf16"}.get(
@@ -84,7 +82,6 @@ def refuse_launcher_options(config: Config) -> str:
             "C203",
             f"`accelerate launch` was given mixed_precision={launched} and trainer.precision is "
             f"{precision}",
-            ExitStatus.BAD_CONFIG,
             hint="use bf16 or fp32, in one of the two places",
         )
     return launcher
@@ -116,7 +113,6 @@ def _refuse_other_sharding(config: Config) -> None:
             "C201",
             f"`accelerate launch` was configured for FSDP, and parallel={config.parallel.strategy} "
             "would not do the same",
-            ExitStatus.BAD_CONFIG,
             expected=f"{name}: {wanted}",
             got=found,
             hint="launch with --config_file configs/accelerate/multi_gpu.yaml and type "
@@ -156,7 +152,6 @@ def start_processes(config: ParallelConfig) -> Accelerator:
         raise UserError(
             "C204",
             "launcher and accelerate disagree on the number of processes",
-            ExitStatus.BAD_CONFIG,
             expected=f"{launched} (WORLD_SIZE)",
             got=f"{found}",
             hint="every process would train alone into the same folder; check the launcher's flags",
@@ -165,14 +160,12 @@ def start_processes(config: ParallelConfig) -> Accelerator:
         raise UserError(
             "C221",
             f"parallel=single, and the launcher started {found} processes",
-            ExitStatus.BAD_CONFIG,
             hint="type parallel=ddp, or parallel=fsdp2 for a model that is too large for one",
         )
     if config.num_processes is not None and found != config.num_processes:
         raise UserError(
             "C205",
             "the number of processes is not the one asked for",
-            ExitStatus.BAD_CONFIG,
             expected=f"parallel.num_processes={config.num_processes}",
             got=f"{found}",
             hint=f"torchrun --standalone --nproc_per_node {config.num_processes} scripts/train.py "
@@ -207,7 +200,6 @@ def refuse_sharding(config: ParallelConfig, verb: str) -> None:
         raise UserError(
             "C222",
             f"{verb} holds the whole model on every process, and parallel=fsdp2 would not",
-            ExitStatus.BAD_CONFIG,
             hint="parallel=ddp",
         )
 
@@ -350,7 +342,7 @@ class Processes:
         if failure is not None:
             raise failure
         if told is not None:
-            raise UserError("R208", f"the main process failed: {told[0]}", told[1])
+            raise UserError("R208", f"the main process failed: {told[0]}", status=told[1])
         return result
 
     def on_each(self, work: Callable[[], T]) -> T:
@@ -364,7 +356,7 @@ class Processes:
         if failure is not None:
             raise failure
         if told:
-            raise UserError("R208", f"another process failed: {told[0][0]}", told[0][1])
+            raise UserError("R208", f"another process failed: {told[0][0]}", status=told[0][1])
         return cast(T, result)
 
     def wait(self) -> None:

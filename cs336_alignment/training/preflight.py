@@ -10,7 +10,7 @@ import torch
 from cs336_alignment.config import DEFAULT_MICROBATCH_TOKENS, TrainerConfig
 from cs336_alignment.data.batching import StepPlan, collate, shared_prefix
 from cs336_alignment.data.dataset import TokenizedDataset
-from cs336_alignment.errors import ExitStatus, UserError, first_line
+from cs336_alignment.errors import UserError, first_line
 from cs336_alignment.microbatch import Batching
 from cs336_alignment.model.compile import compile_layers
 from cs336_alignment.model.policy import Policy
@@ -57,7 +57,6 @@ def warm_up_compiled(policy: Policy, batching: Batching) -> None:
         raise UserError(
             "C118",
             "torch.compile fails on this machine or model",
-            ExitStatus.BAD_CONFIG,
             got=f"{type(failure).__name__}: {first_line(failure)}",
             hint="on a CPU it needs a C++ compiler (g++); trainer.compile=false does without",
         ) from failure

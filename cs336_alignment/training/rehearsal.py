@@ -10,7 +10,7 @@ import torch
 
 from cs336_alignment.data.batching import StepPlan, collate, shared_prefix
 from cs336_alignment.data.dataset import TokenizedDataset
-from cs336_alignment.errors import ExitStatus, UserError
+from cs336_alignment.errors import UserError
 from cs336_alignment.machine_memory import peak_resident_memory
 from cs336_alignment.microbatch import Microbatch
 from cs336_alignment.model.policy import Policy
@@ -231,7 +231,6 @@ def telling_out_of_memory(device: torch.device) -> Iterator[None]:
         raise UserError(
             "R303",
             f"the memory of the {device.type} does not suffice for a microbatch",
-            ExitStatus.INTERNAL,
             got=text.splitlines()[0] if text else None,
             hint="lower trainer.microbatch_tokens or data.max_length; what else this run could do, "
             "`cs336-sft doctor --memory …` with the same words says",

@@ -162,7 +162,6 @@ def _no_time(max_hours: float | None) -> UserError:
     return UserError(
         NO_TIME,
         "the time was over before a step was taken: the same command would come no further",
-        ExitStatus.BAD_CONFIG,
         got=f"trainer.max_hours={max_hours:g}",
         hint="give it more, or evaluate less: trainer.eval_steps, evaluation.generation_steps",
     )
@@ -338,7 +337,6 @@ class _Run:
             raise UserError(
                 "C303",
                 "the run is already further than the new length",
-                ExitStatus.BAD_CONFIG,
                 expected=f"at least {state.step} steps",
                 got=f"{total_steps}",
                 hint="raise trainer.max_steps or trainer.num_train_epochs",

@@ -15,7 +15,7 @@ from typing import IO, Any
 import yaml
 
 from cs336_alignment.config import Config, LoraConfig
-from cs336_alignment.errors import ExitStatus, Place, UserError
+from cs336_alignment.errors import Place, UserError
 from cs336_alignment.files import sha256_of, telling, write_json, write_text
 from cs336_alignment.training.best import Criterion
 from cs336_alignment.training.checkpoint_folders import STATE, find_latest, list_checkpoints, verify
@@ -85,13 +85,10 @@ class RunFolder:
                 raise UserError(
                     "R106",
                     f"{self.path} holds {other}, and this would be {kind}: it would be overwritten",
-                    ExitStatus.CANNOT_CREATE,
                     hint="choose another run_name=…",
                 )
         hint = "choose another output_root=… or run_name=…"
-        with telling(
-            "R101", f"cannot write to the run folder {self.path}", ExitStatus.CANNOT_CREATE, hint
-        ):
+        with telling("R101", f"cannot write to the run folder {self.path}", hint):
             self.path.mkdir(parents=True, exist_ok=True)
             if self.path.is_symlink():
                 raise OSError(0, "it is a symbolic link")
@@ -103,7 +100,6 @@ class RunFolder:
             raise UserError(
                 "R102",
                 f"another process is running in {self.path}",
-                ExitStatus.CANNOT_CREATE,
                 got=self._lock.read().strip() or None,
                 hint="wait for it, or choose another run_name=…",
             ) from failure
@@ -111,7 +107,6 @@ class RunFolder:
             raise UserError(
                 "R101",
                 f"cannot lock the run folder {self.path}: {failure.strerror or failure}",
-                ExitStatus.CANNOT_CREATE,
                 hint="choose an output_root=… on another file system",
             ) from failure
         # A child that outlives this process must not go on holding the lock.
@@ -137,7 +132,6 @@ class RunFolder:
             raise UserError(
                 "R102",
                 f"{self.path / LOCK} was deleted or replaced while this run went on",
-                ExitStatus.CANNOT_CREATE,
                 hint="another process may be running there; when none is, the same command goes on",
             )
 
@@ -163,7 +157,6 @@ class RunFolder:
             raise UserError(
                 "R103",
                 f"{self.path} holds a run, and trainer.resume=never",
-                ExitStatus.CANNOT_CREATE,
                 hint="choose another run_name=…, or leave trainer.resume=auto to continue it",
             )
         if named is not None and not named.is_dir():
@@ -188,7 +181,6 @@ class RunFolder:
             raise UserError(
                 "R201",
                 f"no checkpoint in {self.checkpoints} is whole",
-                ExitStatus.IO,
                 got="; ".join(skipped.values()) or f"none, and step {saved_step} was reached",
                 hint="restore one from a copy, or start anew with another run_name=…",
             )
@@ -245,7 +237,6 @@ class RunFolder:
             raise UserError(
                 "C304",
                 f"{named} is not the latest checkpoint of its own run",
-                ExitStatus.BAD_CONFIG,
                 expected=str(latest),
                 hint=f"to train from it into another folder: run_name={config.run_name}-2",
             )
@@ -254,9 +245,7 @@ class RunFolder:
         if not checkpoint.is_dir():
             raise _no_checkpoint(checkpoint)
         if (reason := verify(checkpoint)) is not None:
-            raise UserError(
-                "R203", f"the checkpoint {checkpoint} is damaged: {reason}", ExitStatus.IO
-            )
+            raise UserError("R203", f"the checkpoint {checkpoint} is damaged: {reason}")
         return Decision(checkpoint=checkpoint, notices=(f"starting from {checkpoint}",))
 
     def _read_config(self) -> dict[str, Any] | None:
@@ -319,6 +308,5 @@ def _no_checkpoint(checkpoint: Path) -> UserError:
     return UserError(
         "R202",
         f"there is no checkpoint {checkpoint}",
-        ExitStatus.NOT_FOUND,
         hint="trainer.resume=outputs/NAME/checkpoints/step-000100",
     )

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from cs336_alignment.config import Config, LoraConfig
 from cs336_alignment.config_clashes import HELD_WHOLE, clash
-from cs336_alignment.errors import ExitStatus, UserError
+from cs336_alignment.errors import UserError
 from cs336_alignment.model.adapter_files import read_adapter_weights
 from cs336_alignment.model.adapters import adapter_config, adapter_tensors, base_tensors
 from cs336_alignment.model.base_model import Base, weights_sha256
@@ -148,7 +148,6 @@ def _fill(
             raise UserError(
                 "M110",
                 f"the weights of {source.location} are stored in a form that cannot be sharded",
-                ExitStatus.BAD_CONFIG,
                 hint="parallel=ddp, or a model whose weights are not quantized",
             )
 

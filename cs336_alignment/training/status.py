@@ -97,7 +97,6 @@ class StatusFile:
             refused = UserError(
                 "R209",
                 f"cannot write to {self._path.parent}: {failure.strerror or failure}",
-                ExitStatus.IO,
                 hint="make room and run the same command again",
             )
             self._failed(refused.status, str(refused))

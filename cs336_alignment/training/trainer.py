@@ -294,7 +294,6 @@ class Trainer:
             raise UserError(
                 "R302",
                 text,
-                ExitStatus.INTERNAL,
                 hint=f"the weights are those of step {step - 1}. Look at these examples, lower "
                 "optimizer.learning_rate, or leave such steps out: trainer.loss_spike=skip",
             )
@@ -317,7 +316,6 @@ class Trainer:
             "R301",
             f"the {what} of step {self.state.step + 1} is not finite; the weights are those of "
             f"step {self.state.step}",
-            ExitStatus.INTERNAL,
             got=f"gradient norm {float(grad_norm)}; examples (counted from 0 in the data) "
             f"{show_ids(shown)}",
             hint="lower optimizer.learning_rate, or look at these examples",

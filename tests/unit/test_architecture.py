@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from cs336_alignment import sft
+from cs336_alignment.errors import OF_AREA, OF_CODE, STATUS_OF
 from tests.conftest import ROOT
 
 PACKAGE = ROOT / "cs336_alignment"
@@ -184,6 +185,15 @@ def test_size() -> None:
     assert lines("config", "data", "model", "training") <= 11582
     assert lines("evaluation", "tracking", "cli") <= 4850
     assert max(len(path.read_text().splitlines()) for path in FILES) <= 450
+
+
+def test_each_code_with_a_status_of_its_own_is_one_that_is_raised() -> None:
+    said = " ".join(path.read_text() for path in FILES if path.name != "errors.py")
+    codes = " ".join(OF_CODE.values()).split()
+    assert len(codes) == len(set(codes)) == len(STATUS_OF)
+    for code in codes:
+        assert f'"{code}"' in said, code
+        assert OF_AREA[code[0]] != STATUS_OF[code], code
 
 
 def test_every_guard_stands_where_it_is_said_to() -> None:

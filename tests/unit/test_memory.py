@@ -426,7 +426,7 @@ def test_a_model_that_cannot_be_built_without_values_is_no_reason_to_stop(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     def fail(*_: Any) -> None:
-        raise UserError("M103", "its code reads a value", ExitStatus.NOT_FOUND)
+        raise UserError("M103", "its code reads a value")
 
     monkeypatch.setattr(memory, "without_values", fail)
     source = source_of("llama", tmp_path)

@@ -742,7 +742,7 @@ def test_bad_rows_far_down_are_named(
 
 
 def test_errors_cross_process_borders_whole() -> None:
-    one = UserError("D203", "m", ExitStatus.BAD_DATA, place=Place("f", 3, "x"), got="g", hint="h")
+    one = UserError("D203", "m", place=Place("f", 3, "x"), got="g", hint="h")
     for error in (one, UserErrors([one, one], 7)):
         again = pickle.loads(pickle.dumps(error))
         assert type(again) is type(error) and str(again) == str(error)

@@ -47,7 +47,7 @@ def test_a_template_has_a_largest_size(monkeypatch: pytest.MonkeyPatch) -> None:
         ChatRenderer(tokenizer_with(PLAIN + "{{ 'a' * 2000 }}"), "response").render(  # type: ignore[arg-type]
             TURNS, None, Place("x", 1)
         )
-    assert (caught.value.code, caught.value.status) == ("D409", ExitStatus.BAD_DATA)
+    assert (caught.value.code, caught.value.status) == ("D411", ExitStatus.BAD_DATA)
 
 
 @pytest.mark.parametrize(

@@ -54,14 +54,14 @@ def test_other_processes_write_nothing(path: Path) -> None:
     status = start(path, enabled=False)
     with pytest.raises(UserError), status.covering():
         status.running(3)
-        raise UserError("R001", "trouble", ExitStatus.IO)
+        raise UserError("R001", "trouble")
     assert not path.exists()
 
 
 @pytest.mark.parametrize(
     ("failure", "state", "code", "text"),
     [
-        (UserError("D301", "nothing left", ExitStatus.BAD_DATA), "failed", 65, "error[D301]"),
+        (UserError("D301", "nothing left"), "failed", 65, "error[D301]"),
         (StopNow(ExitStatus.STOPPED), "preempted", 75, None),
         (StopNow(ExitStatus.INTERRUPTED), "preempted", 130, None),
         (ZeroDivisionError("division"), "failed", 70, "ZeroDivisionError: division"),
@@ -97,7 +97,7 @@ def test_a_command_that_does_not_go_with_the_run_leaves_it_alone(
     with pytest.raises(UserError), second.covering():
         if code == "C303":
             second.running()
-        raise UserError(code, "another config", ExitStatus.BAD_CONFIG)
+        raise UserError(code, "another config")
     assert path.read_bytes() == before
 
 
