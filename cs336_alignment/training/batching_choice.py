@@ -64,26 +64,23 @@ def choose_batching(
             policy.head = None
         if wanted == "padded":
             return BatchingChoice("padded", "padded, as asked")
-        reason = why_not_flat(policy.model, longest)
-        error = 0.0
-        if reason is None:
-            reason, error = _measure(policy, rows, "flat", compute)
-        if reason is not None:
-            return _fall_back(wanted, "padded", reason)
-        exact = f"equal to padded within {error:.0e} on this model"
+        found = why_not_flat(policy.model, longest) or _measure(policy, rows, "flat", compute)
+        if isinstance(found, str):
+            return _fall_back(wanted, "padded", found)
+        exact = f"equal to padded within {found:.0e} on this model"
         if wanted == "flat":
             return BatchingChoice("flat", f"flat, as asked, no padding; {exact}")
         if neftune_alpha is not None:
             name = f"trainer.neftune_alpha={neftune_alpha:g}"
-            reason = f"a shared prefix would share its noise ({name})"
+            found = f"a shared prefix would share its noise ({name})"
         elif names := dropout_options(policy):
-            reason = f"a shared prefix would share its dropout ({', '.join(names)})"
+            found = f"a shared prefix would share its dropout ({', '.join(names)})"
         else:
             alike = probe_rows(policy, prefix=MIN_SHARED_TOKENS + 1)
-            reason, error = _measure(policy, alike, "flat_shared_prefix", compute)
-    if reason is not None:
-        return _fall_back(wanted, "flat", reason)
-    exact = f"equal to padded within {error:.0e} on this model"
+            found = _measure(policy, alike, "flat_shared_prefix", compute)
+    if isinstance(found, str):
+        return _fall_back(wanted, "flat", found)
+    exact = f"equal to padded within {found:.0e} on this model"
     return BatchingChoice(
         "flat_shared_prefix", f"flat, no padding, a prefix that all share once; {exact}"
     )
@@ -104,10 +101,10 @@ def _measure(
     rows: Sequence[TokenizedExample],
     batching: Batching,
     compute: torch.dtype | None,
-) -> tuple[str | None, float]:
-    """Say what is wrong with a flat layout, if anything, and how far it is from padded rows."""
+) -> str | float:
+    """Say what is wrong with a flat layout, or else how far it is from padded rows."""
     if policy.model.config._attn_implementation != FLAT_ATTENTION:
-        return "the architecture does not use transformers' attention interface", 0.0
+        return "the architecture does not use transformers' attention interface"
     padded, floor = _log_probs(policy, rows, "padded"), 1e-6
     if policy.compute_dtype is not None and is_sharded(policy):  # gathered in it: no float32 to see
         alone = torch.cat([_log_probs(policy, [row], "padded") for row in rows])
@@ -121,7 +118,7 @@ def _measure(
     try:
         error = _apart(_log_probs(policy, rows, batching), padded)
         if not error <= max(leak / LEAK_RATIO, floor):
-            return f"a {batching} row differs from padded ones by {error:.0e}", error
+            return f"a {batching} row differs from padded ones by {error:.0e}"
         if compute is not None:
             policy.autocast_dtype = compute
             noise, narrow = (
@@ -129,13 +126,12 @@ def _measure(
             )
             if not narrow <= max(leak / LEAK_RATIO, NOISE_RATIO * noise):
                 name = str(compute).removeprefix("torch.")
-                reason = f"in {name} a {batching} row differs from padded ones by {narrow:.0e}"
-                return reason, narrow
+                return f"in {name} a {batching} row differs from padded ones by {narrow:.0e}"
     except (RuntimeError, ValueError, TypeError, IndexError) as failure:
-        return f"the model does not take flat rows ({failure})", 0.0
+        return f"the model does not take flat rows ({failure})"
     finally:
         policy.autocast_dtype = None
-    return None, error
+    return error
 
 
 def _apart(got: Tensor, want: Tensor) -> float:
@@ -201,8 +197,7 @@ def _probing(policy: Policy) -> Iterator[None]:
 
 
 def _log_probs(policy: Policy, rows: Sequence[TokenizedExample], batching: Batching) -> Tensor:
-    log_probs: Tensor = policy(collate(rows, batching=batching).to(policy.device))[0]
-    return log_probs
+    return policy(collate(rows, batching=batching).to(policy.device))[0]
 
 
 def _reference(policy: Policy, rows: Sequence[TokenizedExample]) -> Tensor:

@@ -46,25 +46,18 @@ class Criterion:
         given = config.greater_is_better
         return Criterion(metric, bool(greater_is_better(metric) if given is None else given))
 
-    def is_better(self, value: float, than: float) -> bool:
-        """Compare two values; NaN is never better, a number always better than NaN, a tie not."""
-        if math.isnan(value) or math.isnan(than):
-            return not math.isnan(value)
-        return value > than if self.greater else value < than
-
     def scores(self, rows: Iterable[Mapping[str, Any]]) -> list[Score]:
         """Find the metric in a run's metrics, in their order."""
         return [Score(row["step"], _number(row[self.metric])) for row in rows if self.metric in row]
 
-    def best(self, scores: Sequence[Score]) -> Score | None:
-        """Choose the best of some evaluations, the earliest of equals; None if no value is a
-        number.
-        """
-        found = Score(0, math.nan)
-        for score in scores:
-            if self.is_better(score.value, found.value):
-                found = score
-        return None if math.isnan(found.value) else found
+    def ranked(self, scores: Iterable[Score]) -> list[Score]:
+        """Put evaluations in order, the best first, of equals the earlier; NaN is left out."""
+        numbers = [score for score in scores if not math.isnan(score.value)]
+        return sorted(numbers, key=lambda score: score.value, reverse=self.greater)
+
+    def best(self, scores: Iterable[Score]) -> Score | None:
+        """Choose the best of some evaluations; None if no value is a number."""
+        return next(iter(self.ranked(scores)), None)
 
     def stale(self, scores: Sequence[Score], since: int = 0) -> int:
         """Count the evaluations after the best one, but only those of later steps than `since`."""
@@ -134,15 +127,11 @@ class Judge:
 
     def choices(self, step: int) -> list[Score]:
         """Give the trained steps that have a checkpoint or are the present one, best first."""
-        found = []
-        if self.criterion is not None:
-            left = [s for s in self._comparable() if 0 < s.step <= step]
-            saved = {*self.saved_steps(), step}
-            left = [score for score in left if score.step in saved]
-            while (score := self.criterion.best(left)) is not None:
-                found.append(score)
-                left.remove(score)
-        return found
+        if self.criterion is None:
+            return []
+        saved = {*self.saved_steps(), step}
+        left = [s for s in self._comparable() if 0 < s.step <= step and s.step in saved]
+        return self.criterion.ranked(left)
 
     def _comparable(self, *more: Mapping[str, Any]) -> list[Score]:
         assert self.criterion is not None

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from cs336_alignment.errors import UserError
 from cs336_alignment.files import flush_folder, free_mib, system_error, write_json
@@ -60,12 +60,8 @@ def restore(folder: Path, module: nn.Module, optimizer: torch.optim.Optimizer) -
     if moments.shapes:
         allocate_state(optimizer)
     places = optimizer_tensors(module, optimizer)
-    if moments.shapes != {name: tuple(place.shape) for name, place in places.items()}:
-        raise UserError(
-            "R205",
-            f"{folder} holds the state of another optimizer",
-            hint="give another run_name",
-        )
+    what = f"{folder} holds the state of another optimizer"
+    _refuse_other_shapes(moments, places, what, "give another run_name")
     for name, place in places.items():
         moments.read(name, part_of(place))
     return state
@@ -79,18 +75,21 @@ def restore_weights(folder: Path, module: nn.Module) -> TrainState:
             on another base model (78).
     """
     weights, own = Pieces(_files(folder, weights_file(module))), module_tensors(module)
-    if weights.shapes != {name: tuple(tensor.shape) for name, tensor in own.items()}:
-        raise UserError(
-            "R205",
-            f"{folder} holds weights of another model",
-            hint="give another run_name, or the model the run was started with",
-        )
+    hint = "give another run_name, or the model the run was started with"
+    _refuse_other_shapes(weights, own, f"{folder} holds weights of another model", hint)
     if is_adapted(module):
         refuse_another_base(folder, module)
     for name, tensor in own.items():
         weights.read(name, part_of(tensor))
     state = json.loads((folder / STATE).read_text(encoding="utf-8"))
     return TrainState(**state["progress"])
+
+
+def _refuse_other_shapes(
+    pieces: Pieces, places: Mapping[str, Tensor], what: str, hint: str
+) -> None:
+    if pieces.shapes != {name: tuple(place.shape) for name, place in places.items()}:
+        raise UserError("R205", what, hint=hint)
 
 
 def _files(folder: Path, name: str) -> list[Path]:
@@ -161,7 +160,11 @@ def save_checkpoint(
                 manifest[name] = write_safetensors(temporary / name, tensors)
             finish()
         else:
-            _write_together(temporary, snapshot, manifest, begin, finish, team)
+            team.on_main(begin)
+            own = team.on_each(lambda: _write_own(temporary, snapshot, team))
+            for files in team.gather(own):
+                manifest.update(files)
+            team.on_main(finish)
     except Exception as failure:
         if team is None or team.is_main:
             if not final.is_dir() and replaced.is_dir():
@@ -183,26 +186,14 @@ def save_checkpoint(
     return final
 
 
-def _write_together(
-    temporary: Path,
-    snapshot: Snapshot,
-    manifest: dict[str, dict[str, int | str]],
-    begin: Callable[[], None],
-    finish: Callable[[], None],
-    team: Processes,
-) -> None:
-    """Write a checkpoint of which each process holds a part; all learn of any failure."""
-    own: dict[str, dict[str, int | str]] = {}
-
-    def write() -> None:
-        for kind, tensors in ("model", snapshot.weights), ("optimizer", snapshot.moments):
-            name = f"{SHARDED}/{kind}-{team.index + 1:05d}-of-{team.count:05d}.safetensors"
-            own[name] = write_parts(temporary / name, tensors, snapshot.starts)
-            with (temporary / name).open("rb") as file:  # on the disk of the machine that wrote it
-                os.fsync(file.fileno())
-
-    team.on_main(begin)
-    team.on_each(write)
-    for files in team.gather(own):
-        manifest.update(files)
-    team.on_main(finish)
+def _write_own(
+    folder: Path, snapshot: Snapshot, team: Processes
+) -> dict[str, dict[str, int | str]]:
+    """Write what this process holds of a checkpoint; gives size and hash of each file by name."""
+    own = {}
+    for kind, tensors in ("model", snapshot.weights), ("optimizer", snapshot.moments):
+        name = f"{SHARDED}/{kind}-{team.index + 1:05d}-of-{team.count:05d}.safetensors"
+        own[name] = write_parts(folder / name, tensors, snapshot.starts)
+        with (folder / name).open("rb") as file:  # on the disk of the machine that wrote it
+            os.fsync(file.fileno())
+    return own

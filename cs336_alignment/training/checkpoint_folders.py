@@ -135,10 +135,9 @@ def remove_leftovers(checkpoints: Path) -> None:
     """Delete half-written checkpoints of a killed process; call it only while holding the run's
     lock.
     """
-    if checkpoints.is_dir():
-        for path in checkpoints.glob(f"{TEMPORARY}*"):
-            shutil.rmtree(path, ignore_errors=True)
-        (checkpoints / f".{INDEX}").unlink(missing_ok=True)
+    for path in checkpoints.glob(f"{TEMPORARY}*"):
+        shutil.rmtree(path, ignore_errors=True)
+    (checkpoints / f".{INDEX}").unlink(missing_ok=True)
 
 
 def _step_of(folder: Path) -> int:

@@ -292,8 +292,7 @@ def _log_probs(policy: Policy, subject: Subject) -> Tensor:
     batching: Batching = "padded" if subject.not_flat is not None else "flat_shared_prefix"
     batch = collate(examples, batching=batching).to(subject.processes.device)
     with torch.no_grad():
-        found: Tensor = policy(batch)[0]
-    return found
+        return policy(batch)[0]
 
 
 def _check_files(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -133,11 +133,9 @@ def _refusal(
     )
 
 
-def _flatten_dict(value: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    items: list[tuple[str, Any]] = []
-    for key, inner in (value or {}).items():
+def _flatten_dict(value: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, inner in value.items():
         if isinstance(inner, dict) and f"{prefix}{key}" not in ALL_KEYS:
-            items += _flatten_dict(inner, f"{prefix}{key}.")
+            yield from _flatten_dict(inner, f"{prefix}{key}.")
         else:
-            items.append((f"{prefix}{key}", inner))
-    return items
+            yield f"{prefix}{key}", inner

@@ -58,13 +58,12 @@ class HeldOutEvaluation:
             UserError: the metric to choose by does not come (78).
         """
         generates = self.generation_steps is not None
-        generate, wanted = self._is_due(self.generation_steps, step), self.trainer.eval_steps
-        if step == self.first_step and not (
-            self._pending and (generate or self._is_due(wanted, step))
-        ):
+        generate = self._is_due(self.generation_steps, step)
+        due = generate or self._is_due(self.trainer.eval_steps, step)
+        if step == self.first_step and not (self._pending and due):
             # The best step of the parts before is kept from the first save on.
             return self._told(self._verdict(step), step)
-        if not generate and not self._is_due(wanted, step):
+        if not due:
             return Verdict()
         begin = time.perf_counter()
         with self.shown():
@@ -81,11 +80,8 @@ class HeldOutEvaluation:
         return every is not None and (step in (0, self.total_steps) or is_due(every, step))
 
     def _verdict(self, step: int, metrics: Mapping[str, float] | None = None) -> Verdict:
-        if self.judge.criterion is None:
-            return Verdict()
         # The metrics are the main process's.
-        verdict: Verdict = self.processes.agree(self.judge.verdict(step, metrics))
-        return verdict
+        return self.processes.agree(self.judge.verdict(step, metrics))
 
     def _told(self, verdict: Verdict, step: int) -> Verdict:
         """Say what a verdict means for people."""

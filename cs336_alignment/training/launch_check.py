@@ -7,7 +7,7 @@ import socket
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -210,11 +210,9 @@ def _refuse_others(
 def _appears(marker: Path, token: str) -> bool:
     deadline = time.monotonic() + SECONDS_TO_APPEAR
     while True:
-        try:
+        with suppress(OSError):
             if marker.read_text(encoding="utf-8") == token:
                 return True
-        except OSError:
-            pass
         if time.monotonic() > deadline:
             return False
         time.sleep(0.2)

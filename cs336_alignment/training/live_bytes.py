@@ -27,14 +27,13 @@ class LiveBytes(TorchDispatchMode):
         heap: that is asked for a block for each; None: none is.
 
     Attributes:
-        part: what those are for that are made from now on.
         now: by part, what is alive.
         peak: by part, when most was alive.
     """
 
     def __init__(self, device: torch.device, heap: Heap | None = None) -> None:
         super().__init__()
-        self.part = PASSING
+        self._part = PASSING
         self.now: Counter[str] = Counter()
         self.peak: Counter[str] = Counter()
         self._device = device.type
@@ -48,7 +47,7 @@ class LiveBytes(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         for value in tree_leaves(result):
             if isinstance(value, Tensor) and value.device.type == self._device:
-                self.add(value, self.part)
+                self.add(value, self._part)
         del scratch
         return result
 
@@ -59,7 +58,7 @@ class LiveBytes(TorchDispatchMode):
         if func is torch.ops.aten.bmm.default and args[1].shape[2] > 1:
             return None
         scratch = torch.empty_like(args[0])
-        self.add(scratch, self.part)
+        self.add(scratch, self._part)
         return scratch
 
     def add(self, tensor: Tensor, part: str) -> None:
@@ -75,6 +74,10 @@ class LiveBytes(TorchDispatchMode):
         self.now[part] += size
         if self.now.total() > self.peak.total():
             self.peak = self.now.copy()
+
+    def begin(self, part: str) -> None:
+        """Count what is made from now on as of this part."""
+        self._part = part
 
     def move(self, tensor: Tensor, part: str) -> None:
         """Count a tensor's storage as of another part."""

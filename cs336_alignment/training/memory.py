@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -324,7 +324,7 @@ class Foresight:
         if options.state_bits == 8:
             largest = max(p.numel() for p in model.parameters() if p.requires_grad)
             return EIGHT_BIT_PASSING * largest, state_bytes(model, options, ema_decay), None
-        live.part = STATE
+        live.begin(STATE)
         optimizer = build_optimizer(model, options)
         with ReadAsOne():
             allocate_state(optimizer)
@@ -334,17 +334,10 @@ class Foresight:
 
     def _name_parts(self, live: LiveBytes) -> Iterable[Any]:
         """Hook into the policy what each tensor is for."""
-
-        def begin(part: str) -> Callable[..., None]:
-            def hook(*_: Any) -> None:
-                live.part = part
-
-            return hook
-
         base = self.policy.model.base_model
-        yield base.register_forward_pre_hook(begin(ACTIVATIONS))
-        yield base.register_forward_hook(begin(HEAD))
-        yield self.policy.register_forward_hook(begin(PASSING))
+        yield base.register_forward_pre_hook(lambda *_: live.begin(ACTIVATIONS))
+        yield base.register_forward_hook(lambda *_: live.begin(HEAD))
+        yield self.policy.register_forward_hook(lambda *_: live.begin(PASSING))
         for parameter in self.policy.parameters():
             if parameter.requires_grad:
                 yield parameter.register_post_accumulate_grad_hook(

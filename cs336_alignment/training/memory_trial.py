@@ -154,9 +154,11 @@ def try_worst(config: Config, processes: int, room: int | None = None) -> Trial:
     source, tokenizer = open_model(config.model)
     dtype = choose_precision(trainer.precision, device)
     data = load_data(config, tokenizer, Console(enabled=False))
-    if device.type == "cpu":
+    if device.type == "cuda":
+        base = torch.cuda.memory_allocated(device)
+    else:
         keep_freed_memory()
-    base = _memory_now(device)
+        base = resident_memory() or peak_resident_memory()
     with telling_out_of_memory(device):
         if room is not None:
             _limit(room, device)
@@ -213,15 +215,6 @@ def _limit(room: int, device: torch.device) -> None:
 
         limit = max(0, room - resident_memory()) + reserved_memory()
         resource.setrlimit(resource.RLIMIT_DATA, (limit, resource.RLIM_INFINITY))
-
-
-def _memory_now(device: torch.device) -> int:
-    """Give this process's memory: on a GPU what torch's allocator gave out, else what is
-    resident.
-    """
-    if device.type == "cuda":
-        return torch.cuda.memory_allocated(device)
-    return resident_memory() or peak_resident_memory()
 
 
 def _forget_peak(device: torch.device) -> None:

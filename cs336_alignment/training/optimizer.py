@@ -42,7 +42,12 @@ def build_optimizer(module: nn.Module, config: OptimizerConfig) -> torch.optim.O
     parameters = [p for p in module.parameters() if p.requires_grad]
 
     def groups(chosen: Sequence[nn.Parameter] = parameters) -> list[dict[str, Any]]:
-        return _groups(chosen, config.weight_decay, factors)
+        found: dict[tuple[bool, float], dict[str, Any]] = {}
+        for p in chosen:
+            decays, factor = p.ndim >= 2, factors.get(p, 1.0)
+            new = {"params": [], "weight_decay": config.weight_decay * decays, FACTOR: factor}
+            found.setdefault((decays, factor), new)["params"].append(p)
+        return list(found.values())
 
     if config.name == "adafactor":
         return torch.optim.Adafactor(groups(), lr=config.learning_rate)
@@ -50,15 +55,19 @@ def build_optimizer(module: nn.Module, config: OptimizerConfig) -> torch.optim.O
         return _muon(module, parameters, groups, config)
     options: dict[str, Any] = _adamw_options(config)
     if config.name == "schedule_free":
-        return _schedule_free(groups(), options)
+        wanted, instead = "optimizer.name=schedule_free", "another optimizer.name"
+        with needing("C161", wanted, "schedulefree", instead):
+            from cs336_alignment.training.schedule_free import ScheduleFree
+        return ScheduleFree(groups(), **options)
     if config.state_bits == 8:
-        return _eight_bit(groups(), options)
+        with needing("C119", "optimizer.state_bits=8", "torchao", "optimizer.state_bits=32"):
+            from torchao.optim import AdamW8bit
+        return AdamW8bit(groups(), **options)
     return torch.optim.AdamW(groups(), **options, fused=_can_fuse(parameters))
 
 
 def _adamw_options(config: OptimizerConfig) -> dict[str, Any]:
-    betas = (config.betas[0], config.betas[1])
-    return {"lr": config.learning_rate, "betas": betas, "eps": config.eps}
+    return {"lr": config.learning_rate, "betas": tuple(config.betas), "eps": config.eps}
 
 
 def _can_fuse(parameters: Sequence[nn.Parameter]) -> bool:
@@ -87,17 +96,6 @@ def _embeddings(module: nn.Module) -> list[nn.Parameter]:
     return [p for m in module.modules() if isinstance(m, nn.Embedding) for p in m.parameters()]
 
 
-def _groups(
-    parameters: Sequence[nn.Parameter], weight_decay: float, factors: dict[Tensor, float]
-) -> list[dict[str, Any]]:
-    found: dict[tuple[bool, float], dict[str, Any]] = {}
-    for p in parameters:
-        decays, factor = p.ndim >= 2, factors.get(p, 1.0)
-        new = {"params": [], "weight_decay": weight_decay if decays else 0.0, FACTOR: factor}
-        found.setdefault((decays, factor), new)["params"].append(p)
-    return list(found.values())
-
-
 class Together(torch.optim.Optimizer):
     """Several optimizers of different parameters that step as one: their groups stand in one list,
     their states in one dictionary.
@@ -121,8 +119,7 @@ def _muon(
     groups: Callable[[Sequence[nn.Parameter]], list[dict[str, Any]]],
     config: OptimizerConfig,
 ) -> torch.optim.Optimizer:
-    get_head = getattr(module, "get_output_embeddings", lambda: None)
-    head = get_head()
+    head = getattr(module, "get_output_embeddings", lambda: None)()
     outer = {*_embeddings(module), *(head.parameters() if head is not None else ())}
     hidden = [p for p in parameters if p.ndim == 2 and p not in outer]
     rest = [p for p in parameters if p.ndim != 2 or p in outer]
@@ -140,19 +137,6 @@ def _muon(
         return muon
     adamw = torch.optim.AdamW(groups(rest), **_adamw_options(config), fused=_can_fuse(rest))
     return Together(muon, adamw)
-
-
-def _schedule_free(groups: list[dict[str, Any]], options: dict[str, Any]) -> torch.optim.Optimizer:
-    with needing("C161", "optimizer.name=schedule_free", "schedulefree", "another optimizer.name"):
-        from cs336_alignment.training.schedule_free import ScheduleFree
-    return ScheduleFree(groups, **options)
-
-
-def _eight_bit(groups: list[dict[str, Any]], options: dict[str, Any]) -> torch.optim.Optimizer:
-    with needing("C119", "optimizer.state_bits=8", "torchao", "optimizer.state_bits=32"):
-        from torchao.optim import AdamW8bit
-    optimizer: torch.optim.Optimizer = AdamW8bit(groups, **options)
-    return optimizer
 
 
 def allocate_state(optimizer: torch.optim.Optimizer) -> None:

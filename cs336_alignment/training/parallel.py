@@ -72,19 +72,17 @@ def refuse_launcher_options(config: Config) -> str:
             f"`accelerate launch` has gradient_accumulation_steps={steps}, which has no effect",
             hint=f"type trainer.gradient_accumulation_steps={steps} instead",
         )
-    launcher = {"no": None, "bf16": "bf16"}.get(
-        launched := os.environ.get("ACCELERATE_MIXED_PRECISION", "no"), "other"
-    )
-    if launcher is None or launcher == precision:
+    launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if launched == "no" or launched == precision == "bf16":
         return precision
-    if launcher == "other" or precision != "auto":
+    if launched != "bf16" or precision != "auto":
         raise UserError(
             "C203",
             f"`accelerate launch` was given mixed_precision={launched} and trainer.precision is "
             f"{precision}",
             hint="use bf16 or fp32, in one of the two places",
         )
-    return launcher
+    return launched
 
 
 def _is_set(variable: str) -> bool:
@@ -106,18 +104,17 @@ def _refuse_other_sharding(config: Config) -> None:
             bool(config.trainer.gradient_checkpointing) or _is_set("FSDP_ACTIVATION_CHECKPOINTING"),
         ),
     }
-    if apart := [name for name, (found, wanted) in same.items() if found != wanted]:
-        name = apart[0]
-        found, wanted = (str(value).lower() for value in same[name])
-        raise UserError(
-            "C201",
-            f"`accelerate launch` was configured for FSDP, and parallel={config.parallel.strategy} "
-            "would not do the same",
-            expected=f"{name}: {wanted}",
-            got=found,
-            hint="launch with --config_file configs/accelerate/multi_gpu.yaml and type "
-            "parallel=fsdp2, whose keys say all the rest",
-        )
+    for name, (found, wanted) in same.items():
+        if found != wanted:
+            raise UserError(
+                "C201",
+                "`accelerate launch` was configured for FSDP, and parallel="
+                f"{config.parallel.strategy} would not do the same",
+                expected=f"{name}: {str(wanted).lower()}",
+                got=str(found).lower(),
+                hint="launch with --config_file configs/accelerate/multi_gpu.yaml and type "
+                "parallel=fsdp2, whose keys say all the rest",
+            )
 
 
 def start_processes(config: ParallelConfig) -> Accelerator:
@@ -204,7 +201,7 @@ def refuse_sharding(config: ParallelConfig, verb: str) -> None:
         )
 
 
-def set_threads(local_processes: int, parameters: int) -> int:
+def set_threads(local_processes: int, parameters: int) -> None:
     """Divide the machine's cores among its processes; a lone process keeps OMP_NUM_THREADS if that
     is set.
 
@@ -216,15 +213,11 @@ def set_threads(local_processes: int, parameters: int) -> int:
     Args:
         local_processes: on this machine.
         parameters: of the model.
-
-    Returns:
-        The number of threads of this process.
     """
     if parameters < TINY_MODEL:
         torch.set_num_threads(1)
     elif local_processes > 1 or "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, count_cores() // local_processes))
-    return torch.get_num_threads()
 
 
 def join(config: ParallelConfig) -> Processes:

@@ -193,18 +193,13 @@ def _request(
             prompts.append(prompt)
             lengths.append(min(NEW_TOKENS, (positions or MOST_TOKENS + NEW_TOKENS) - len(prompt)))
     decoded = [tokenizer.decode(ids, skip_special_tokens=False) for ids in sequences]
+    # Threads of two processes that want the same cores wait for each other (SmolLM2-135M on two
+    # cores: 208 s and not 19), so on a CPU each gets half of them.
+    threads = max(1, torch.get_num_threads() // (2 if model.device.type == "cpu" else 1))
     return {
         "sequences": sequences, "prompts": prompts, "lengths": lengths, "ends": ends,
-        "texts": [*texts, *decoded], "threads": _threads(model),
+        "texts": [*texts, *decoded], "threads": threads,
     }  # fmt: skip
-
-
-def _threads(model: PreTrainedModel) -> int:
-    """Give the threads of each process: on a CPU half of them, since threads of two processes that
-    want the same cores wait for each other (SmolLM2-135M on two cores: 208 s and not 19).
-    """
-    threads = torch.get_num_threads()
-    return max(1, threads // 2) if model.device.type == "cpu" else threads
 
 
 @contextlib.contextmanager
@@ -280,7 +275,9 @@ def _differences(
     if changed := [name for name in sums if name in other and sums[name][:2] != other[name][:2]]:
         yield f"other weights than the trained ones in {first_few(changed)}"
     mine = want.get("log_probs", got["log_probs"])
-    if (far := _farthest(mine, got["log_probs"], _tolerance(model))) is not None:
+    half, device = model.dtype.itemsize < 4, model.device.type
+    tolerance = HALF_TOLERANCE if half else TOLERANCE.get(device, TOLERANCE["cuda"])
+    if (far := _farthest(mine, got["log_probs"], tolerance)) is not None:
         yield f"log-probs differ: {far}"
     for what, reading in want["readings"].items():
         if reading != got["readings"][what]:
@@ -292,12 +289,6 @@ def _differences(
         if ended and theirs[: len(mine)] == mine and len(theirs) > len(mine):
             yield f"it goes on after token {mine[-1]}, where the trained model stops"
             return
-
-
-def _tolerance(model: PreTrainedModel) -> float:
-    if model.dtype.itemsize < 4:
-        return HALF_TOLERANCE
-    return TOLERANCE.get(model.device.type, TOLERANCE["cuda"])
 
 
 def _farthest(

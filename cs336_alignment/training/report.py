@@ -61,8 +61,8 @@ def describe_run(
     threads = torch.get_num_threads()
     count = sum(p.numel() for p in policy.parameters())
     trained = sum(p.numel() for p in policy.parameters() if p.requires_grad)
-    share = "all trained" if trained == count else f"{trained:,} of them trained"
-    share += "" if trained == count else f" ({trained / count:.2%})"
+    some = f"{trained:,} of them trained ({trained / count:.2%})"
+    share = "all trained" if trained == count else some
     narrow = narrowed_to(policy.model)
     frozen = "" if narrow is None else f" (frozen linear layers {DTYPE_NAMES[narrow]})"
     optimizer, trainer = config.optimizer, config.trainer

@@ -132,9 +132,7 @@ def _train(
                 status.running()
             # Before the processes wait for each other: one tokenizes, and that can take long.
             inputs = None if decision.complete else load_inputs(config, console)
-            own = None if processes else meet(config.parallel)
-            joined = processes or own
-            assert joined is not None
+            joined = processes or meet(config.parallel)
             try:
                 decision = joined.agree(decision)
                 if decision.complete:
@@ -145,9 +143,9 @@ def _train(
                 outcome = run.to_the_end(precision)
             finally:
                 console.stop()
-                joined.release() if own is None else own.close()
+                joined.release() if processes else joined.close()
             status.ended(outcome)
-            if own is None and outcome == ExitStatus.DONE:
+            if processes and outcome == ExitStatus.DONE:
                 outcome = joined.agree(stop.status) or outcome
     except StopNow as request:
         console.note("stopped on request before the first step: there was nothing to save")

@@ -93,22 +93,18 @@ class RunFolder:
             if self.path.is_symlink():
                 raise OSError(0, "it is a symbolic link")
             self._lock = (self.path / LOCK).open("a+", encoding="utf-8")
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as failure:
-            self._lock.seek(0)
-            raise UserError(
-                "R102",
-                f"another process is running in {self.path}",
-                got=self._lock.read().strip() or None,
-                hint="wait for it, or choose another run_name=…",
-            ) from failure
-        except OSError as failure:  # a file system without locks
-            raise UserError(
-                "R101",
-                f"cannot lock the run folder {self.path}: {failure.strerror or failure}",
-                hint="choose an output_root=… on another file system",
-            ) from failure
+        hint = "choose an output_root=… on another file system"  # this one may have no locks
+        with telling("R101", f"cannot lock the run folder {self.path}", hint):
+            try:
+                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as failure:
+                self._lock.seek(0)
+                raise UserError(
+                    "R102",
+                    f"another process is running in {self.path}",
+                    got=self._lock.read().strip() or None,
+                    hint="wait for it, or choose another run_name=…",
+                ) from failure
         # A child that outlives this process must not go on holding the lock.
         os.register_at_fork(after_in_child=self._lock.close)
         with contextlib.suppress(OSError):  # a full disk: the lock holds without the name
@@ -123,17 +119,14 @@ class RunFolder:
             UserError: the lock's file was taken away, so another process may write here, too (73).
         """
         assert self._lock is not None
-        held = os.fstat(self._lock.fileno())
-        try:
-            there = (self.path / LOCK).stat()
-        except FileNotFoundError:
-            there = None
-        if there is None or (there.st_dev, there.st_ino) != (held.st_dev, held.st_ino):
-            raise UserError(
-                "R102",
-                f"{self.path / LOCK} was deleted or replaced while this run went on",
-                hint="another process may be running there; when none is, the same command goes on",
-            )
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat((self.path / LOCK).stat(), os.fstat(self._lock.fileno())):
+                return
+        raise UserError(
+            "R102",
+            f"{self.path / LOCK} was deleted or replaced while this run went on",
+            hint="another process may be running there; when none is, the same command goes on",
+        )
 
     def decide(self, config: Config, *, completed: bool, saved_step: int = 0) -> Decision:
         """Read the folder and say whether this command starts, continues or has nothing to do.
@@ -147,10 +140,16 @@ class RunFolder:
             UserError: `resume=never` on a folder that holds a run (73); a changed key (78);
                 checkpoints of which none verifies (74).
         """
-        old = self._read_config()
-        named = None
+        path, named = self.path / CONFIG, None
+        old = read_config(path) if path.is_file() or list_checkpoints(self.checkpoints) else None
         if config.trainer.resume not in ("auto", "never"):
             named = Path(config.trainer.resume).expanduser()
+            if not named.is_dir():
+                raise UserError(
+                    "R202",
+                    f"there is no checkpoint {named}",
+                    hint="trainer.resume=outputs/NAME/checkpoints/step-000100",
+                )
         if old is None:
             return Decision() if named is None else self._from_named(named)
         if config.trainer.resume == "never":
@@ -159,14 +158,12 @@ class RunFolder:
                 f"{self.path} holds a run, and trainer.resume=never",
                 hint="choose another run_name=…, or leave trainer.resume=auto to continue it",
             )
-        if named is not None and not named.is_dir():
-            raise _no_checkpoint(named)
         checkpoint, skipped = find_latest(self.checkpoints)
         exported = any((self.path / name).is_dir() for name in (EXPORT, ADAPTER))
         if checkpoint is None and not skipped and not saved_step and not exported:
             # Nothing was trained that another config could spoil.
             return Decision() if named is None else self._from_named(named)
-        notices, lengthened = compare(old, config, Place(self.path / CONFIG))
+        notices, lengthened = compare(old, config, Place(path))
         ended_early = completed and bool(self.earlier_manifest().get("stopped_early"))
         patient = old.get("trainer.early_stopping_patience")
         goes_on = lengthened or (ended_early and _is_more(patient, config))
@@ -242,17 +239,9 @@ class RunFolder:
             )
 
     def _from_named(self, checkpoint: Path) -> Decision:
-        if not checkpoint.is_dir():
-            raise _no_checkpoint(checkpoint)
         if (reason := verify(checkpoint)) is not None:
             raise UserError("R203", f"the checkpoint {checkpoint} is damaged: {reason}")
         return Decision(checkpoint=checkpoint, notices=(f"starting from {checkpoint}",))
-
-    def _read_config(self) -> dict[str, Any] | None:
-        path = self.path / CONFIG
-        if not path.is_file() and not list_checkpoints(self.checkpoints):
-            return None
-        return read_config(path)
 
     def write_config(self, config: Config) -> None:
         """Write `config.yaml`, every key with its value."""
@@ -302,11 +291,3 @@ def _read_json(path: Path) -> dict[str, Any]:
         return dict(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError) as failure:
         raise unreadable(path, failure) from failure
-
-
-def _no_checkpoint(checkpoint: Path) -> UserError:
-    return UserError(
-        "R202",
-        f"there is no checkpoint {checkpoint}",
-        hint="trainer.resume=outputs/NAME/checkpoints/step-000100",
-    )

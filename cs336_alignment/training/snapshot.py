@@ -109,8 +109,7 @@ class Snapshot:
     @property
     def bytes(self) -> int:
         """Of all tensors together."""
-        tensors = (*self.weights.values(), *self.moments.values())
-        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+        return sum(t.nbytes for t in (*self.weights.values(), *self.moments.values()))
 
 
 def weights_file(module: nn.Module) -> str:
@@ -123,8 +122,6 @@ def _copied(tensors: Mapping[str, Tensor], old: Mapping[str, Tensor]) -> dict[st
     for name, tensor in tensors.items():
         place = old.get(name)
         if place is None:
-            place = torch.empty(
-                tensor.shape, dtype=tensor.dtype, pin_memory=tensor.device.type == "cuda"
-            )
+            place = torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda)
         copies[name] = place.copy_(tensor.detach())
     return copies

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from cs336_alignment.errors import ExitStatus, UserError
-from cs336_alignment.files import write_json
+from cs336_alignment.files import telling, write_json
 from cs336_alignment.training.stop import StopNow
 
 # Errors that say: this command does not go with the run that the folder holds.
@@ -36,9 +36,7 @@ class StatusFile:
         self.command = resume_command
         self._path = path
         self._enabled = enabled
-        self._step = 0
-        self._began = False
-        self._before: dict[str, Any] = {}
+        self._step = int(self.read().get("step", 0))
         self.reload_check: str | None = None
         self.has_ended = False
 
@@ -51,8 +49,7 @@ class StatusFile:
 
     def running(self, step: int | None = None) -> None:
         """The run goes on, with this step saved; None: the step that an earlier part left."""
-        self._began = True
-        self._step = int(self.read().get("step", 0)) if step is None else step
+        self._step = self._step if step is None else step
         self._write("running", None, None)
 
     def ended(self, status: ExitStatus, error: str | None = None) -> None:
@@ -67,9 +64,8 @@ class StatusFile:
 
     def _write(self, state: str, status: ExitStatus | None, error: str | None) -> None:
         if self._enabled:
-            code = None if status is None else int(status)
             write_json(self._path, {
-                "state": state, "step": self._step, "exit_code": code, "error": error,
+                "state": state, "step": self._step, "exit_code": status, "error": error,
                 "resume_command": self.command, "reload_check": self.reload_check,
             })  # fmt: skip
 
@@ -81,32 +77,24 @@ class StatusFile:
         A command that is refused because the folder holds a run that it cannot continue leaves that
         run's file as it was.
         """
-        self._before = self.read()
+        before = self.read()
+        hint = "make room and run the same command again"
         try:
-            yield
+            with telling("R209", f"cannot write to {self._path.parent}", hint):
+                yield
         except StopNow as stop:
             self._failed(stop.status)
             raise
         except UserError as error:
-            if error.code in REFUSALS and self._before and self._enabled:
-                write_json(self._path, self._before)
+            if error.code in REFUSALS and before and self._enabled:
+                write_json(self._path, before)
             else:
                 self._failed(error.status, str(error))
             raise
-        except OSError as failure:
-            refused = UserError(
-                "R209",
-                f"cannot write to {self._path.parent}: {failure.strerror or failure}",
-                hint="make room and run the same command again",
-            )
-            self._failed(refused.status, str(refused))
-            raise refused from failure
         except BaseException as failure:
             self._failed(ExitStatus.INTERNAL, f"{type(failure).__name__}: {failure}")
             raise
 
     def _failed(self, status: ExitStatus, error: str | None = None) -> None:
-        if not self._began:
-            self._step = int(self._before.get("step", 0))
         with suppress(OSError):  # the disk may be what failed
             self.ended(status, error)

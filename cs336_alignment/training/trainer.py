@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import KW_ONLY, astuple, dataclass, field
-from typing import Any, Protocol
+from collections.abc import Callable, Sequence
+from dataclasses import KW_ONLY, dataclass, field
+from itertools import compress
+from types import SimpleNamespace
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,7 @@ from cs336_alignment.data.dataset import TokenizedDataset
 from cs336_alignment.errors import ExitStatus, UserError
 from cs336_alignment.model.compile import compiled_graphs
 from cs336_alignment.model.policy import Policy
+from cs336_alignment.tracking.tracker import RunTracker
 from cs336_alignment.training.averaging import Average, NoAverage
 from cs336_alignment.training.best import Verdict
 from cs336_alignment.training.checkpoint_writer import CheckpointWriter
@@ -38,36 +40,6 @@ from cs336_alignment.training.stop import StopNow
 IDS_SHOWN = 32
 
 
-class Tracker(Protocol):
-    """Where the trainer reports; a silent one stands in on all but the main process."""
-
-    def step(self, step: int, metrics: Mapping[str, float], *, log: bool) -> None:
-        """Take one step's metrics; `log`: they go into the files, else only to the progress bar."""
-
-    def sync(self) -> None:
-        """Bring what was reported to the disk, before a checkpoint claims those steps."""
-
-    def saved(self, step: int, seconds: float) -> None:
-        """Take notice of a checkpoint."""
-
-    def warn(self, text: str) -> None:
-        """Tell people of something that is not as it should be."""
-
-
-@dataclass(frozen=True)
-class _Sums:
-    """What is added over the processes at each step; the flags count processes."""
-
-    nll: Any
-    entropy: Any
-    objective: Any
-    not_finite: Any
-    asked: Any
-    interrupted: Any
-    incomplete: Any
-    written: Any
-
-
 @dataclass
 class Trainer:
     """Trains a policy from its state to the end, or until it is asked to stop.
@@ -86,7 +58,7 @@ class Trainer:
         optimizer_config: the optimizer section.
         seed: of the run.
         processes: who shares the work.
-        tracker: takes metrics.
+        tracker: takes metrics; silent on all but the main process.
         evaluate: called with the state's step at the start and with every step done; it knows
             itself when it is due, gives the same verdict on all processes, and raises StopNow, on
             all of them, if one is asked to stop.
@@ -108,7 +80,7 @@ class Trainer:
     optimizer_config: OptimizerConfig
     seed: int
     processes: Processes
-    tracker: Tracker
+    tracker: RunTracker
     evaluate: Callable[[int], Verdict]
     writer: CheckpointWriter
     poll: Callable[[], ExitStatus | None]
@@ -148,9 +120,7 @@ class Trainer:
         if self._writing is None or not (self.processes.is_main or self.writer.team):
             return
         try:
-            seconds = self.writer.finish()
-            if self.processes.is_main:
-                self.tracker.saved(self._writing, seconds)
+            self.tracker.saved(self._writing, self.writer.finish())
         except Exception as failure:
             self.tracker.warn(f"the checkpoint of step {self._writing} failed, too: {failure}")
 
@@ -257,24 +227,27 @@ class Trainer:
             metrics["train/skipped_steps"] = self.state.skipped_steps
         return metrics, asked
 
-    def _sum(self, result: StepResult, grad_norm: Tensor) -> _Sums:
-        """One reduction a step, of all that the processes must know of each other."""
+    def _sum(self, result: StepResult, grad_norm: Tensor) -> SimpleNamespace:
+        """One reduction a step, of all that the processes must know of each other; the flags count
+        processes.
+        """
         asked = self.poll()
-        of_this_process = _Sums(
-            nll=result.nll,
-            entropy=result.entropy,
-            objective=result.objective,
-            not_finite=result.not_finite.any() | ~grad_norm.isfinite(),
-            asked=asked is not None,
-            interrupted=asked == ExitStatus.INTERRUPTED,
-            incomplete=not result.complete,
-            written=self._writing is not None and self.writer.has_ended,
-        )
+        own = {
+            "nll": result.nll,
+            "entropy": result.entropy,
+            "objective": result.objective,
+            "not_finite": result.not_finite.any() | ~grad_norm.isfinite(),
+            "asked": asked is not None,
+            "interrupted": asked == ExitStatus.INTERRUPTED,
+            "incomplete": not result.complete,
+            "written": self._writing is not None and self.writer.has_ended,
+        }
         values = [
             torch.as_tensor(value, dtype=torch.float64, device=self.processes.device)
-            for value in astuple(of_this_process)
+            for value in own.values()
         ]
-        return _Sums(*self.processes.sum(torch.stack(values)).tolist())
+        sums = self.processes.sum(torch.stack(values)).tolist()
+        return SimpleNamespace(**dict(zip(own, sums, strict=True)))
 
     def _is_sound(self, loss: float, example_ids: Sequence[int]) -> bool:
         """Compare a step's loss with those before it; False: the step is to be left out."""
@@ -304,11 +277,7 @@ class Trainer:
         return policy != "skip"
 
     def _refuse(self, result: StepResult, grad_norm: Tensor) -> None:
-        bad = [
-            ids
-            for ids, not_finite in zip(result.microbatches, result.not_finite.tolist(), strict=True)
-            if not_finite
-        ]
+        bad = list(compress(result.microbatches, result.not_finite.tolist()))
         blamed = sorted({i for part in self.processes.gather(bad) for ids in part for i in ids})
         what = "loss" if blamed else "gradient"
         shown = blamed or sorted(self.plan.example_ids(self.state.step))
@@ -325,8 +294,7 @@ class Trainer:
         """Write a checkpoint, or begin to, once the one before is written."""
         self.settle()
         self._writing = self._saved = self.state.step
-        if self.processes.is_main:
-            self.tracker.sync()
+        self.tracker.sync()
         if self.processes.is_main or self.writer.team:
             with self.average.shown():
                 self.writer.begin(self.state, self.policy.model, self.optimizer)
@@ -342,10 +310,8 @@ class Trainer:
         step, self._writing = self._writing, None
         if self.writer.team is None:
             self.processes.on_main(lambda: self.tracker.saved(step, self.writer.finish()))
-            return
-        seconds = self.writer.finish()  # all of them know how it ended
-        if self.processes.is_main:
-            self.tracker.saved(step, seconds)
+        else:  # all of them know how it ended
+            self.tracker.saved(step, self.writer.finish())
 
 
 def show_ids(example_ids: Sequence[int]) -> str:

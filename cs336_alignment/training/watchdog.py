@@ -8,7 +8,6 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from types import TracebackType
 from typing import IO
 
 STACKS = "stacks-process-{}.txt"
@@ -33,23 +32,20 @@ class Watchdog:
         self, folder: Path, process_index: int, minutes: float | None, warn: Callable[[str], None]
     ) -> None:
         self._path = folder / STACKS.format(process_index)
-        self._seconds = None if minutes is None else 60 * minutes
-        self._minutes = minutes
+        self._seconds = 60 * (minutes or 0)
         self._warn = warn
         self._file: IO[str] | None = None
         self._last = 0.0
         self._over = threading.Event()
 
     def __enter__(self) -> Watchdog:
-        if self._seconds is not None:
+        if self._seconds:
             self._file = self._path.open("a", encoding="utf-8")  # an earlier hang's stacks stay
             self.beat()
             threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, _: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         if self._file is None:
             return
         self._over.set()
@@ -62,20 +58,16 @@ class Watchdog:
 
     def beat(self) -> None:
         """Say that the work goes on."""
-        if self._file is not None and self._seconds is not None:
+        if self._file is not None:
             self._last = time.monotonic()
             faulthandler.dump_traceback_later(self._seconds, repeat=True, file=self._file)
 
     def _watch(self) -> None:
-        assert self._seconds is not None
         told = 0.0
         while not self._over.wait(self._seconds / 8):
             if time.monotonic() - self._last > self._seconds and told != self._last:
                 told = self._last  # once for each time it stands still
-                self._tell()
-
-    def _tell(self) -> None:
-        self._warn(
-            f"no progress for {self._minutes:g} minutes; where each process stands is in "
-            f"{self._path.with_name(STACKS.format('*'))}"
-        )
+                self._warn(
+                    f"no progress for {self._seconds / 60:g} minutes; where each process stands is "
+                    f"in {self._path.with_name(STACKS.format('*'))}"
+                )

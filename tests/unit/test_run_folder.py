@@ -25,7 +25,7 @@ from cs336_alignment.experiments import study
 from cs336_alignment.experiments.expert_iteration import folder_of
 from cs336_alignment.training import run_folder as module
 from cs336_alignment.training.checkpoint import save_checkpoint
-from cs336_alignment.training.earlier_config import compare
+from cs336_alignment.training.earlier_config import compare, read_config
 from cs336_alignment.training.run_folder import KINDS, RunFolder
 from cs336_alignment.training.snapshot import Snapshot, TrainState
 from tests.conftest import ROOT
@@ -275,7 +275,7 @@ def test_a_written_config_reads_back_without_a_difference(tmp_path: Path) -> Non
     folder = RunFolder(config)
     folder.path.mkdir(parents=True)
     folder.write_config(config)
-    old = folder._read_config()
+    old = read_config(folder.path / "config.yaml")
     assert old == dict(flatten(config))
     assert compare(old, config, Place("config.yaml")) == ([], False)
 
