@@ -33,7 +33,7 @@ from cs336_alignment.compose_errors import (
     unreadable_preset,
 )
 from cs336_alignment.compose_groups import refuse_hidden_groups
-from cs336_alignment.config import ALL_KEYS, DEFAULT_WARMUP_RATIO, Config
+from cs336_alignment.config import ALL_KEYS, Config, OptimizerConfig
 from cs336_alignment.config_check import check, refuse_secrets
 from cs336_alignment.config_clashes import clash, warmup_clash
 from cs336_alignment.config_names import VALUE_FLAGS
@@ -339,7 +339,8 @@ def to_config(
     } <= given and config.optimizer.warmup_steps is not None:
         raise warmup_clash()
     if "optimizer.warmup_steps" in given and config.optimizer.warmup_steps is not None:
-        config.optimizer.warmup_ratio = DEFAULT_WARMUP_RATIO  # typed, it replaces a preset's
+        # Typed, it replaces a preset's ratio.
+        config.optimizer.warmup_ratio = OptimizerConfig.warmup_ratio
     if config.hub.push_to_hub and verb in TRAINING[1:]:
         raise UserError(
             "C171",

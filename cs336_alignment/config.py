@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from typing import Any
 
 MISSING = "???"  # OmegaConf's mark for a value that must be given
@@ -17,10 +16,6 @@ FORMATS = (
 REWARDS = ("r1_zero", "gsm8k", "exact_match", "multiple_choice")
 
 DEFAULT_MICROBATCH_TOKENS = 4096
-DEFAULT_WARMUP_RATIO = 0.03
-DEFAULT_MUON_MOMENTUM = 0.95
-DEFAULT_SERVER_URL = "http://127.0.0.1:8000/v1"
-DEFAULT_REWARD_SECONDS = 10.0
 
 
 @dataclass
@@ -182,10 +177,10 @@ class OptimizerConfig:
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
     state_bits: int = 32
-    muon_momentum: float = DEFAULT_MUON_MOMENTUM
+    muon_momentum: float = 0.95
     layer_lr_decay: float = 1.0
     lr_scheduler_type: str = "cosine"
-    warmup_ratio: float = DEFAULT_WARMUP_RATIO
+    warmup_ratio: float = 0.03
     warmup_steps: int | None = None
 
 
@@ -215,11 +210,11 @@ class EvaluationConfig:
     batch_size: int = 16
     stop: list[str] = field(default_factory=lambda: ["</answer>"])
     reward: str = "r1_zero"
-    reward_seconds: float = DEFAULT_REWARD_SECONDS
+    reward_seconds: float = 10.0
     allow_custom_reward: bool = False
     baseline: str | None = None
     backend: str = "transformers"
-    server_url: str = DEFAULT_SERVER_URL
+    server_url: str = "http://127.0.0.1:8000/v1"
     server_model: str | None = None
     server_api: str = "completions"
     server_concurrency: int = 32
@@ -318,17 +313,14 @@ def flatten(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Yield every leaf of a config dataclass as (`section.key`, value), in the order of the
     schema.
     """
-    for item in dataclasses.fields(config):
-        value = getattr(config, item.name)
-        if dataclasses.is_dataclass(value):
-            yield from flatten(value, f"{prefix}{item.name}.")
+    for item in fields(config):
+        name, value = f"{prefix}{item.name}", getattr(config, item.name)
+        if is_dataclass(value):
+            yield from flatten(value, f"{name}.")
         elif isinstance(value, list):
-            yield (
-                f"{prefix}{item.name}",
-                [dataclasses.asdict(v) if isinstance(v, SourceConfig) else v for v in value],
-            )
+            yield name, [asdict(v) if isinstance(v, SourceConfig) else v for v in value]
         else:
-            yield f"{prefix}{item.name}", value
+            yield name, value
 
 
 ALL_KEYS = tuple(key for key, _ in flatten(Config()))

@@ -8,9 +8,6 @@ from collections.abc import Iterator
 from dataclasses import fields
 
 from cs336_alignment.config import (
-    DEFAULT_MUON_MOMENTUM,
-    DEFAULT_REWARD_SECONDS,
-    DEFAULT_WARMUP_RATIO,
     FORMATS,
     REWARDS,
     Config,
@@ -36,7 +33,10 @@ def clashes(config: Config) -> Iterator[UserError]:
             "trainer.gradient_accumulation_steps",
             "both say how a step is cut into microbatches; set one of them to null",
         )
-    if optimizer.warmup_steps is not None and optimizer.warmup_ratio != DEFAULT_WARMUP_RATIO:
+    if (
+        optimizer.warmup_steps is not None
+        and optimizer.warmup_ratio != OptimizerConfig.warmup_ratio
+    ):
         yield warmup_clash()
     if trainer.normalize_constant != 1.0 and trainer.loss_normalization != "constant":
         yield clash(
@@ -94,7 +94,7 @@ def _training_clashes(config: Config) -> Iterator[UserError]:
     pairs = (
         (optimizer.state_bits != 32 and name != "adamw", "optimizer.state_bits", "optimizer.name",
          "only AdamW has its state in 8 bits"),
-        (optimizer.muon_momentum != DEFAULT_MUON_MOMENTUM and name != "muon",
+        (optimizer.muon_momentum != default.muon_momentum and name != "muon",
          "optimizer.muon_momentum", "optimizer.name", "optimizer.name=muon reads it"),
         (optimizer.betas != default.betas and name == "adafactor", "optimizer.betas",
          "optimizer.name", "adafactor does not read them"),
@@ -154,7 +154,7 @@ def _backend_clashes(config: Config) -> Iterator[UserError]:
 
 def _reward_clashes(evaluation: EvaluationConfig) -> Iterator[UserError]:
     if evaluation.reward in REWARDS:
-        if evaluation.reward_seconds != DEFAULT_REWARD_SECONDS:
+        if evaluation.reward_seconds != EvaluationConfig.reward_seconds:
             yield clash(
                 "evaluation.reward_seconds",
                 "evaluation.reward",

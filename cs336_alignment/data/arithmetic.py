@@ -14,12 +14,6 @@ import random
 from typing import TypeVar
 
 MAX_OPERAND = 999
-NUM_PROBLEMS = (MAX_OPERAND + 1) ** 2 + (MAX_OPERAND + 1) * (MAX_OPERAND + 2) // 2
-"""Distinct problems: every ordered pair to add, plus every pair `a >= b` to subtract."""
-
-MAX_ROWS = 100_000
-"""Most rows per call: distinct rows are drawn by rejection, which slows down as they run out."""
-
 ADDITION_WORDINGS = (
     "{a} + {b} = ?",
     "What is {a} plus {b}?",
@@ -72,12 +66,6 @@ def solve(a: int, operation: str, b: int) -> tuple[str, int]:
         >>> solve(47, "+", 5)
         ('Align 47 + 05: ones 7 + 5 = 12, carry 1; tens 4 + 0 + 1 = 5.', 52)
     """
-    if not (0 <= a <= MAX_OPERAND and 0 <= b <= MAX_OPERAND):
-        raise ValueError(f"operands must lie in 0..{MAX_OPERAND}, got {a} and {b}")
-    if operation not in ("+", "-"):
-        raise ValueError(f"operation must be '+' or '-', got {operation!r}")
-    if operation == "-" and b > a:
-        raise ValueError(f"{a} - {b} is negative; swap the operands")
     width = max(len(str(a)), len(str(b)))
     top, bottom = str(a).zfill(width), str(b).zfill(width)
     column = _add_column if operation == "+" else _subtract_column
@@ -99,7 +87,7 @@ def generate_rows(split: str, count: int, seed: int) -> list[dict[str, str]]:
 
     Args:
         split: `"train"` or `"test"`; test rows use held-out operand pairs only.
-        count: Number of rows, at most `MAX_ROWS`.
+        count: Number of rows, far fewer than there are: they are drawn by rejection.
         seed: Seed of the draw; equal arguments give equal rows on every machine.
 
     Returns:
@@ -109,10 +97,6 @@ def generate_rows(split: str, count: int, seed: int) -> list[dict[str, str]]:
         >>> generate_rows("test", 1, seed=0) == generate_rows("test", 5, seed=0)[:1]
         True
     """
-    if split not in ("train", "test"):
-        raise ValueError(f"split must be 'train' or 'test', got {split!r}")
-    if not 0 <= count <= MAX_ROWS:
-        raise ValueError(f"count must lie in 0..{MAX_ROWS}, got {count}")
     rng = random.Random(f"arithmetic/{split}/{seed}")
     rows: list[dict[str, str]] = []
     seen: set[str] = set()

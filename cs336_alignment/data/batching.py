@@ -84,8 +84,7 @@ def _epoch_order(plan: StepPlan, epoch: int) -> NDArray[np.int64]:
 
 def _permutation(size: int, seed: int, number: int) -> NDArray[np.int64]:
     generator = torch.Generator().manual_seed(mix_seed(seed, number))
-    order: NDArray[np.int64] = torch.randperm(size, generator=generator).numpy()
-    return order
+    return torch.randperm(size, generator=generator).numpy()
 
 
 def mix_seed(*parts: int) -> int:
@@ -145,7 +144,14 @@ def cut_by_tokens(
         batching: of the microbatches.
     """
     if batching == "padded":
-        return _cut_padded(example_ids, lengths, microbatch_tokens)
+        rows: list[list[int]] = []
+        for example_id in sorted(example_ids, key=lambda i: (-lengths[i], i)):
+            # Longest first, so the first example of a microbatch sets its width.
+            if rows and (len(rows[-1]) + 1) * lengths[rows[-1][0]] <= microbatch_tokens:
+                rows[-1].append(example_id)
+            else:
+                rows.append([example_id])
+        return rows
     alone = sorted(i for i in example_ids if lengths[i] > microbatch_tokens)
     rest = [i for i in example_ids if lengths[i] <= microbatch_tokens]
     num_bins = math.ceil(sum(lengths[i] for i in rest) / microbatch_tokens)
@@ -154,19 +160,6 @@ def cut_by_tokens(
         num_bins += 1
         bins = balance(rest, lengths, num_bins)
     return [[i] for i in alone] + bins
-
-
-def _cut_padded(
-    example_ids: Sequence[int], lengths: Lengths, microbatch_tokens: int
-) -> list[list[int]]:
-    bins: list[list[int]] = []
-    for example_id in sorted(example_ids, key=lambda i: (-lengths[i], i)):
-        # Longest first, so the first example of a microbatch sets its width.
-        if bins and (len(bins[-1]) + 1) * lengths[bins[-1][0]] <= microbatch_tokens:
-            bins[-1].append(example_id)
-        else:
-            bins.append([example_id])
-    return bins
 
 
 def plan_microbatches(
@@ -254,7 +247,8 @@ def collate(examples: Sequence[TokenizedExample], *, batching: Batching) -> Micr
         ]
     prefix = shared_prefix(examples) if batching == "flat_shared_prefix" else 0
     widths = [len(example.input_ids) - 1 - prefix for example in examples]
-    # The one shift: position t predicts token t + 1, so the mask moves one to the left.
+    # The one shift: position t predicts token t + 1, so targets and mask move one to the left.
+    targets = [example.input_ids[1 + prefix :] for example in examples]
     masks = [example.response_mask[1 + prefix :] for example in examples]
     if batching != "padded":
         row_starts = list(accumulate(widths[:-1], initial=prefix))
@@ -273,13 +267,8 @@ def collate(examples: Sequence[TokenizedExample], *, batching: Batching) -> Micr
     response_index = torch.cat(
         [mask.nonzero().squeeze(1) + start for mask, start in zip(masks, row_starts, strict=True)]
     )
-    labels = torch.cat(
-        [
-            example.input_ids[1 + prefix :][mask]
-            for example, mask in zip(examples, masks, strict=True)
-        ]
-    )
-    response_tokens = [int(mask.sum()) for mask in masks]
+    labels = torch.cat([ids[mask] for ids, mask in zip(targets, masks, strict=True)])
+    response_tokens = torch.stack([mask.sum() for mask in masks])
     return Microbatch(
         input_ids=input_ids.long(),
         position_ids=position_ids,
@@ -288,10 +277,8 @@ def collate(examples: Sequence[TokenizedExample], *, batching: Batching) -> Micr
         response_index=response_index,
         labels=labels.long(),
         response_mask=torch.full(labels.shape, not filler),
-        example_response_tokens=torch.tensor(response_tokens).repeat_interleave(
-            torch.tensor(response_tokens)
-        ),
-        num_response_tokens=0 if filler else sum(response_tokens),
+        example_response_tokens=response_tokens.repeat_interleave(response_tokens),
+        num_response_tokens=0 if filler else len(labels),
         weights=_weights(examples),
     )
 

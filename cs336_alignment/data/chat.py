@@ -22,12 +22,11 @@ from cs336_alignment.data.messages import (
     other_calls,
     spell_arguments,
     weight_of,
-    wrong,
 )
+from cs336_alignment.data.row import wrong
 from cs336_alignment.data.spans import Rendered, Span, count_changed
 from cs336_alignment.errors import Place, UserError
 
-TRAIN_ON = ("response", "assistant", "last_turn", "all")
 GENERATION_TAG = re.compile(r"\{%-?\s*generation\s*-?%\}")
 EXCERPT = 40
 # Templates come from strangers. Real ones have up to 20,000 characters and add little to a text.
@@ -68,12 +67,9 @@ class ChatRenderer:
 
     Raises:
         UserError: the tokenizer has no chat template (78).
-        ValueError: `train_on` is none of these.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, train_on: str) -> None:
-        if train_on not in TRAIN_ON:
-            raise ValueError(f"expected train_on to be one of {', '.join(TRAIN_ON)}: {train_on!r}")
         if not tokenizer.chat_template:
             raise UserError(
                 "D403",
@@ -237,22 +233,17 @@ class ChatRenderer:
     def _find(self, chat: _Chat, trained: list[int], turns: list[int]) -> list[tuple[int, int]]:
         """Find the borders of the trained turns."""
         tagged = self._tagged(chat, turns) if trained else None
-        if tagged is not None:
-            return [self._without_header(chat, *tagged[i]) for i in trained]
-        found = []
+        found, header = [], self._habits.header
         for index in trained:
-            borders = self._borders(chat, index)
+            borders = self._borders(chat, index) if tagged is None else tagged[index]
             if isinstance(borders, _Mismatch):
                 raise self._unstable(chat, borders, turns[-1])
-            found.append(self._without_header(chat, *borders))
+            start, end = borders
+            # What is written before every turn is left out, should a generation prompt not have it.
+            if header.strip() and chat.text.startswith(header, start, end):
+                start += len(header)
+            found.append((start, end))
         return found
-
-    def _without_header(self, chat: _Chat, start: int, end: int) -> tuple[int, int]:
-        """Leave out what is written before every turn, should a generation prompt not have it."""
-        header = self._habits.header
-        if header.strip() and chat.text.startswith(header, start, end):
-            start += len(header)
-        return start, end
 
     def _borders(self, chat: _Chat, index: int) -> tuple[int, int] | _Mismatch:
         """Find where generation of a turn would begin and where it would stop."""

@@ -8,7 +8,8 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from cs336_alignment.data.messages import inside, wrong
+from cs336_alignment.data.messages import inside
+from cs336_alignment.data.row import wrong
 from cs336_alignment.errors import Place
 
 # transformers fills each of these from the others before a template sees the message.

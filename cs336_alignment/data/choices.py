@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
-from cs336_alignment.data.row import Row
-from cs336_alignment.errors import Place, UserError, describe
+from cs336_alignment.data.row import Row, is_number, wrong
 
 LETTERS = "ABCDEFGHIJ"
 FEWEST = 2
@@ -31,14 +31,10 @@ def lettered_columns(present: Sequence[str]) -> tuple[str, ...]:
     for prefix in _PREFIXES:
         for letters in (LETTERS, LETTERS.lower()):
             by_name = {name.lower() if prefix else name: name for name in present}
-            found = []
-            for letter in letters:
-                name = by_name.get(f"{prefix}{letter.lower() if prefix else letter}")
-                if name is None:
-                    break
-                found.append(name)
+            names = (f"{prefix}{letter.lower() if prefix else letter}" for letter in letters)
+            found = tuple(by_name[name] for name in takewhile(by_name.__contains__, names))
             if len(found) >= FEWEST:
-                return tuple(found)
+                return found
     return ()
 
 
@@ -61,13 +57,10 @@ def read_choices(row: Row, column: str, values: Any) -> list[Any]:
     choices = [v.strip() if isinstance(v, str) else v for v in listed]
     while choices and choices[-1] in (None, ""):
         choices.pop()
-    sound = all((isinstance(choice, str) and choice) or _is_number(choice) for choice in choices)
+    sound = all((isinstance(choice, str) and choice) or is_number(choice) for choice in choices)
     if not sound or not FEWEST <= len(choices) <= len(LETTERS):
-        raise UserError(
-            "D218", "the choices are no list of texts",
-            place=Place(row.place.path, row.place.line, column),
-            expected=f"{FEWEST} to {len(LETTERS)} texts, none empty", got=describe(values)
-        )  # fmt: skip
+        expected = f"{FEWEST} to {len(LETTERS)} texts, none empty"
+        raise wrong("D218", "the choices are no list of texts", row.at(column), expected, values)
     return choices
 
 
@@ -90,13 +83,9 @@ def read_letter(row: Row, column: str, choices: Sequence[Any]) -> str:
     if readings:
         ways = " and ".join(f"{LETTERS[i]} by its {way}" for way, i in readings.items())
         message, hint = f"{column} can be read as {ways}", "give the letters of the right choices"
-    raise UserError(
-        "D216", message,
-        place=Place(row.place.path, row.place.line, column),
-        expected=f"a letter of A to {LETTERS[len(choices) - 1]}, a number of 0 to "
-        f"{len(choices) - 1}, or the text of one choice",
-        got=describe(value), hint=hint
-    )  # fmt: skip
+    expected = f"a letter of A to {LETTERS[len(choices) - 1]}, a number of 0 to "
+    expected += f"{len(choices) - 1}, or the text of one choice"
+    raise wrong("D216", message, row.at(column), expected, value, hint=hint)
 
 
 def _readings(value: Any, choices: Sequence[Any]) -> dict[str, int]:
@@ -163,7 +152,3 @@ def subject_of(path: Path) -> str:
         'abstract_algebra'
     """
     return _SPLIT.sub("", path.name.split(".", 1)[0])
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)

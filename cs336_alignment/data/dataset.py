@@ -107,40 +107,35 @@ class TokenizedDataset:
         return len(self._selection)
 
     def __getitem__(self, example_id: int) -> TokenizedExample:
-        chunk, index = self._find(example_id)
-        ids = chunk.input_ids[chunk.offsets[index] : chunk.offsets[index + 1]]
-        spans = slice(chunk.span_offsets[index], chunk.span_offsets[index + 1])
-        weights = torch.zeros(len(ids))
-        for (start, end), weight in zip(chunk.spans[spans], chunk.span_weights[spans], strict=True):
-            weights[start:end] = float(weight)
+        row = self._row(example_id)
+        weights = torch.from_numpy(row.weights)
         return TokenizedExample(
-            torch.from_numpy(ids.astype(np.int64)),
+            torch.from_numpy(row.input_ids.astype(np.int64)),
             weights > 0,
             example_id,
             weights if self.weighted else None,
-            float(chunk.example_weights[index]),
+            row.example_weight,
         )
 
     def prompt_ids(self, example_id: int) -> list[int]:
         """Give the tokens before the last trained stretch: what a response is generated for."""
-        chunk, index = self._find(example_id)
-        start = chunk.offsets[index]
-        end = chunk.spans[chunk.span_offsets[index + 1] - 1, 0]
-        ids: list[int] = chunk.input_ids[start : start + end].tolist()
-        return ids
+        row = self._row(example_id)
+        return row.input_ids[: row.spans[-1, 0]].tolist()
 
     def response_ids(self, example_id: int) -> list[int]:
         """Give the tokens of the last trained stretch."""
-        chunk, index = self._find(example_id)
-        start, end = chunk.spans[chunk.span_offsets[index + 1] - 1]
-        offset = chunk.offsets[index]
-        ids: list[int] = chunk.input_ids[offset + start : offset + end].tolist()
-        return ids
+        row = self._row(example_id)
+        start, end = row.spans[-1]
+        return row.input_ids[start:end].tolist()
 
-    def _find(self, example_id: int) -> tuple[Chunk, int]:
+    def _row(self, example_id: int) -> TokenRow:
         number = self._selection[example_id]
         place = int(np.searchsorted(self._firsts, number, side="right")) - 1
-        return self._chunks[place], int(number - self._firsts[place])
+        chunk, index = self._chunks[place], number - self._firsts[place]
+        ids = chunk.input_ids[chunk.offsets[index] : chunk.offsets[index + 1]]
+        own = slice(chunk.span_offsets[index], chunk.span_offsets[index + 1])
+        weight = float(chunk.example_weights[index])
+        return TokenRow(ids, chunk.spans[own], chunk.span_weights[own], weight)
 
     def select(self, example_ids: Ints) -> TokenizedDataset:
         """Give a data set of some of these examples, in this order; the tokens are shared."""

@@ -157,8 +157,8 @@ class Encoder:
         responses = tokenize_plain([r for _, r in texts], tokenizer)
         moved = _moved_boundaries(texts, tokenizer)
         rows = []
-        for example, prompt, response, is_moved in zip(
-            examples, prompts, responses, moved, strict=True
+        for example, (asked, _), prompt, response, is_moved in zip(
+            examples, texts, prompts, responses, moved, strict=True
         ):
             # A response whose text already ends with EOS gets no second one.
             ends = config.append_eos and response[-1:] != [tokenizer.eos_token_id]
@@ -167,17 +167,12 @@ class Encoder:
             rows.append(TokenRow.of_response(ids, len(prompt), example.weight, whole=whole))
             if is_moved:
                 done.findings.add("moved_boundary", example.place)
-            if self._spells_special(example.texts):
+            # A special token that a question spells and its template does not; in a prompt that
+            # stands verbatim it may be meant.
+            asks = self.layout.format in ASKING
+            if asks and len(self._special.findall(asked)) > self._own_special:
                 done.findings.add("special_text", example.place)
         return rows
-
-    def _spells_special(self, texts: tuple[str, str] | None) -> bool:
-        """Whether a question or instruction spells a special token that its template does not; in a
-        prompt that stands verbatim it may be meant.
-        """
-        if texts is None or self.layout.format not in ASKING:
-            return False
-        return len(self._special.findall(texts[0])) > self._own_special
 
     def _render(self, example: Example, done: Encoded) -> Any:
         if self._renderer is None:  # prompts and responses may be lists of messages, too
@@ -228,7 +223,9 @@ def special_tokens(tokenizer: PreTrainedTokenizerBase) -> SpecialTokens:
     stops = special - {tokenizer.bos_token_id, tokenizer.pad_token_id}
     if tokenizer.eos_token_id is not None:
         stops.add(tokenizer.eos_token_id)
-    return SpecialTokens.of(tokenizer.bos_token_id, frozenset(stops), special)
+    table = np.zeros(max(special, default=-1) + 2, dtype=bool)
+    table[list(special)] = True
+    return SpecialTokens(tokenizer.bos_token_id, frozenset(stops), table)
 
 
 def fit(row: TokenRow, config: DataConfig, place: Place, ledger: LedgerEntry) -> list[TokenRow]:

@@ -10,7 +10,6 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from itertools import chain
 from typing import Any
 
 from cs336_alignment.cores import count_cores
@@ -73,16 +72,12 @@ def encode_all(
         done += len(batch)
         yield encoder.encode(batch)
         if done >= ROWS_BEFORE_POOL and workers > 1:
-            break
-    yield from _encode_in_processes(encoder, batches, workers)
+            yield from _encode_in_processes(encoder, batches, workers)
 
 
 def _encode_in_processes(
     encoder: Encoder, batches: Iterator[list[Row | UserError]], workers: int
 ) -> Iterator[Encoded]:
-    first = next(batches, None)
-    if first is None:
-        return
     # fork shares the tokenizer; where it is not safe (macOS), processes start anew and get a copy.
     method = "fork" if sys.platform == "linux" else "spawn"
     pool = ProcessPoolExecutor(
@@ -91,7 +86,7 @@ def _encode_in_processes(
     waiting: deque[Future[Encoded]] = deque()
     try:
         with pool:
-            for batch in chain((first,), batches):
+            for batch in batches:  # no process begins before the first
                 waiting.append(pool.submit(_work, batch))
                 if len(waiting) > 2 * workers:  # no more: memory must not grow with the source
                     yield waiting.popleft().result()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -13,9 +12,9 @@ from cs336_alignment.data.choices import LETTERS, ask, read_choices, read_letter
 from cs336_alignment.data.final_answers import FINAL_LINE, FINAL_MARK, last_boxed
 from cs336_alignment.data.layout import ANYWHERE, OPTIONAL, Layout
 from cs336_alignment.data.messages import WEIGHT, is_weight
-from cs336_alignment.data.row import Row
+from cs336_alignment.data.row import Row, is_number, parsed, wrong
 from cs336_alignment.data.templates import PromptTemplate
-from cs336_alignment.errors import Place, UserError, describe
+from cs336_alignment.errors import Place
 
 MOST_IDS = 2**31  # ids are kept in 32 bits
 CLOSING_TAG = "</think>"
@@ -78,7 +77,8 @@ def to_example(
     """
     for role, column in layout.columns.items():
         if column not in row.fields and role not in OPTIONAL_ROLES:
-            raise _wrong(row, column, "D202", f"{column} is missing", f"columns {_columns(row)}")
+            found = f"columns {', '.join(row.fields) or 'none'}"
+            raise wrong("D202", f"{column} is missing", row.at(column), found=found)
     weight = _weight(row, layout)
     shape = {
         "messages": _from_messages,
@@ -95,7 +95,7 @@ def to_example(
     truth = _ground_truth(row, layout) or example.ground_truth
     messages = example.messages
     if layout.format == "prompt_response" and messages is not None and train_on != "all":
-        count = len(_parsed(row.fields[layout.columns["prompt"]]))
+        count = len(parsed(row.fields[layout.columns["prompt"]]))
         messages = (*(_as_context(message) for message in messages[:count]), *messages[count:])
     return replace(example, messages=messages, ground_truth=truth, weight=weight)
 
@@ -106,9 +106,9 @@ def _from_prompt(row: Row, layout: Layout, _: PromptTemplate | None) -> Example:
         turns = (*_messages(row, prompt), *_messages(row, response))
         return Example(row.place, messages=turns, tools=_tools(row, layout))
     if (tools := _tools(row, layout)) is not None:
-        raise _wrong(row, layout.columns["tools"], "D213", "tools stand beside a prompt of text",
-                     describe(tools), "prompt and response as lists of messages, or "
-                     "data.columns.tools='' to pass the column over")  # fmt: skip
+        raise wrong("D213", "tools stand beside a prompt of text", row.at(layout.columns["tools"]),
+                    "prompt and response as lists of messages, or data.columns.tools='' to pass "
+                    "the column over", tools)  # fmt: skip
     return Example(row.place, texts=(_text(row, prompt), _text(row, response)))
 
 
@@ -118,31 +118,31 @@ def _from_question(row: Row, layout: Layout, template: PromptTemplate | None) ->
     question, response = _text(row, asked), _text(row, answered)
     extra = row.fields.get(layout.columns.get("input", ""))
     if extra is not None and not isinstance(extra, str):
-        raise _wrong(row, "input", "D205", "input is not a string", describe(extra), "a string")
+        raise wrong("D205", "input is not a string", row.at("input"), "a string", extra)
     tagged = template is not None and template.tagged
     truth = None
     if answered == "answer":
         response, truth = _shape_answer(row, response, tagged=tagged)
     elif tagged and CLOSING_TAG not in response:
         assert template is not None
-        raise UserError(
+        raise wrong(
             "D207",
             f"the template {template.name} opens <think>, and the response does not close it",
-            place=_at(row, answered),
-            expected=f"reasoning, then {CLOSING_TAG}, then the answer",
-            got=describe(response),
+            row.at(answered),
+            f"reasoning, then {CLOSING_TAG}, then the answer",
+            response,
             hint="use data.prompt_template=alpaca, question_only or chat for plain responses",
         )
     if not extra or not extra.strip():
         return _asked(row, template, question, response, truth)
     if template is None:
         return _asked(row, template, f"{question}\n\n{extra}", response, truth)
-    if not template.takes_input:
-        raise UserError(
+    if template.text_with_input is None:
+        raise wrong(
             "D206",
             "the row has an `input`, and the prompt template has no place for it",
-            place=_at(row, layout.columns["input"]),
-            got=describe(extra),
+            row.at(layout.columns["input"]),
+            got=extra,
             hint="use data.prompt_template=alpaca, or a .prompt file with {input}",
         )
     return Example(row.place, texts=(template.fill(question, extra), response), ground_truth=truth)
@@ -167,12 +167,12 @@ def _from_problem(row: Row, layout: Layout, template: PromptTemplate | None) -> 
     solution = _text(row, column)
     final = _ground_truth(row, layout) or last_boxed(solution)
     if not final:
-        raise UserError(
+        raise wrong(
             "D217",
             f"the {column} has no final answer in a \\boxed{{}}",
-            place=_at(row, column),
-            expected="… \\boxed{answer} …, the braces closed, or a column `answer`",
-            got=describe(solution[-40:]),
+            row.at(column),
+            "… \\boxed{answer} …, the braces closed, or a column `answer`",
+            solution[-40:],
             hint="give the answer in a column of its own: data.columns.ground_truth=…",
         )
     if template is not None and template.tagged:
@@ -182,7 +182,7 @@ def _from_problem(row: Row, layout: Layout, template: PromptTemplate | None) -> 
 
 def _from_choices(row: Row, layout: Layout, template: PromptTemplate | None) -> Example:
     question, column = _text(row, layout.columns["question"]), layout.columns["choices"]
-    values = [row.fields.get(name) for name in layout.lettered] or _parsed(row.fields[column])
+    values = [row.fields.get(name) for name in layout.lettered] or parsed(row.fields[column])
     choices = read_choices(row, column, values)
     letter = read_letter(row, layout.columns["answer"], choices)
     response = letter
@@ -210,10 +210,10 @@ def _from_sharegpt(row: Row, layout: Layout, _: PromptTemplate | None) -> Exampl
         role, value = SHAREGPT_ROLES.get(str(turn["from"])), turn.get("value")
         calls = _calls(value) if turn["from"] == "function_call" else None
         if role is None or not isinstance(value, str) or calls == []:
-            raise _wrong(
-                row, column, "D211", f"turn {index + 1} is no turn of a conversation",
-                describe(turn), f"from: {', '.join(SHAREGPT_ROLES)}; value: text (of a "
-                "function_call JSON with name and arguments)",
+            raise wrong(
+                "D211", f"turn {index + 1} is no turn of a conversation", row.at(column),
+                f"from: {', '.join(SHAREGPT_ROLES)}; value: text (of a function_call JSON with "
+                "name and arguments)", turn,
             )  # fmt: skip
         said = {"content": value} if calls is None else {"content": None, "tool_calls": calls}
         # Keys of no meaning here stay: the chat template may read them, and the linter looks.
@@ -224,7 +224,7 @@ def _from_sharegpt(row: Row, layout: Layout, _: PromptTemplate | None) -> Exampl
 
 def _calls(value: Any) -> list[Any]:
     """Read the calls of a ShareGPT turn as `tool_calls`; none if they are not readable."""
-    calls = _parsed(value)
+    calls = parsed(value)
     calls = calls if isinstance(calls, list) else [calls]
     if not all(isinstance(call, dict) and isinstance(call.get("name"), str) for call in calls):
         return []
@@ -237,42 +237,33 @@ def _from_text(row: Row, layout: Layout, _: PromptTemplate | None) -> Example:
 
 def _from_tokens(row: Row, layout: Layout, _: PromptTemplate | None) -> Example:
     column = layout.columns["labels"]
-    ids, labels = _parsed(row.fields[layout.columns["input_ids"]]), _parsed(row.fields[column])
-    if not (_are_integers(ids) and min(ids, default=-1) >= 0 and max(ids) < MOST_IDS):
-        raise _wrong(row, "input_ids", "D212", "input_ids are no token ids", describe(ids),
-                     "a list of numbers from 0, not empty")  # fmt: skip
+    ids, labels = parsed(row.fields[layout.columns["input_ids"]]), parsed(row.fields[column])
+    sound = isinstance(ids, list) and all(type(i) is int and 0 <= i < MOST_IDS for i in ids)
+    if not sound or not ids:
+        raise wrong("D212", "input_ids are no token ids", row.at("input_ids"),
+                    "a list of numbers from 0, not empty", ids)  # fmt: skip
     if not (isinstance(labels, list) and len(labels) == len(ids)):
-        raise _wrong(row, column, "D212", f"{column} does not go with input_ids", describe(labels),
-                     f"a list of {len(ids)}")  # fmt: skip
+        raise wrong("D212", f"{column} does not go with input_ids", row.at(column),
+                    f"a list of {len(ids)}", labels)  # fmt: skip
     if column == "response_mask":
         if any(value not in (0, 1) for value in labels):
-            raise _wrong(row, column, "D212", "response_mask is no mask", describe(labels),
-                         "0 or 1 for every token of input_ids")  # fmt: skip
+            raise wrong("D212", "response_mask is no mask", row.at(column),
+                        "0 or 1 for every token of input_ids", labels)  # fmt: skip
         return Example(row.place, tokens=(ids, [float(value) for value in labels]))
     for token, label in zip(ids, labels, strict=True):
         if label not in (token, IGNORED_LABEL):
-            raise _wrong(row, column, "D212", "labels are not those of input_ids", describe(label),
-                         f"{token}, the token itself, or {IGNORED_LABEL} where it is only read "
-                         "(not shifted); a mask of 0 and 1 is read from a column called "
-                         "response_mask")  # fmt: skip
+            raise wrong("D212", "labels are not those of input_ids", row.at(column),
+                        f"{token}, the token itself, or {IGNORED_LABEL} where it is only read "
+                        "(not shifted); a mask of 0 and 1 is read from a column called "
+                        "response_mask", label)  # fmt: skip
     return Example(row.place, tokens=(ids, [float(label != IGNORED_LABEL) for label in labels]))
 
 
-def _parsed(value: Any) -> Any:
-    """Read a list or object that stands as JSON in a cell of text; all else stays as it is."""
-    if not isinstance(value, str) or not value.lstrip().startswith(("[", "{")):
-        return value
-    try:
-        return json.loads(value)
-    except (ValueError, RecursionError):
-        return value
-
-
 def _messages(row: Row, column: str) -> tuple[Mapping[str, Any], ...]:
-    value = _parsed(row.fields[column])
+    value = parsed(row.fields[column])
     if not isinstance(value, list) or not value or not all(isinstance(m, dict) for m in value):
-        raise _wrong(row, column, "D211", f"{column} is no conversation", describe(value),
-                     "a list of messages, not empty")  # fmt: skip
+        raise wrong("D211", f"{column} is no conversation", row.at(column),
+                    "a list of messages, not empty", value)  # fmt: skip
     return tuple(value)
 
 
@@ -280,8 +271,8 @@ def _holds_turns(value: Any) -> bool:
     """Whether a value is a list, or a cell of text in which a list of messages stands."""
     if not isinstance(value, str):
         return isinstance(value, list)
-    parsed = _parsed(value)
-    return isinstance(parsed, list) and all(isinstance(m, dict) and "role" in m for m in parsed)
+    turns = parsed(value)
+    return isinstance(turns, list) and all(isinstance(m, dict) and "role" in m for m in turns)
 
 
 def _as_context(message: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -289,55 +280,42 @@ def _as_context(message: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _tools(row: Row, layout: Layout) -> Sequence[Any] | None:
-    tools = _parsed(row.fields.get(layout.columns.get("tools", "")))
+    tools = parsed(row.fields.get(layout.columns.get("tools", "")))
     if tools in (None, [], ""):
         return None
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
-        raise _wrong(row, layout.columns["tools"], "D213", "tools are no list of JSON schemas",
-                     describe(tools), "a list of objects")  # fmt: skip
+        raise wrong("D213", "tools are no list of JSON schemas", row.at(layout.columns["tools"]),
+                    "a list of objects", tools)  # fmt: skip
     return tools
-
-
-def _are_integers(value: Any) -> bool:
-    return isinstance(value, list) and all(
-        isinstance(i, int) and not isinstance(i, bool) for i in value
-    )
 
 
 def _shape_answer(row: Row, answer: str, *, tagged: bool) -> tuple[str, str | None]:
     found = FINAL_LINE.search(answer)
     reasoning = CALCULATOR.sub("", answer[: found.start()]).strip() if found else ""
     final = found[1].strip() if found else ""
-    if not tagged and not (final and reasoning):
+    if final and reasoning:
+        shaped = _in_tags(reasoning, final) if tagged else f"{reasoning}\n{FINAL_MARK} {final}"
+        return shaped, final
+    if not tagged:
         return answer, None
-    if not final or not reasoning:
-        raise UserError(
-            "D204",
-            "the answer has no reasoning and final answer to put into <think> and <answer>",
-            place=_at(row, "answer"),
-            expected=f"reasoning, then a line `{FINAL_MARK} final`",
-            got=describe(answer),
-            hint="use data.prompt_template=question_only, or rows with `prompt` and `response`",
-        )
-    if tagged:
-        return _in_tags(reasoning, final), final
-    return f"{reasoning}\n{FINAL_MARK} {final}", final
+    raise wrong(
+        "D204",
+        "the answer has no reasoning and final answer to put into <think> and <answer>",
+        row.at("answer"),
+        f"reasoning, then a line `{FINAL_MARK} final`",
+        answer,
+        hint="use data.prompt_template=question_only, or rows with `prompt` and `response`",
+    )
 
 
 def _text(row: Row, column: str) -> str:
     value = row.fields[column]
     if not isinstance(value, str):
-        raise _wrong(
-            row, column, "D205", f"{column} is not a string", describe(value), "non-empty string"
-        )
+        raise wrong("D205", f"{column} is not a string", row.at(column), "non-empty string", value)
     if not value.strip():
-        raise UserError(
-            "D203",
-            f"{column} is empty",
-            place=_at(row, column),
-            expected="non-empty string",
-            got=describe(value),
-            hint="fix the row, or set data.on_bad_row=drop (drops are counted)",
+        hint = "fix the row, or set data.on_bad_row=drop (drops are counted)"
+        raise wrong(
+            "D203", f"{column} is empty", row.at(column), "non-empty string", value, hint=hint
         )
     return value
 
@@ -348,8 +326,7 @@ def _ground_truth(row: Row, layout: Layout) -> str | None:
     value = row.fields.get(column)
     if value is None:
         return None
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    return str(value) if is_number else _text(row, column)
+    return str(value) if is_number(value) else _text(row, column)
 
 
 def _weight(row: Row, layout: Layout) -> float:
@@ -361,19 +338,5 @@ def _weight(row: Row, layout: Layout) -> float:
         with suppress(ValueError):
             value = float(value)
     if not is_weight(value):
-        raise _wrong(row, column, "D214", f"{column} is no weight", describe(value), WEIGHT)
+        raise wrong("D214", f"{column} is no weight", row.at(column), WEIGHT, value)
     return float(value)
-
-
-def _columns(row: Row) -> str:
-    return ", ".join(row.fields) or "none"
-
-
-def _wrong(
-    row: Row, column: str, code: str, message: str, got: str, expected: str | None = None
-) -> UserError:
-    return UserError(code, message, place=_at(row, column), expected=expected, got=got)
-
-
-def _at(row: Row, name: str) -> Place:
-    return Place(row.place.path, row.place.line, name)

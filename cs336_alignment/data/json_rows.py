@@ -7,10 +7,11 @@ import json
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
-from cs336_alignment.data.row import Row
+from cs336_alignment.data.row import Row, wrong
 from cs336_alignment.errors import Place, UserError, describe
 
 SPACE = re.compile(r"[ \t\r\n]*")
@@ -19,6 +20,7 @@ LINE = "one JSON object a line"
 ARRAY = '[{…}, {…}] or {"data": [{…}]}'
 MOST_ROW_BYTES = 2**26
 MAX_NAME_CHARS = 80
+bad_row = partial(wrong, "D201")
 
 
 class _Decoder:
@@ -66,20 +68,16 @@ def read_json_lines(file: IO[bytes], path: Path) -> Iterator[Row | UserError]:
             message = f"invalid UTF-8 at byte {failure.start + 1} of the line"
             is_wide = line.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
             hint = "this is UTF-16: save the file as UTF-8" if is_wide else None
-            yield _bad(message, place, "UTF-8 text", hint=hint)
+            yield bad_row(message, place, "UTF-8 text", hint=hint)
             continue
         yield _row(text, place, decoder)
 
 
 def too_large(place: Place) -> UserError:
     """Refuse a row that is too large to be one."""
-    return UserError(
-        "D215",
-        "the row is too large to be an example",
-        place=place,
-        expected=f"at most {MOST_ROW_BYTES >> 20} MiB",
-        hint="divide it, or set data.on_bad_row=drop (drops are counted)",
-    )
+    hint = "divide it, or set data.on_bad_row=drop (drops are counted)"
+    expected = f"at most {MOST_ROW_BYTES >> 20} MiB"
+    return wrong("D215", "the row is too large to be an example", place, expected, hint=hint)
 
 
 def _row(text: str, place: Place, decoder: _Decoder) -> Row | UserError:
@@ -90,21 +88,21 @@ def _row(text: str, place: Place, decoder: _Decoder) -> Row | UserError:
         # Where a line breaks off, json points behind its end: at the next one.
         column = min(failure.pos, len(text.rstrip("\r\n"))) + 1
         hint = "a JSON array goes into a file called .json" if text.startswith("[") else None
-        return _bad(f"broken JSON at column {column}: {failure.msg}", place, LINE, hint=hint)
+        return bad_row(f"broken JSON at column {column}: {failure.msg}", place, LINE, hint=hint)
     except (ValueError, RecursionError) as failure:
-        return _bad(f"broken JSON: {failure}", place, LINE)
+        return bad_row(f"broken JSON: {failure}", place, LINE)
     return _checked(value, place, decoder.take_twice(), _has_surrogate_escape(text))
 
 
 def _checked(value: Any, place: Place, twice: str | None, has_escape: bool) -> Row | UserError:
     if twice is not None:
-        return _bad(f'broken JSON: key "{_shown(twice)}" appears twice', place, "each key once")
+        return bad_row(f'broken JSON: key "{_shown(twice)}" appears twice', place, "each key once")
     if not isinstance(value, dict):
         got = _shown(describe(value), None)
-        return _bad("it is not a JSON object", place, "a JSON object", got)
+        return bad_row("it is not a JSON object", place, "a JSON object", found=got)
     if has_escape and (name := _with_surrogate(value)) is not None:
         name = _shown(name)
-        return _bad(
+        return bad_row(
             f"{name} holds half of a surrogate pair, which is no character",
             Place(place.path, place.line, name), "Unicode text",
         )  # fmt: skip
@@ -151,13 +149,13 @@ def read_json(file: IO[bytes], path: Path) -> Iterator[Row | UserError]:
         line = failure.object.count(b"\n", 0, failure.start) + 1
         column = failure.start - failure.object.rfind(b"\n", 0, failure.start)
         message = f"invalid UTF-8 at byte {column} of the line"
-        raise _bad(message, Place(path, line), "UTF-8 text") from failure
+        raise bad_row(message, Place(path, line), "UTF-8 text") from failure
     del content
     try:
         yield from _elements(text, path)
     except json.JSONDecodeError as failure:
         message = f"broken JSON at column {failure.colno}: {failure.msg}"
-        raise _bad(message, Place(path, failure.lineno), ARRAY) from failure
+        raise bad_row(message, Place(path, failure.lineno), ARRAY) from failure
 
 
 def _elements(text: str, path: Path) -> Iterator[Row | UserError]:
@@ -257,9 +255,3 @@ def _no_array(message: str, path: Path, is_lines: bool = False) -> UserError:
 def _shown(name: str, length: int | None = MAX_NAME_CHARS) -> str:
     """Make a key fit to print: short, and without halves of characters, which no file takes."""
     return name[:length].encode("utf-8", "backslashreplace").decode()
-
-
-def _bad(
-    message: str, place: Place, expected: str, got: str | None = None, hint: str | None = None
-) -> UserError:
-    return UserError("D201", message, place=place, expected=expected, got=got, hint=hint)

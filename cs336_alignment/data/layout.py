@@ -103,14 +103,9 @@ def detect(
                 place=place,
                 got=f"columns {', '.join(present) or 'none'}",
             )
-    fitting = [
-        name for name, roles in FORMATS.items() if _choices(roles, present, columns) is not None
-    ]
-    if wanted != "auto":
-        if wanted not in fitting:
-            raise _none_fits(present, place, wanted)
-        fitting = [wanted]
-    elif len(fitting) > 1 and "text" in fitting:
+    names: Iterable[str] = FORMATS if wanted == "auto" else (wanted,)
+    fitting = [n for n in names if len(_choices(FORMATS[n], present, columns)) == len(FORMATS[n])]
+    if len(fitting) > 1 and "text" in fitting:
         fitting.remove("text")
     if "multiple_choice" in fitting and "question_answer" in fitting:
         fitting.remove("question_answer")  # whose columns are among those of the other
@@ -127,7 +122,7 @@ def detect(
     name = fitting[0]
     roles = FORMATS[name] | _optional(name)
     chosen = {}
-    for role, choices in (_choices(roles, present, columns, partly=True) or {}).items():
+    for role, choices in _choices(roles, present, columns).items():
         if len(choices) > 1:
             raise UserError(
                 "D210",
@@ -156,13 +151,9 @@ def _optional(name: str) -> dict[str, tuple[str, ...]]:
 
 
 def _choices(
-    roles: Mapping[str, tuple[str, ...]],
-    present: Sequence[str],
-    columns: Mapping[str, str],
-    *,
-    partly: bool = False,
-) -> dict[str, list[str]] | None:
-    """For each role the columns that can play it; None if a role has none and all must have."""
+    roles: Mapping[str, tuple[str, ...]], present: Sequence[str], columns: Mapping[str, str]
+) -> dict[str, list[str]]:
+    """For each role that has some the columns that can play it."""
     found = {}
     for role, aliases in roles.items():
         given = [columns[role]] if columns.get(role) else []
@@ -173,8 +164,6 @@ def _choices(
         free = [c for c in mapped if role in columns or c not in columns.values()]
         if free:
             found[role] = free
-        elif not partly:
-            return None
     return found
 
 

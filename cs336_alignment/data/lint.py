@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import product
 from typing import NamedTuple
@@ -98,12 +98,13 @@ class Findings:
         if len(shown) < MAX_EXAMPLES:
             shown.append(str(place))
 
-    def add_repeated(self, numbers: NDArray[np.intp], place: Callable[[int], str]) -> None:
-        """Note examples that others have, too: their numbers, and what gives their rows' places."""
+    def add_found(self, check: str, found: NDArray[np.bool_], place: Callable[[int], str]) -> None:
+        """Note what many examples show: (N,) whether each does, and what gives its row's place."""
+        numbers = np.flatnonzero(found)
         for number in numbers[:MAX_EXAMPLES].tolist():
-            self.add("duplicate_rows", place(number))
+            self.add(check, place(number))
         if len(numbers) > MAX_EXAMPLES:
-            self.counts["duplicate_rows"] += len(numbers) - MAX_EXAMPLES
+            self.counts[check] += len(numbers) - MAX_EXAMPLES
 
     def merge(self, other: Findings) -> None:
         """Add another part's findings."""
@@ -129,18 +130,6 @@ class SpecialTokens:
     stops: frozenset[int]
     table: NDArray[np.bool_]
 
-    @staticmethod
-    def of(bos: int | None, stops: frozenset[int], special: Iterable[int]) -> SpecialTokens:
-        """Build the table."""
-        ids = sorted(special)
-        table = np.zeros(max(ids, default=-1) + 2, dtype=bool)
-        table[ids] = True
-        return SpecialTokens(bos, stops, table)
-
-    def are(self, ids: NDArray[np.int32]) -> NDArray[np.bool_]:
-        """Tell which ids are special."""
-        return self.table[np.minimum(ids, len(self.table) - 1)]
-
 
 def check_row(row: TokenRow, special: SpecialTokens) -> Iterator[str]:
     """Yield the names of the checks that a row with trained tokens shows, from its tokens alone."""
@@ -148,7 +137,7 @@ def check_row(row: TokenRow, special: SpecialTokens) -> Iterator[str]:
     if len(ids) > 1 and special.bos is not None and ids[0] == ids[1] == special.bos:
         yield "doubled_bos"
     for start, end in row.spans:
-        is_special = special.are(ids[start:end])
+        is_special = special.table[np.minimum(ids[start:end], len(special.table) - 1)]
         # Those at the very end are what ends the response.
         if is_special[: len(is_special) - int(np.argmin(is_special[::-1]))].any():
             yield "trained_scaffolding"
@@ -160,12 +149,12 @@ def ends_with_stop(row: TokenRow, special: SpecialTokens) -> bool:
     return int(row.input_ids[row.spans[-1, 1] - 1]) in special.stops
 
 
-def count_duplicates(hashes: NDArray[np.uint64]) -> NDArray[np.intp]:
-    """Give the numbers of the rows whose hash an earlier row has."""
+def find_repeated(hashes: NDArray[np.uint64]) -> NDArray[np.bool_]:
+    """Tell of which rows an earlier one has the hash."""
     _, first = np.unique(hashes, return_index=True)
     repeated = np.ones(len(hashes), dtype=bool)
     repeated[first] = False
-    return np.flatnonzero(repeated)
+    return repeated
 
 
 class Judged(NamedTuple):
@@ -201,7 +190,8 @@ def judge(parts: Iterable[Judged], config: LintConfig) -> list[str]:
         if not count or level == "off":
             continue
         share = f"{count:,} of {rows:,} rows of {source}"
-        where = _examples(findings.examples.get(name, []), count)
+        places = findings.examples[name]
+        where = ", ".join(places) + (", …" if count > len(places) else "")
         if level == "warning":
             warnings.append(f"{check.code} {share}: {check.message} ({where}); {check.hint}")
             continue
@@ -216,25 +206,3 @@ def judge(parts: Iterable[Judged], config: LintConfig) -> list[str]:
     if errors:
         raise UserErrors(errors)
     return warnings
-
-
-def _examples(places: Sequence[str], count: int) -> str:
-    return ", ".join(places) + (", …" if count > len(places) else "")
-
-
-def overlap(
-    train: NDArray[np.uint64], held_out: NDArray[np.uint64], places: Iterable[str]
-) -> Findings:
-    """Find evaluation rows whose prompt is trained on.
-
-    Args:
-        train: prompt hashes of the training rows.
-        held_out: of the evaluation rows.
-        places: of the evaluation rows.
-    """
-    findings = Findings()
-    shared = np.isin(held_out, train)
-    for is_shared, place in zip(shared.tolist(), places, strict=True):
-        if is_shared:
-            findings.add("eval_overlap", place)
-    return findings

@@ -6,7 +6,8 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from cs336_alignment.errors import Place, UserError, describe
+from cs336_alignment.data.row import is_number, parsed, wrong
+from cs336_alignment.errors import Place
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 FLAGS = ("train", "weight")  # this project's own keys; a template never sees them
@@ -51,9 +52,7 @@ def _part(part: Any, place: Place) -> str:
 
 def is_weight(value: Any) -> bool:
     """Tell whether a value can weigh a token: 0, or what a 32-bit number holds."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return False
-    return value == 0 or LEAST_WEIGHT <= value <= MOST_WEIGHT
+    return is_number(value) and (value == 0 or LEAST_WEIGHT <= value <= MOST_WEIGHT)
 
 
 def weight_of(message: Mapping[str, Any], place: Place, allowed: bool) -> float:
@@ -88,7 +87,8 @@ def spell_arguments(messages: Sequence[Message], *, as_text: bool) -> list[Messa
             if as_text and isinstance(arguments, Mapping):
                 function["arguments"] = json.dumps(arguments, ensure_ascii=False)
             elif not as_text and isinstance(arguments, str):
-                function["arguments"] = _parsed(arguments)
+                value = parsed(arguments)
+                function["arguments"] = value if isinstance(value, dict) else arguments
             calls.append({**call, "function": function} if inner is not None else function)
         spelled.append({**message, "tool_calls": calls} if calls else message)
     return spelled
@@ -109,31 +109,8 @@ def other_calls(message: Message) -> Iterator[tuple[int, str, Mapping[str, Any]]
                 yield number, part, {**call, "function": changed} if inner is not None else changed
 
 
-def _parsed(arguments: str) -> Any:
-    try:
-        value = json.loads(arguments)
-    except ValueError:
-        return arguments
-    return value if isinstance(value, dict) else arguments
-
-
 def inside(place: Place, key: int | str) -> Place:
     """Name a message of a row, or a field of a message."""
     field = place.field or ""
     field = f"{field or 'messages'}[{key}]" if isinstance(key, int) else f"{field}.{key}"
     return Place(place.path, place.line, field)
-
-
-def wrong(
-    code: str,
-    message: str,
-    place: Place,
-    expected: str | None = None,
-    got: Any = ...,
-    *,
-    hint: str | None = None,
-    found: str | None = None,
-) -> UserError:
-    """Make the error of a bad row; `got` is described, `found` shown as it stands."""
-    shown = found if got is ... else describe(got)
-    return UserError(code, message, place=place, expected=expected, got=shown, hint=hint)

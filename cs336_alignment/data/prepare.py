@@ -22,7 +22,7 @@ from cs336_alignment.data.encode import Encoded, Encoder
 from cs336_alignment.data.encode_processes import encode_all
 from cs336_alignment.data.layout import ASKING, Layout, detect_layout
 from cs336_alignment.data.ledger import LedgerEntry
-from cs336_alignment.data.lint import Findings, count_duplicates
+from cs336_alignment.data.lint import Findings, find_repeated
 from cs336_alignment.data.sources import Source, open_source
 from cs336_alignment.data.store import Store, StoreWriter, check_store, locked
 from cs336_alignment.data.templates import PromptTemplate, load_template
@@ -223,7 +223,7 @@ def _prepare(
             raise _nothing_left(ledger, config)
         store = writer.close()
         ledger.measure(store.lengths)
-        findings.add_repeated(count_duplicates(store.row_hashes), store.place)
+        findings.add_found("duplicate_rows", find_repeated(store.hashes("row_hash")), store.place)
         writer.finish({
             "fingerprint": digest.hexdigest(),
             "ledger": asdict(ledger),

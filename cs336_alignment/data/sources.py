@@ -21,6 +21,7 @@ from cs336_alignment.data.json_rows import read_json, read_json_lines
 from cs336_alignment.data.row import Row
 from cs336_alignment.data.table_rows import has_header, read_csv, read_dataset, read_parquet
 from cs336_alignment.errors import Place, UserError, first_line
+from cs336_alignment.files import sha256_of
 
 BUILTIN = "builtin:"
 HUB_SPEC = re.compile(
@@ -47,24 +48,16 @@ class Source:
         path: as the user gave it.
         fingerprint: sha256 of the content.
         revision: the hub's commit, if one was named.
-        read: yields its rows, see `rows`.
+        rows: yields its rows in order, streamed, as often as asked; an error stands for a row that
+            cannot be read. Raises UserError if the source cannot be read on (65, 66).
         notes: lines that say which files of a folder are read and which are left out.
     """
 
     path: str
     fingerprint: str
     revision: str | None
-    read: Callable[[], Iterator[Row | UserError]]
+    rows: Callable[[], Iterator[Row | UserError]]
     notes: tuple[str, ...] = ()
-
-    def rows(self) -> Iterator[Row | UserError]:
-        """Yield the rows in order, streamed, as often as asked; an error stands for a row that
-        cannot be read.
-
-        Raises:
-            UserError: the source cannot be read on (65, 66).
-        """
-        return self.read()
 
 
 def open_source(path: str, *, seed: int, default_split: str) -> Source:
@@ -205,10 +198,8 @@ def _files(path: str, files: Sequence[Path], notes: tuple[str, ...]) -> Source:
     states = {}
     for file in files:
         states[file] = _state(file)
-        with file.open("rb") as opened:
-            content = hashlib.file_digest(opened, "sha256")
         # The name too: its ending says how the bytes are read, and places of rows show it.
-        digest.update(content.digest() + str(file).encode())
+        digest.update(f"{sha256_of(file)} {file}".encode())
 
     def read() -> Iterator[Row | UserError]:
         for file in files:
@@ -222,10 +213,7 @@ def _files(path: str, files: Sequence[Path], notes: tuple[str, ...]) -> Source:
 
     bare = [file.name for file in files if ending_of(file) in DELIMITERS and not _has_header(file)]
     if bare:
-        notes = (
-            *notes,
-            f"  without a header, read as question, A, B, C, D, answer: {_first(bare)}",
-        )
+        notes += (f"  without a header, read as question, A, B, C, D, answer: {_first(bare)}",)
     return Source(path, digest.hexdigest(), None, read, notes)
 
 
@@ -233,7 +221,7 @@ def _has_header(path: Path) -> bool:
     try:
         with closing(_open(path)) as file:
             return has_header(file, path, DELIMITERS[ending_of(path)])
-    except (EOFError, zlib.error, OSError):  # whoever reads the rows is told
+    except (EOFError, zlib.error, OSError, UserError):  # whoever reads the rows is told
         return True
 
 
@@ -304,9 +292,7 @@ def _with_datasets(path: str, default_split: str) -> Source:
     data = data.with_format(None)  # all columns, as plain values
     digest = hashlib.sha256(f"{data._fingerprint}:{split}:{revision}".encode())
     for file in sorted(folder.rglob("*.arrow")) if match is None else []:
-        with file.open("rb") as opened:
-            digest.update(hashlib.file_digest(opened, "sha256").digest())
-
+        digest.update(sha256_of(file).encode())
     return Source(path, digest.hexdigest(), revision, lambda: read_dataset(data, path))
 
 

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,7 +23,7 @@ from cs336_alignment.data.filter import Verify, find_correct, without
 from cs336_alignment.data.formats import Example, to_example
 from cs336_alignment.data.layout import detect_layout
 from cs336_alignment.data.ledger import LedgerEntry
-from cs336_alignment.data.lint import Findings, Judged, judge, overlap
+from cs336_alignment.data.lint import Findings, Judged, judge
 from cs336_alignment.data.mixture import Mixture
 from cs336_alignment.data.prepare import PreparedSource, Progress, prepare_source
 from cs336_alignment.data.row import Row
@@ -86,14 +87,12 @@ class PreparedData:
     @property
     def ground_truths(self) -> list[str | None]:
         """The final answer of each example, or None."""
-        truths = [truth for source in self.sources for truth in source.store.ground_truths]
-        return [truths[number] for number in self.selection.tolist()]
+        return self._column("ground_truth")
 
     @property
     def choices(self) -> list[list[str]]:
         """The choices that the question of each example gives."""
-        choices = [each for source in self.sources for each in source.store.choices]
-        return [choices[number] for number in self.selection.tolist()]
+        return self._column("choices")
 
     @property
     def groups(self) -> list[str]:
@@ -103,15 +102,18 @@ class PreparedData:
         paths = [ledger.source for ledger in self.ledgers]
         stems = [Path(path).stem for path in paths]
         names = stems if len(set(stems)) == len(stems) else paths
-        sizes = [len(source.store.prompt_hashes) for source in self.sources]
+        sizes = [len(source.store.lengths) for source in self.sources]
         numbers = np.repeat(np.arange(len(names)), sizes)[self.selection].tolist()
         return [names[number] for number in numbers] if len(set(numbers)) > 1 else []
 
     @property
     def places(self) -> list[str]:
         """Where the row of each example stands."""
-        places = [place for source in self.sources for place in source.store.places]
-        return [places[number] for number in self.selection.tolist()]
+        return self._column("place")
+
+    def _column(self, name: str) -> list[Any]:
+        values = [value for source in self.sources for value in source.store.column(name)]
+        return [values[number] for number in self.selection.tolist()]
 
     def iterate_origins(self) -> Iterator[tuple[str, str]]:
         """Yield source and place of each example's row, in the order of the examples, without
@@ -120,7 +122,7 @@ class PreparedData:
         rows = (
             (source.ledger.source, place)
             for source in self.sources
-            for place in source.store.iterate_places()
+            for place in source.store.column("place")
         )
         begin = 0
         for number in self.selection.tolist():  # ascending: a selection leaves examples out
@@ -130,8 +132,7 @@ class PreparedData:
     @property
     def prompt_hashes(self) -> NDArray[np.uint64]:
         """(N,) a hash of each example's prompt."""
-        hashes: NDArray[np.uint64] = np.concatenate([s.store.prompt_hashes for s in self.sources])
-        return hashes[self.selection]
+        return np.concatenate([s.store.hashes("prompt_hash") for s in self.sources])[self.selection]
 
 
 @dataclass(frozen=True)
@@ -321,7 +322,8 @@ def _judge(train: PreparedData, held_out: PreparedData | None, config: DataConfi
         repeated = _repeated_across(train.sources)
         judged.append(Judged(repeated, len(train.dataset), "all sources together"))
     if held_out is not None and config.lint.eval_overlap != "off":
-        found = overlap(train.prompt_hashes, held_out.prompt_hashes, held_out.places)
+        found, shared = Findings(), np.isin(held_out.prompt_hashes, train.prompt_hashes)
+        found.add_found("eval_overlap", shared, held_out.places.__getitem__)
         judged.append(Judged(found, len(held_out.dataset), "the evaluation data"))
     return judge(judged, config.lint)
 
@@ -330,8 +332,8 @@ def _repeated_across(sources: Sequence[PreparedSource]) -> Findings:
     """Find the examples of a source that an earlier one has, too."""
     findings, seen = Findings(), np.zeros(0, np.uint64)
     for source in sources:
-        hashes = source.store.row_hashes
-        findings.add_repeated(np.flatnonzero(np.isin(hashes, seen)), source.store.place)
+        hashes = source.store.hashes("row_hash")
+        findings.add_found("duplicate_rows", np.isin(hashes, seen), source.store.place)
         seen = np.union1d(seen, hashes)
     return findings
 

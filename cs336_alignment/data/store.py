@@ -54,8 +54,7 @@ class Store:
     @property
     def note(self) -> dict[str, Any]:
         """What was written beside the data when it was complete."""
-        note: dict[str, Any] = json.loads((self._folder / NOTE).read_text(encoding="utf-8"))
-        return note
+        return json.loads((self._folder / NOTE).read_text(encoding="utf-8"))
 
     @property
     def lengths(self) -> NDArray[np.integer[Any]]:
@@ -70,42 +69,16 @@ class Store:
             number -= len(batch)
         raise IndexError(number)
 
-    @property
-    def places(self) -> list[str]:
-        """Where each example's row stands."""
-        return self._column("place")
-
-    def iterate_places(self) -> Iterator[str]:
-        """Yield where each example's row stands, without holding all."""
+    def column(self, name: str) -> Iterator[Any]:
+        """Yield a column's values example by example, without holding all."""
         for batch in self._batches:
-            yield from batch.column("place").to_pylist()
+            yield from batch.column(name).to_pylist()
 
-    @property
-    def ground_truths(self) -> list[str | None]:
-        """The final answer of each example, or None."""
-        return self._column("ground_truth")
-
-    @property
-    def choices(self) -> list[list[str]]:
-        """The choices that each example's question gives."""
-        return self._column("choices")
-
-    @property
-    def row_hashes(self) -> NDArray[np.uint64]:
-        """(N,) a hash of each example's tokens."""
-        return self._numbers("row_hash")
-
-    @property
-    def prompt_hashes(self) -> NDArray[np.uint64]:
-        """(N,) a hash of the tokens before each example's last trained stretch."""
-        return self._numbers("prompt_hash")
-
-    def _column(self, name: str) -> list[Any]:
-        return [value for batch in self._batches for value in batch.column(name).to_pylist()]
-
-    def _numbers(self, name: str) -> NDArray[np.uint64]:
-        parts = [_view(batch.column(name), np.uint64) for batch in self._batches]
-        return np.concatenate(parts) if parts else np.zeros(0, np.uint64)
+    def hashes(self, name: str) -> NDArray[np.uint64]:
+        """(N,) `row_hash`, of each example's tokens, or `prompt_hash`, of those before its last
+        trained stretch.
+        """
+        return np.concatenate([_view(batch.column(name), np.uint64) for batch in self._batches])
 
 
 class StoreWriter:

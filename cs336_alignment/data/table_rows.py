@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from cs336_alignment.data.choices import columns_without_header, subject_of
-from cs336_alignment.data.json_rows import MOST_ROW_BYTES, SURROGATE
+from cs336_alignment.data.json_rows import MOST_ROW_BYTES, SURROGATE, bad_row
 from cs336_alignment.data.row import Row
 from cs336_alignment.errors import Place, UserError, first_line
 
@@ -38,7 +38,7 @@ def read_csv(file: IO[bytes], path: Path, delimiter: str) -> Iterator[Row | User
     records = _records(file, path, delimiter)
     head = list(islice(records, 2))
     if not head:
-        raise _bad("the file has no header", Place(path, 1), "a first line with names")
+        raise bad_row("the file has no header", Place(path, 1), "a first line with names")
     header = columns_without_header(*(cells for _, cells in head))
     named: dict[str, str] = {}
     if header is None:
@@ -48,26 +48,26 @@ def read_csv(file: IO[bytes], path: Path, delimiter: str) -> Iterator[Row | User
         named = {"subject": subject_of(path)}
     for place, cells in chain(head, records):
         if any(not cell.isascii() and SURROGATE.search(cell) for cell in cells):
-            yield _bad("invalid UTF-8 in the row", place, "UTF-8 text")
+            yield bad_row("invalid UTF-8 in the row", place, "UTF-8 text")
         elif len(cells) != len(header):
             message = f"the row has {len(cells)} cells"
-            yield _bad(message, place, f"{len(header)}, as the header has")
+            yield bad_row(message, place, f"{len(header)}, as the header has")
         else:
             yield Row({**dict(zip(header, cells, strict=True)), **named}, place)
 
 
 def has_header(file: IO[bytes], path: Path, delimiter: str) -> bool:
-    """Tell whether a CSV file names its columns, as far as it can be read.
+    """Tell whether a CSV file names its columns.
 
     Args:
         file: its bytes, decompressed.
         path: for places.
         delimiter: between cells.
+
+    Raises:
+        UserError: quotes are broken (65).
     """
-    try:
-        head = list(islice(_records(file, path, delimiter), 2))
-    except UserError:  # whoever reads the rows is told
-        return True
+    head = list(islice(_records(file, path, delimiter), 2))
     return not head or columns_without_header(*(cells for _, cells in head)) is None
 
 
@@ -83,7 +83,7 @@ def _records(file: IO[bytes], path: Path, delimiter: str) -> Iterator[tuple[Plac
             cells = next(reader, None)
         except csv.Error as failure:
             message, expected = f"broken CSV: {failure}", "cells, quoted where they hold quotes"
-            raise _bad(message, place, expected) from failure
+            raise bad_row(message, place, expected) from failure
         if cells is None:
             return
         if cells:
@@ -92,13 +92,13 @@ def _records(file: IO[bytes], path: Path, delimiter: str) -> Iterator[tuple[Plac
 
 def _check_header(names: list[str], place: Place) -> list[str]:
     if any(SURROGATE.search(name) for name in names):
-        raise _bad("invalid UTF-8 in the header", place, "UTF-8 text")
+        raise bad_row("invalid UTF-8 in the header", place, "UTF-8 text")
     if len(set(names)) != len(names) or "" in names:
-        raise _bad("the header has empty or repeated names", place, "names, each once")
+        raise bad_row("the header has empty or repeated names", place, "names, each once")
     if len(names) == 1 and (found := re.search(r"[;\t|,]", names[0])):
         sign = {"\t": "tabs"}.get(found[0], f"`{found[0]}`")
-        raise _bad(f"the cells seem to be divided by {sign}", place,
-                   "commas, or tabs in a file called .tsv")  # fmt: skip
+        raise bad_row(f"the cells seem to be divided by {sign}", place,
+                      "commas, or tabs in a file called .tsv")  # fmt: skip
     return names
 
 
@@ -119,7 +119,7 @@ def read_parquet(path: Path) -> Iterator[Row | UserError]:
         # pyarrow's defaults read a whole row group, which may be the whole file.
         with parquet.ParquetFile(path, buffer_size=BUFFER_BYTES, pre_buffer=False) as file:
             if len(set(file.schema_arrow.names)) != len(file.schema_arrow.names):
-                raise _bad("the table has repeated names", Place(path), "names, each once")
+                raise bad_row("the table has repeated names", Place(path), "names, each once")
             groups = [file.metadata.row_group(i) for i in range(file.metadata.num_row_groups)]
             largest = max((g.total_byte_size / max(1, g.num_rows) for g in groups), default=0)
             for batch in file.iter_batches(batch_size=_batch_rows(largest)):
@@ -152,7 +152,7 @@ def _rows_one_by_one(batch: Any, path: Path, before: int) -> Iterator[Row | User
                 fields[name] = column[index].as_py()
         except (ValueError, ArithmeticError, LookupError) as failure:
             place = Place(path, before + index + 1, name)
-            yield _bad(
+            yield bad_row(
                 f"the value cannot be read: {failure}", place, "UTF-8 text, or a value in range"
             )
         else:
@@ -188,7 +188,3 @@ def read_dataset(data: Any, path: str) -> Iterator[Row]:
         for values in zip(*batch.values(), strict=True):
             number += 1
             yield Row(_present(dict(zip(batch, values, strict=True))), Place(path, number))
-
-
-def _bad(message: str, place: Place, expected: str) -> UserError:
-    return UserError("D201", message, place=place, expected=expected)

@@ -34,11 +34,6 @@ class PromptTemplate:
         """Whether the prompt opens a `<think>` that the response must close."""
         return self.text.rstrip().endswith("<think>")  # editors end files with a newline
 
-    @property
-    def takes_input(self) -> bool:
-        """Whether there is a place for an input beside the instruction."""
-        return self.text_with_input is not None
-
     def fill(self, value: str, extra: str | None = None) -> str:
         """Put a question or instruction, and an input, in their places; braces in them stay as
         they are.

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from cs336_alignment.data.token_view import KINDS, ViewedExample
-from cs336_alignment.files import replacing
+from cs336_alignment.files import write_text
 from cs336_alignment.html_page import build_page
 
 
@@ -33,9 +33,7 @@ def write_page(
     """
     template = (resources.files("cs336_alignment") / "assets" / "inspect.html").read_text("utf-8")
     data = page_data(examples, heading=heading, summary=summary)
-    page = build_page(template, title=heading, data=data)
-    with replacing(path) as file:
-        file.write(page.encode("utf-8"))
+    write_text(path, build_page(template, title=heading, data=data))
 
 
 def page_data(

@@ -162,20 +162,14 @@ def tokenize_plain(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> 
     # verbose=False: transformers would warn of rows over the model's length, which the caller
     # handles.
     encoded = tokenizer(
-        list(texts),
-        add_special_tokens=False,
-        truncation=False,
-        padding=False,
-        verbose=False,
-        return_attention_mask=False,
+        list(texts), add_special_tokens=False, verbose=False, return_attention_mask=False
     )
     return list(encoded["input_ids"])
 
 
 def decode(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int]) -> str:
     """Give the exact text of tokens: special ones kept, no spaces tidied away."""
-    options = {"skip_special_tokens": False, "clean_up_tokenization_spaces": False}
-    return str(tokenizer.decode(list(tokens), **options))
+    return str(tokenizer.decode(list(tokens), clean_up_tokenization_spaces=False))
 
 
 def tokenize_prompt_and_output(
@@ -219,11 +213,8 @@ def tokenize_prompt_and_output(
     prompts = tokenize_prompts(prompt_strs, tokenizer)
     outputs = tokenize_plain(output_strs, tokenizer)
     width = max(len(prompt) + len(output) for prompt, output in zip(prompts, outputs, strict=True))
-    filler = (
-        tokenizer.pad_token_id
-        if tokenizer.pad_token_id is not None
-        else tokenizer.eos_token_id or 0
-    )
+    fillers = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
+    filler = next(token_id for token_id in fillers if token_id is not None)
     ids = torch.full((len(prompts), width), filler, dtype=torch.int64)
     mask = torch.zeros((len(prompts), width), dtype=torch.bool)
     for row, (prompt, output) in enumerate(zip(prompts, outputs, strict=True)):

@@ -8,7 +8,6 @@ without a layout it is plain SDPA, so the same model also generates and takes pa
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import inspect
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
@@ -26,7 +25,6 @@ if TYPE_CHECKING:  # it needs the switch below
     from cs336_alignment.model.slots import SlotCache
 
 FLAT_ATTENTION = "cs336_flat"
-_HAS_VARLEN = importlib.util.find_spec("torch.nn.attention.varlen") is not None
 
 
 def flat_attention(
@@ -99,7 +97,7 @@ def _attend(
 
 @lru_cache
 def _has_kernel(device: int) -> bool:
-    return _HAS_VARLEN and torch.cuda.get_device_capability(device) >= (8, 0)
+    return torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def autocasting(

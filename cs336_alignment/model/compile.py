@@ -52,5 +52,4 @@ def compiled_graphs() -> int:
 
 def in_eager() -> contextlib.AbstractContextManager[object]:
     """Run without compilation within a context: evaluation and generation bring other shapes."""
-    stance: contextlib.AbstractContextManager[object] = torch.compiler.set_stance("force_eager")
-    return stance
+    return torch.compiler.set_stance("force_eager")

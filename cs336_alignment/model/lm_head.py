@@ -134,8 +134,10 @@ class _Gradients:
         d_logits = d_logits.to(hidden.dtype)
         if self.hidden is not None:
             torch.mm(d_logits, weight, out=self.hidden[chunk])
-        if self.weight is not None:
-            _add_product(self.weight, d_logits.T, hidden[chunk])
+        if self.weight is not None and self.weight.dtype == d_logits.dtype:
+            self.weight.addmm_(d_logits.T, hidden[chunk])
+        elif self.weight is not None:
+            self.weight += d_logits.T @ hidden[chunk]
 
 
 class _ChunkedLogProbs(torch.autograd.Function):
@@ -215,9 +217,7 @@ class _ChunkedLogProbs(torch.autograd.Function):
         hidden, weight, bias, labels, normalizers, slopes, log_probs = ctx.saved_tensors
         accumulate, scale, softcap, rows, objective = ctx.options
         gradients, ctx.gradients = ctx.gradients, None
-        if gradients is not None and not _holds(grad, slopes):
-            gradients = None
-        if gradients is None:
+        if gradients is None or not _holds(grad, slopes):
             gradients = _Gradients(hidden, weight, bias, accumulate, ctx.needs_input_grad[:3])
             with torch.autocast(hidden.device.type, enabled=False):
                 for start in range(0, len(labels), rows):
@@ -304,10 +304,3 @@ def _logits(
     if softcap is not None:
         logits = logits.div_(softcap).tanh_().mul_(softcap)
     return logits
-
-
-def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
-    if total.dtype == left.dtype:
-        total.addmm_(left, right)
-    else:
-        total += left @ right

@@ -44,6 +44,7 @@ def add_adapter(
     *,
     seed: int,
     trained_whole: Collection[str] = (),
+    fill: bool = True,
 ) -> None:
     """Put adapters into a model, new ones or those of a folder, and freeze the rest.
 
@@ -53,27 +54,12 @@ def add_adapter(
         base: what the model is.
         seed: of what is drawn.
         trained_whole: names of modules that are trained besides those of the options.
+        fill: read the weights of an adapter that is continued; False: they come later, and of the
+            model's own weights only shapes and dtypes are looked at, unless the adapter is a DoRA.
 
     Raises:
         UserError: nothing has a name that was given, or an embedding has it (78); an adapter that
             is not there (66), or does not fit the model or the options (78).
-    """
-    folder = inject_adapter(model, options, base, seed=seed, trained_whole=trained_whole)
-    if folder is not None:
-        _fill(model, read_adapter_weights(folder, model))
-
-
-def inject_adapter(
-    model: PreTrainedModel,
-    options: LoraConfig,
-    base: Base,
-    *,
-    seed: int,
-    trained_whole: Collection[str] = (),
-) -> Path | None:
-    """Do what `add_adapter` does, but for the weights of an adapter that is continued: gives its
-    folder, None for a new one. Of the model's own weights only shapes and dtypes are looked at,
-    unless the adapter is a DoRA.
     """
     folder = None if options.adapter_path is None else Path(options.adapter_path).expanduser()
     if folder is None:
@@ -85,7 +71,8 @@ def inject_adapter(
     config.lora_dropout = options.dropout
     whole = {*(config.modules_to_save or options.modules_to_save), *trained_whole}
     _inject(model, config, base, whole, seed, folder)
-    return folder
+    if folder is not None and fill:
+        _fill(model, read_adapter_weights(folder, model))
 
 
 def load_adapter(folder: Path, model: PreTrainedModel, base: Base) -> None:

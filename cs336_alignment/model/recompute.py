@@ -44,15 +44,11 @@ def enable_checkpointing(model: PreTrainedModel, selective: bool = False) -> Non
     options: dict[str, Any] = {"use_reentrant": False}
     if selective:
         options["context_fn"] = _selective_contexts
-    for name in ("activation_checkpointing_enable", "gradient_checkpointing_enable"):
-        if (enable := getattr(model, name, None)) is not None:
-            enable(options)
-            return
+    older = model.gradient_checkpointing_enable
+    getattr(model, "activation_checkpointing_enable", older)(options)
 
 
 def disable_checkpointing(model: PreTrainedModel) -> None:
     """Keep all activations again."""
-    for name in ("activation_checkpointing_disable", "gradient_checkpointing_disable"):
-        if (disable := getattr(model, name, None)) is not None:
-            disable()
-            return
+    older = model.gradient_checkpointing_disable
+    getattr(model, "activation_checkpointing_disable", older)()

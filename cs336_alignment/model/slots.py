@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -102,11 +103,8 @@ class SlotCache:
     ) -> Tensor:
         prefix = self._prefix.get(layer)
         outputs, slot, start = [], plan.first, 0
-        while start < query.shape[2]:
-            length = plan.lengths[slot - plan.first]
-            count = 1
-            while plan.lengths[slot - plan.first :][: count + 1] == [length] * (count + 1):
-                count += 1
+        for length, run in groupby(plan.lengths):
+            count = len(list(run))
             end = start + count * length
             q, k, v = (
                 x[0, :, start:end].unflatten(1, (count, length)).transpose(0, 1)
@@ -286,9 +284,7 @@ def slots_work(model: PreTrainedModel, autocast_dtype: torch.dtype | None = None
     except (TypeError, ValueError, AttributeError, RuntimeError):
         return False  # an architecture with an interface of its own
     longer = [[*row, token] for row, token in zip(rows, following, strict=True)]
-    width = 1e-3
-    if autocast_dtype is not None or model.dtype.itemsize < 4:
-        width = 0.1
+    width = 1e-3 if autocast_dtype is None and model.dtype.itemsize >= 4 else 0.1
     for logits, sequences in zip(got, (rows, longer, [[*longer[1], 8]]), strict=True):
         for ours, sequence in zip(logits, sequences, strict=True):
             plain = model(input_ids=torch.tensor([sequence], device=model.device), use_cache=False)

@@ -18,7 +18,7 @@ from cs336_alignment.model.adapter_files import read_adapter_weights
 from cs336_alignment.model.adapters import adapter_config, adapter_tensors, base_tensors
 from cs336_alignment.model.base_model import Base, weights_sha256
 from cs336_alignment.model.loading import base_of, build_model, load_model
-from cs336_alignment.model.lora import inject_adapter, know_base
+from cs336_alignment.model.lora import add_adapter, know_base
 from cs336_alignment.model.policy import Policy
 from cs336_alignment.model.source import ModelSource, weight_files
 from cs336_alignment.model.trainable import freeze
@@ -92,7 +92,7 @@ def _inject_on_meta(model: PreTrainedModel, config: Config, base: Base) -> dict[
     """Put adapters into a model on the meta device; gives what they begin with, by name."""
     # peft draws an adapter where its layer's weight is: here, in one number's memory.
     exchange_tensors(model, lambda t: torch.zeros((), dtype=t.dtype).expand(t.shape), buffers=False)
-    inject_adapter(model, config.lora, base, seed=config.seed)
+    add_adapter(model, config.lora, base, seed=config.seed, fill=False)
     if adapter_config(model).use_dora:  # that of lora.adapter_path
         raise clash("lora.dora", "parallel.strategy", HELD_WHOLE)
     drawn = {n: p.detach() for n, p in model.named_parameters() if ".lora_" in n}

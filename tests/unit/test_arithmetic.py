@@ -15,8 +15,6 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
 from cs336_alignment.data.arithmetic import (
     MAX_OPERAND,
-    MAX_ROWS,
-    NUM_PROBLEMS,
     generate_rows,
     is_held_out,
     solve,
@@ -124,20 +122,6 @@ def test_reasoning_reads_as_documented() -> None:
     )
 
 
-@pytest.mark.parametrize(
-    ("a", "operation", "b"), [(-1, "+", 1), (1, "+", 1000), (1, "-", 2), (2, "*", 3)]
-)
-def test_problems_outside_the_task_are_refused(a: int, operation: str, b: int) -> None:
-    with pytest.raises(ValueError):
-        solve(a, operation, b)
-
-
-def test_number_of_problems() -> None:
-    sums = sum(1 for _ in range(MAX_OPERAND + 1) for _ in range(MAX_OPERAND + 1))
-    differences = sum(1 for a in range(MAX_OPERAND + 1) for _ in range(a + 1))
-    assert sums + differences == NUM_PROBLEMS >= 500_000
-
-
 @given(OPERANDS, OPERANDS)
 def test_held_out_ignores_operand_order(a: int, b: int) -> None:
     assert is_held_out(a, b) == is_held_out(b, a)
@@ -214,12 +198,6 @@ def test_first_rows_are_pinned() -> None:
     # Guards against a drift of the random stream between Python versions.
     assert generate_rows("train", 1, seed=0)[0]["question"] == "Find the sum of 880 and 759."
     assert generate_rows("test", 1, seed=0)[0]["question"] == "Find the sum of 633 and 724."
-
-
-@pytest.mark.parametrize(("split", "count"), [("dev", 1), ("train", -1), ("test", MAX_ROWS + 1)])
-def test_wrong_requests_are_refused(split: str, count: int) -> None:
-    with pytest.raises(ValueError):
-        generate_rows(split, count, seed=0)
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:

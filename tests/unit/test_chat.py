@@ -377,8 +377,6 @@ def test_no_template_and_ignored_tools() -> None:
     assert error_of("D403", lambda: ChatRenderer(bare, "response"), ExitStatus.BAD_CONFIG).hint
     error_of("D404", lambda: render(byte_tokenizer("gemma_like"), SHAPES["single"], tools=TOOLS))
     assert render(byte_tokenizer("gemma_like"), SHAPES["single"], tools=[]).spans
-    with pytest.raises(ValueError, match="train_on"):
-        ChatRenderer(byte_tokenizer("chatml"), "prompt")
 
 
 def test_arguments_are_never_escaped_twice() -> None:
