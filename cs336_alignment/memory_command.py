@@ -70,20 +70,23 @@ def report_memory(config: Config) -> ExitStatus:
             hint="type cs336-sft doctor --memory parallel.num_processes=…",
         )  # fmt: skip
     outlook, sharded = Outlook.of(config, console), config.parallel.strategy == SHARDED
-    found, whole = outlook.found, outlook.whole(config)
-    if found is not None:
-        apiece = f" for each of {outlook.processes} processes" if outlook.shares else ""
-        console.note(f"{'memory':<10} {gib(found.total)}, {gib(found.free)} free now{apiece}")
-    needs = outlook.each(config, whole)
-    for device, part in placed(needs, config, outlook.device).items():
+    whole = outlook.whole(config)
+    parts = placed(outlook.each(config, whole), config, outlook.device)
+    for device, part in parts.items():
+        found = outlook.found if device == outlook.device else device_memory(device, outlook.local)
+        if found is not None:
+            divided_by = outlook.local if device.type == "cpu" else 1
+            apiece = f" for each of {divided_by} processes" if divided_by > 1 else ""
+            console.note(
+                f"{'memory':<10} of the {device.type}: {gib(found.total)}, {gib(found.free)} free "
+                f"now{apiece}"
+            )
         outlook.show(part, device)
-        if device != outlook.device:
-            found = device_memory(device, outlook.processes)
         warning = refuse_too_large(part, found, device, config)
         if warning is not None:
             console.warn(warning)
-    if config.parallel.cpu_offload or (sharded and outlook.processes > 1):
-        console.note("not measured: one process alone would hold the whole model")
+    if len(parts) > 1 or (sharded and outlook.processes > 1):
+        console.note("not measured: what could be tried here is one process that shards nothing")
         return ExitStatus.DONE
     console.note("measuring  the worst microbatch, in a process of its own")
     trial = measure(config, outlook.processes, outlook.room)
@@ -160,7 +163,7 @@ class Outlook:
     steps: range
     base: int
     found: Memory | None
-    shares: bool
+    local: int  # processes on this machine
     holes: float | None  # in the heap, as a share of what else a microbatch takes; None: not known
     foreseen: dict[int, Needs] = field(default_factory=dict)
 
@@ -182,10 +185,11 @@ class Outlook:
         )  # fmt: skip
         longest = int(data.train.dataset.lengths.max())
         check_fits(foresight.policy.model, data.train.largest_token_id, longest)
-        shares = processes > 1 and device.type == "cpu"
+        gpus = torch.cuda.device_count()
+        local = processes if device.type == "cpu" else min(processes, gpus)
         return Outlook(
             config, console, data, foresight, foresight.batching(config.trainer.batching, longest),
-            *plan_of(config, data), base, device_memory(device, processes if shares else 1), shares,
+            *plan_of(config, data), base, device_memory(device, local), local,
             None if keeps else 0.0,
         )  # fmt: skip
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -16,16 +17,24 @@ from torch import Tensor
 OTHER = "other_weights"
 
 
+class Average(Protocol):
+    """What the trainer asks of an average."""
+
+    def update(self) -> None:
+        """Take a step's new weights into account."""
+
+    def shown(self) -> contextlib.AbstractContextManager[None]:
+        """Have the average in the model within a context, then the trained weights, bit for bit."""
+
+
 class NoAverage:
     """The trained weights are what is shown."""
 
     def update(self) -> None:
-        """Take a step's new weights into account: nothing to do."""
+        """Nothing to do."""
 
     def shown(self) -> contextlib.AbstractContextManager[None]:
-        """Have the average in the model within a context, then the trained weights, bit for bit:
-        nothing to change.
-        """
+        """Nothing to change."""
         return contextlib.nullcontext()
 
 
@@ -98,9 +107,6 @@ class ScheduleFreeAverage:
                     weight.copy_(state[weight].pop(OTHER))
             for group in self._optimizer.param_groups:
                 group["train_mode"] = True
-
-
-Average = NoAverage | MovingAverage | ScheduleFreeAverage
 
 
 def _weights(optimizer: torch.optim.Optimizer) -> list[Tensor]:

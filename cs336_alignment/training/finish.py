@@ -92,7 +92,7 @@ class Finish:
         if score is not None and score.step != state.step:
             folder = folder_of(self.folder.checkpoints, score.step)
             state = self.processes.on_each(partial(restore_weights, folder, self.policy.model))
-        if self.processes.shards:  # a tensor at a time on the device, all of them in main's memory
+        if self.processes.shards:  # a tensor at a time, all of them in main's memory
             tensors = whole_tensors(module_tensors(self.policy.model).items())
             keep = self.processes.is_main
             weights = {name: tensor.cpu() for name, tensor in tensors if keep}

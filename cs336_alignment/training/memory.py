@@ -93,7 +93,7 @@ def divided(
     needs: Needs, model: PreTrainedModel, strategy: str, processes: int, *, accumulates: bool,
     compute_bytes: int,
 ) -> Needs:  # fmt: skip
-    """Give what each of several processes needs, from what one alone would.
+    """Give what each process needs, from what one that knows of no other would.
 
     DDP (Li and others, arXiv 2006.15704) keeps buckets as large as all gradients; `.grad` is a view
     of them once a step's last microbatch has been reduced, and apart from them in those before.
@@ -136,6 +136,8 @@ def divided(
 def placed(needs: Needs, config: Config, device: torch.device) -> dict[torch.device, Needs]:
     """Say what of it each memory must hold; see `parallel.cpu_offload`.
 
+    torch rounds blocks of pinned memory up to powers of two, which is not counted.
+
     Args:
         needs: of each process.
         config: of the run.
@@ -144,10 +146,10 @@ def placed(needs: Needs, config: Config, device: torch.device) -> dict[torch.dev
     if device.type == "cpu" or not config.parallel.cpu_offload:
         return {device: needs}
     parts = needs.microbatch.copy()
-    parts.pop(GRADIENTS, None)
+    gradients = Counter({GRADIENTS: parts.pop(GRADIENTS, 0)})
     return {
         device: Needs(0, 0, 0, needs.shared, parts),
-        torch.device("cpu"): replace(needs, shared=0, microbatch=Counter()),
+        torch.device("cpu"): replace(needs, shared=0, microbatch=gradients),
     }
 
 
@@ -346,7 +348,7 @@ class Foresight:
 
 
 def device_memory(device: torch.device, local_processes: int) -> Memory | None:
-    """Find the memory that each process has where it computes; None where nobody tells.
+    """Find the memory that each process has of a device; None where nobody tells.
 
     Args:
         device: a CPU's memory is divided, a GPU is each process's own.
@@ -378,14 +380,21 @@ def refuse_too_large(
     """
     if found is None or needs.certain <= found.free:
         return None
-    text = (
-        f"{gib(needs.certain)} = {gib(needs.weights)} of weights + {gib(needs.gradients)} of "
-        f"gradients + {gib(needs.state)} of optimizer state"
-    ) + (f" + {gib(needs.shared)} between processes" if needs.shared else "")
+    between = "gathered" if config.parallel.strategy == SHARDED else "of DDP's buckets"
+    sizes = {
+        "of weights": needs.weights, "of gradients": needs.gradients,
+        "of optimizer state": needs.state, between: needs.shared,
+    }  # fmt: skip
+    parts = " + ".join(f"{gib(size)} {name}" for name, size in sizes.items() if size)
+    text = f"{gib(needs.certain)} = {parts}"
     if needs.certain <= found.total:
         return f"training takes {text}, and {gib(found.free)} of {gib(found.total)} are free now"
     ways = ways_to_less(config, needs, found.total)
-    if _combine(config, "parallel", strategy=SHARDED):
+    if device.type == "cuda" and needs.weights and (
+        _combine(config, "parallel", strategy=SHARDED, cpu_offload=True)
+    ):  # fmt: skip
+        ways.append(f"parallel={SHARDED} parallel.cpu_offload=true, into the machine's memory")
+    if needs.weights and _combine(config, "parallel", strategy=SHARDED):
         count = math.ceil(needs.certain / found.total)
         more = "more" if config.lora.active else f"{count} times the"
         # The processes of one machine share its memory; each has a GPU of its own.
@@ -412,7 +421,9 @@ def ways_to_less(config: Config, needs: Needs, room: float = math.inf) -> list[s
         less <= room
     ):  # fmt: skip
         ways.append(f"optimizer.state_bits=8 (about {gib(less)})")
-    if not config.lora.active and _combine(config, "lora", r=16) and needs.weights <= room:
+    if not config.lora.active and _combine(config, "lora", r=16) and (
+        0 < needs.weights <= room
+    ):  # fmt: skip
         ways.append(f"lora.r=16 (little more than the weights' {gib(needs.weights)})")
     return ways
 

@@ -45,6 +45,7 @@ from cs336_alignment.training.launch_check import (
     refuse_lone_and_surplus_processes,
 )
 from cs336_alignment.training.manifest import build_manifest
+from cs336_alignment.training.memory import device_memory, gib
 from cs336_alignment.training.optimizer import allocate_state, build_optimizer
 from cs336_alignment.training.parallel import (
     Processes,
@@ -390,11 +391,13 @@ class _Run:
         )  # fmt: skip
         if generation_steps is not None and self.processes.shards:
             dtype = policy.compute_dtype or policy.model.dtype
-            gib = policy.model.num_parameters() * dtype.itemsize / 2**30
-            self.console.note(
-                f"while it generates each process holds the whole model, {gib:.2f} GiB; without "
-                "that: evaluation.generation_steps=null, and `cs336-sft evaluate` on model/ later"
-            )
+            size = policy.model.num_parameters() * dtype.itemsize
+            found = device_memory(self.processes.device, self.processes.local_count)
+            text = f"while it generates each process holds the whole model, {gib(size)}"
+            way = "evaluation.generation_steps=null, and `cs336-sft evaluate` on model/ later"
+            if found is not None and size > found.total:
+                raise UserError("R313", text, got=f"{gib(found.total)} for each", hint=way)
+            self.console.note(f"{text}; without that: {way}")
         if generation_steps is not None:
             lines = evaluator.check(policy.model, held_out.template)
             for line in (*lines, *doubtful_sampling(self.config.evaluation)):

@@ -35,8 +35,9 @@ def load_sharded(
     compute_dtype: torch.dtype | None,
     loaded: Callable[[Mapping[str, Tensor]], object],
 ) -> tuple[Policy, str]:
-    """Load a model in float32, of which each process holds some rows on its device, and choose
-    what of it is trained; adapters are drawn as in a model held whole.
+    """Load a model in float32, of which each process holds some rows, on its device or in the
+    machine's memory (`parallel.cpu_offload`), and choose what of it is trained; adapters are drawn
+    as in a model held whole.
 
     Each reads its rows from the files of a local folder. Weights that are drawn, come from the hub
     or are stored in another form are loaded by the main process into its machine's memory, which

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from cs336_alignment.errors import ExitStatus, UserError
-from cs336_alignment.files import telling, write_json
+from cs336_alignment.files import write_json
 from cs336_alignment.training.stop import StopNow
 
 # Errors that say: this command does not go with the run that the folder holds.
@@ -78,10 +78,8 @@ class StatusFile:
         run's file as it was.
         """
         before = self.read()
-        hint = "make room and run the same command again"
         try:
-            with telling("R209", f"cannot write to {self._path.parent}", hint):
-                yield
+            yield
         except StopNow as stop:
             self._failed(stop.status)
             raise
@@ -91,6 +89,14 @@ class StatusFile:
             else:
                 self._failed(error.status, str(error))
             raise
+        except OSError as failure:
+            refused = UserError(
+                "R209",
+                f"cannot write to {self._path.parent}: {failure.strerror or failure}",
+                hint="make room and run the same command again",
+            )
+            self._failed(refused.status, str(refused))
+            raise refused from failure
         except BaseException as failure:
             self._failed(ExitStatus.INTERNAL, f"{type(failure).__name__}: {failure}")
             raise

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import KW_ONLY, dataclass, field
 from itertools import compress
-from types import SimpleNamespace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -38,6 +38,19 @@ from cs336_alignment.training.step import (
 from cs336_alignment.training.stop import StopNow
 
 IDS_SHOWN = 32
+
+
+class _Sums(NamedTuple):
+    """What is added over the processes at each step; the flags count processes."""
+
+    nll: Any
+    entropy: Any
+    objective: Any
+    not_finite: Any
+    asked: Any
+    interrupted: Any
+    incomplete: Any
+    written: Any
 
 
 @dataclass
@@ -227,27 +240,24 @@ class Trainer:
             metrics["train/skipped_steps"] = self.state.skipped_steps
         return metrics, asked
 
-    def _sum(self, result: StepResult, grad_norm: Tensor) -> SimpleNamespace:
-        """One reduction a step, of all that the processes must know of each other; the flags count
-        processes.
-        """
+    def _sum(self, result: StepResult, grad_norm: Tensor) -> _Sums:
+        """One reduction a step, of all that the processes must know of each other."""
         asked = self.poll()
-        own = {
-            "nll": result.nll,
-            "entropy": result.entropy,
-            "objective": result.objective,
-            "not_finite": result.not_finite.any() | ~grad_norm.isfinite(),
-            "asked": asked is not None,
-            "interrupted": asked == ExitStatus.INTERRUPTED,
-            "incomplete": not result.complete,
-            "written": self._writing is not None and self.writer.has_ended,
-        }
+        own = _Sums(
+            nll=result.nll,
+            entropy=result.entropy,
+            objective=result.objective,
+            not_finite=result.not_finite.any() | ~grad_norm.isfinite(),
+            asked=asked is not None,
+            interrupted=asked == ExitStatus.INTERRUPTED,
+            incomplete=not result.complete,
+            written=self._writing is not None and self.writer.has_ended,
+        )
         values = [
             torch.as_tensor(value, dtype=torch.float64, device=self.processes.device)
-            for value in own.values()
+            for value in own
         ]
-        sums = self.processes.sum(torch.stack(values)).tolist()
-        return SimpleNamespace(**dict(zip(own, sums, strict=True)))
+        return _Sums(*self.processes.sum(torch.stack(values)).tolist())
 
     def _is_sound(self, loss: float, example_ids: Sequence[int]) -> bool:
         """Compare a step's loss with those before it; False: the step is to be left out."""

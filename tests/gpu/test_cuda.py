@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import get_args
 
 import pytest
@@ -22,7 +23,7 @@ from cs336_alignment.training.parallel import Processes, start_processes
 from cs336_alignment.training.rehearsal import rehearse_microbatch
 from cs336_alignment.training.sharding import shard
 from cs336_alignment.training.step import Cut, accumulate_gradients
-from tests.conftest import build_dataset, build_model
+from tests.conftest import TINY, Sft, build_dataset, build_model, without_times
 from tests.options import (
     PREFIX,
     Row,
@@ -179,3 +180,28 @@ def test_sharded_steps_are_those_of_the_cpu(cpu_offload: bool, on_gpu: Processes
     assert apart(got, want, start_of("llama", torch.float32)) <= 0.02
     with processes.held_whole(policy):
         assert {p.is_cpu for p in policy.parameters()} == {False}
+
+
+@pytest.mark.parametrize("lora", [(), ("lora.r=4",)], ids=["whole", "lora"])
+def test_an_offloaded_run_goes_on_and_is_loaded_again(
+    lora: tuple[str, ...], base: Path, rows: Path, sft: Sft, tmp_path: Path
+) -> None:
+    pytest.importorskip("hydra")
+    words = (
+        *TINY, f"data.train_path={rows}", f"data.eval_path={rows}", "parallel=fsdp2",
+        f"model.name_or_path={base}", "model.random_init=false", "trainer.save_steps=2",
+        "evaluation.generation_steps=0", "evaluation.max_new_tokens=4", "trainer.eval_steps=2",
+        "trainer.reload_check=true", "optimizer.lr_scheduler_type=constant",
+        "optimizer.warmup_ratio=0", *lora,
+    )  # fmt: skip
+    offload = "parallel.cpu_offload=true"
+    for name, steps, more in (
+        ("whole", 4, ()), ("off", 2, (offload,)), ("off", 4, (offload,))
+    ):  # fmt: skip
+        done = sft("train", *words, *more, f"trainer.max_steps={steps}", f"run_name={name}")
+        assert done.returncode == 0, done.stderr[-3000:]
+    one, two = (
+        without_times(tmp_path / "outputs" / name / "metrics.jsonl") for name in ("whole", "off")
+    )
+    losses = [[row["train/loss"] for row in rows if "train/loss" in row] for rows in (one, two)]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-2) and len(losses[0]) == 4

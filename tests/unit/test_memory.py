@@ -17,6 +17,7 @@ from torch import Tensor
 from cs336_alignment.config import (
     Config,
     DataConfig,
+    EvaluationConfig,
     LoggerConfig,
     LoraConfig,
     ModelConfig,
@@ -316,7 +317,7 @@ def test_a_refusal_names_what_combines_with_the_config(
     ("room", "device", "ways"),
     [
         (10, CPU, ("optimizer.state_bits=8 (about 10.00 GiB)", "lora.r=16", "on 2 times the machines")),
-        (9, torch.device("cuda"), ("lora.r=16", "on 2 times the GPUs")),
+        (9, torch.device("cuda"), ("lora.r=16", "parallel.cpu_offload=true", "on 2 times the GPUs")),
         (3, CPU, ("on 6 times the machines",)),
     ],
 )  # fmt: skip
@@ -353,6 +354,23 @@ def test_adapters_start_where_all_weights_would_not_fit(
     with pytest.raises(UserError) as caught:
         run.train(config, ["run_name=r"])
     assert caught.value.code == "R308" and "lora.r=16" in str(caught.value)
+
+
+def test_generation_is_refused_where_the_whole_model_does_not_fit(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    config = Config(
+        ModelConfig("builtin:arithmetic", random_init=True),
+        DataConfig("builtin:arithmetic", max_train_examples=8, eval_fraction=0.5),
+        TrainerConfig(max_steps=1), evaluation=EvaluationConfig(generation_steps=0),
+        parallel=ParallelConfig("fsdp2", cpu_offload=True), logger=LoggerConfig("none"),
+        output_root=str(tmp_path), run_name="r",
+    )  # fmt: skip
+    monkeypatch.setattr(run, "device_memory", lambda *_: Memory(1000, 1000))
+    with pytest.raises(UserError) as caught:
+        run.train(config, ["run_name=r"])
+    assert caught.value.code == "R313" and "generation_steps=null" in str(caught.value)
+    assert not torch.distributed.is_initialized()
 
 
 def write(folder: Path, files: dict[str, str]) -> None:
