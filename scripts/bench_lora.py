@@ -3,8 +3,10 @@ rows, order, batch, optimizer and precision, and all LoRA arms begin with the sa
 
     python scripts/bench_lora.py MODEL train.jsonl [--rank 16] [--rounds 3] [--arms full lora trl]
 
-    python scripts/bench_lora.py MODEL train.jsonl --precision bf16 --arms full fsdp2 fsdp2_offload \\
-        lora lora_compiled trl qlora trl_qlora                                    # on a GPU
+On a GPU, all that it is for:
+
+    python scripts/bench_lora.py MODEL train.jsonl --precision bf16 \\
+        --arms full fsdp2 fsdp2_offload lora lora_compiled trl qlora trl_qlora
 
 MODEL is a model folder, the file holds GSM8K rows; TRL comes with the extra `bench`, 4-bit weights
 with `quantize`. Every arm is a fresh process, this project's by its own command line, and the arms
