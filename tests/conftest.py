@@ -62,11 +62,12 @@ from tests.faults.tally import (  # noqa: F401  hooks and a fixture
     tally,
 )
 from tests.reference import stay_in_float64
-from tests.zygote import Zygote, free_port
+from tests.zygote import Zygote, free_port, read_presets_once
 
 ROOT = Path(__file__).resolve().parent.parent
 VOCABULARY = 97
 torch.set_num_threads(1)  # the models are so small that threads only wait for each other
+read_presets_once()
 
 
 # Logits that are capped, divided, or have a bias; the second with tied embeddings.

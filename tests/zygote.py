@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import copy
 import gc
 import importlib
 import io
@@ -185,10 +186,37 @@ IMPORTED = (
 )  # fmt: skip
 
 
+def read_presets_once() -> None:
+    """Let Hydra parse the files of `configs`, and its own, once: it parses them twice a command."""
+    from hydra._internal.core_plugins.file_config_source import FileConfigSource
+    from hydra._internal.core_plugins.importlib_resources_config_source import (
+        ImportlibResourcesConfigSource,
+    )
+
+    own = str(ROOT / "configs")
+    for source in (FileConfigSource, ImportlibResourcesConfigSource):
+        source.load_config = _once(source.load_config, own)
+
+
+def _once(load: Callable[..., Any], own: str) -> Callable[..., Any]:
+    kept: dict[tuple[str, str], Any] = {}
+
+    def load_config(source: Any, name: str) -> Any:
+        if source.scheme() == "file" and not source.path.startswith(own):
+            return load(source, name)
+        key = (source.path, name)
+        if key not in kept:
+            kept[key] = load(source, name)
+        return copy.deepcopy(kept[key])
+
+    return load_config
+
+
 def _warm_up() -> None:
     """Do once what every command would do again: import, parse Hydra's grammar and files, draw."""
     for name in IMPORTED:
         importlib.import_module(name)
+    read_presets_once()
     import matplotlib.pyplot
     from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 

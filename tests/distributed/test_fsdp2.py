@@ -70,6 +70,7 @@ def test_sharded_steps_are_those_of_one_process(
     assert len(report["errors"]) == (2 * (3 + 1 + 1) + 4) * steps * 3 + 6 * kinds * 3
     for case, error in report["errors"].items():
         assert error <= bounds_of(case)[0], (case, error)
+    assert (len(report["steps"]), len(report["adapter steps"])) == (2, 2 if thorough else 1)
     for case, steps in report["adapter steps"].items():
         policy = Policy(adapted("llama", dtype_of(case)))
         compare_steps(steps, many_steps(policy.train(), processes), case)

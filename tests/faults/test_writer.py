@@ -85,9 +85,13 @@ def check_error(outcome: Outcome, fault: str) -> None:
         assert outcome.error is outcome.failure is None, outcome
 
 
-@pytest.mark.parametrize("damaged", [False, True])
 @pytest.mark.parametrize("keep", [1, pytest.param(2, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("work_of", [save_at_once, save_behind])
+@pytest.mark.parametrize(
+    ("work_of", "damaged"),
+    [(save_at_once, False), (save_behind, True),
+     pytest.param(save_at_once, True, marks=pytest.mark.slow),
+     pytest.param(save_behind, False, marks=pytest.mark.slow)],
+)  # fmt: skip
 @pytest.mark.parametrize("fault", fault_of("a save"))
 def test_a_save_leaves_the_old_checkpoint_or_the_new_one(
     fault: str, work_of: Callable[[Path, int], Callable[[], object]], keep: int, damaged: bool,
