@@ -188,25 +188,23 @@ IMPORTED = (
 
 def read_presets_once() -> None:
     """Let Hydra parse the files of `configs`, and its own, once: it parses them twice a command."""
-    from hydra._internal.core_plugins.file_config_source import FileConfigSource
-    from hydra._internal.core_plugins.importlib_resources_config_source import (
-        ImportlibResourcesConfigSource,
-    )
+    from hydra.core.plugins import Plugins
+    from hydra.plugins.config_source import ConfigSource
 
-    own = str(ROOT / "configs")
-    for source in (FileConfigSource, ImportlibResourcesConfigSource):
-        source.load_config = _once(source.load_config, own)
+    for source in Plugins.instance().discover(ConfigSource):  # type: ignore[type-abstract]
+        if source.scheme() in ("file", "pkg"):
+            source.load_config = _once(source.load_config)  # type: ignore[method-assign]
 
 
-def _once(load: Callable[..., Any], own: str) -> Callable[..., Any]:
+def _once(load: Callable[..., Any]) -> Callable[..., Any]:
     kept: dict[tuple[str, str], Any] = {}
 
-    def load_config(source: Any, name: str) -> Any:
-        if source.scheme() == "file" and not source.path.startswith(own):
-            return load(source, name)
-        key = (source.path, name)
+    def load_config(source: Any, config_path: str) -> Any:
+        if source.scheme() == "file" and not source.path.startswith(str(ROOT / "configs")):
+            return load(source, config_path)
+        key = (source.path, config_path)
         if key not in kept:
-            kept[key] = load(source, name)
+            kept[key] = load(source, config_path)
         return copy.deepcopy(kept[key])
 
     return load_config
