@@ -11,7 +11,7 @@ from hydra.errors import MissingConfigException, OverrideParseException
 from omegaconf.errors import InterpolationResolutionError
 
 from cs336_alignment.config import ALL_KEYS, ColumnsConfig, Config, SourceConfig, flatten
-from cs336_alignment.config_names import as_preset, what_was_meant
+from cs336_alignment.config_names import as_preset, what_was_meant, with_default
 from cs336_alignment.errors import Place, UserError
 
 PACKAGE = Path(__file__).resolve().parent
@@ -90,6 +90,13 @@ def translate(failure: Exception) -> UserError:
             got=text.splitlines()[0],
             hint="${section.key} is the value of a key, ${oc.env:NAME} that of a variable",
         )
+    if re.search(r"Could not delete from config|Error merging override ~", text):
+        return UserError(
+            "C107",
+            "a key cannot be taken out of the config",
+            got=text.splitlines()[0],
+            hint="type another value for it, or null where it takes none: section.key=null",
+        )
     if match := re.search(r"full_key: (\S+)", text):
         key = match[1]
         reason = next(
@@ -110,12 +117,17 @@ def translate(failure: Exception) -> UserError:
             ),
             text.splitlines()[0],
         )
+        hint = with_default(key)
+        if "'none'" in reason.lower():
+            hint = f"{key}=null"
+        elif "not a ListConfig" in reason:
+            hint = f"{key}=[…] or [], a list"
         return UserError(
             "C108",
             f"{key} has a value of the wrong type",
             place=place,
             got=reason.strip(),
-            hint=f"{key}=null" if "'none'" in reason.lower() else f"{key}={_shape(reason)}",
+            hint=hint,
         )
     if match := re.search(r"Ambiguous value for argument '([^=]+)=(.*)'", text):
         return _several_values(*match.groups())
@@ -155,11 +167,6 @@ def unreadable_preset(failure: Exception) -> UserError:
         got=str(getattr(failure, "problem", None) or failure),
         hint="YAML in UTF-8: indent with spaces, one `key: value` a line, each key once",
     )
-
-
-def _shape(reason: str) -> str:
-    """Show what a value of the right type looks like, where the reason tells."""
-    return "[…] or [], a list" if "not a ListConfig" in reason else "…"
 
 
 def _whole_text(failure: BaseException) -> str:

@@ -11,6 +11,7 @@ from typing import Any
 
 from cs336_alignment.config import ALL_KEYS, FORMATS, REWARDS, Config, flatten
 from cs336_alignment.config_clashes import clashes
+from cs336_alignment.config_names import with_default
 from cs336_alignment.errors import UserError, UserErrors, describe
 
 LOSS_NORMALIZATIONS = ("token", "sequence", "microbatch", "constant")
@@ -297,7 +298,7 @@ def check(config: Config) -> None:
             f"{rule.key} has a value that it cannot take",
             expected=rule.expected,
             got=describe(values[rule.key]),
-            hint=f"{rule.key}=…",
+            hint=with_default(rule.key),
         )
         for rule in _RULES
         if values[rule.key] is not None and not rule.holds(values[rule.key])

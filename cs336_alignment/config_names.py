@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import difflib
+import json
 from pathlib import Path
 
-from cs336_alignment.config import ALL_KEYS
+from cs336_alignment.config import ALL_KEYS, Config, flatten
 
 # Hydra's own flags: those alone, and those that take a value.
 FLAGS = frozenset({
@@ -219,6 +220,19 @@ def what_was_meant(key: str, value: str | None = None) -> str | None:
 
 def _leaf(key: str) -> str:
     return key.rsplit(".", 1)[-1].replace("-", "_").removeprefix("lora_")
+
+
+def with_default(key: str) -> str:
+    """Show a key with its default.
+
+    Example:
+        >>> with_default("optimizer.eps")
+        'optimizer.eps=1e-08 is its default'
+        >>> with_default("data.sources[0].path")
+        'data.sources[0].path=…'
+    """
+    defaults = dict(flatten(Config()))
+    return f"{key}={json.dumps(defaults[key])} is its default" if key in defaults else f"{key}=…"
 
 
 def as_preset(file: Path) -> str:

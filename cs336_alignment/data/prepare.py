@@ -256,6 +256,8 @@ def _refuse_bad_rows(ledger: LedgerEntry, errors: Sequence[UserError], config: D
             got=f"{share:.1%}",
         )
         raise UserErrors([*errors[:3], too_many])
+    last = errors[-1]
+    last.hint = last.hint or "mend it, or set data.on_bad_row=drop (drops are counted)"
     raise UserErrors(errors, ledger.bad_rows)
 
 

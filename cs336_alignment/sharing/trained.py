@@ -38,6 +38,8 @@ from cs336_alignment.training.run_folder import (
     EXPORT,
     LEDGER,
     MANIFEST,
+    METRICS,
+    STATUS,
     RunFolder,
 )
 
@@ -75,7 +77,7 @@ def open_run(name: str, root: Path, checkpoint: str | None) -> TrainedRun:
         checkpoint: as asked for besides; it goes before that of the name.
 
     Raises:
-        UserError: there is no such run (66), or its config cannot be read (74).
+        UserError: there is no such run, or it never began (66); its config cannot be read (74).
     """
     given = Path(name).expanduser()
     if given.parent.name == "checkpoints" and (given.parent.parent / CONFIG).is_file():
@@ -84,6 +86,14 @@ def open_run(name: str, root: Path, checkpoint: str | None) -> TrainedRun:
     elif given.name == EXPORT and (given.parent / CONFIG).is_file():
         given = given.parent
     folder = find_run(str(given), root)
+    if not any((folder / name).exists() for name in (CONFIG, MANIFEST, METRICS)):
+        error = str(read_json(folder / STATUS).get("error") or "")
+        raise UserError(
+            "R332",
+            f"the run {folder} ended before it began, and left no weights",
+            got=error.partition("\n")[0] or None,
+            hint="mend that, and train it",
+        )
     config = config_of_run(folder / CONFIG)
     config.run_name, config.output_root = folder.resolve().name, str(folder.parent)
     manifest, ledger = read_json(folder / MANIFEST), read_json(folder / LEDGER)

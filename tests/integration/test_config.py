@@ -143,6 +143,10 @@ def test_contract_defaults() -> None:
         (("lora.target_modules=a,b",), 78, ("a list brackets: 'lora.target_modules=[a,b]'",)),
         (("lora.modules_to_save=a",), 78, ("lora.modules_to_save=[…] or [], a list",)),
         (("--cfg", "job", "--multirun"), 78, ("error[C115]", "hint: give one")),
+        (("~optimizer.eps",), 78, ("error[C107]", "cannot be taken out", "section.key=null")),
+        (("~trainer.max_steps=3",), 78, ("error[C107]", "cannot be taken out")),
+        (("trainer.global_batch_size=0",), 78, ("error[C103]", "global_batch_size=32 is its default")),
+        (("optimizer.eps=a",), 78, ("error[C108]", "optimizer.eps=1e-08 is its default")),
         (("--config", "dir/x.yaml"), 2, ("--config-dir dir experiment=x",)),
     ],
 )  # fmt: skip

@@ -177,6 +177,12 @@ def test_which_weights_are_meant(home: Path, capsys: pytest.CaptureFixture[str])
     shutil.rmtree(run / "model")
     shutil.rmtree(run / "checkpoints/step-000004")
     assert export("r", "export.checkpoint=best") == 66
+    (run.parent / "never").mkdir()
+    (run.parent / "never/status.json").write_text('{"error": "error[D101]: no file\\n  hint: x"}')
+    capsys.readouterr()
+    assert export("never") == 66
+    error = capsys.readouterr().err
+    assert "ended before it began" in error and "got: error[D101]: no file\n" in error
 
 
 @pytest.mark.usefixtures("unchecked")
