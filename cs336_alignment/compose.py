@@ -31,6 +31,7 @@ from cs336_alignment.compose_errors import (
     presets,
     translate,
     unreadable_preset,
+    with_other_keys,
 )
 from cs336_alignment.compose_groups import refuse_hidden_groups
 from cs336_alignment.config import ALL_KEYS, Config, OptimizerConfig
@@ -186,7 +187,7 @@ def _compose(verb: str, arguments: Sequence[str], task: Callable[[DictConfig], A
         try:
             entry(task)()
         except (HydraException, OmegaConfBaseException) as failure:
-            raise translate(failure) from failure
+            raise with_other_keys(translate(failure), arguments) from failure
         except (YAMLError, UnicodeDecodeError) as failure:
             raise unreadable_preset(failure) from failure
         except ValueError as failure:  # flags that do not combine, a plain error in Hydra

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
+from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from omegaconf.errors import InterpolationResolutionError
 
 from cs336_alignment.config import ALL_KEYS, ColumnsConfig, Config, SourceConfig, flatten
 from cs336_alignment.config_names import as_preset, what_was_meant, with_default
-from cs336_alignment.errors import Place, UserError
+from cs336_alignment.errors import Place, UserError, UserErrors
 
 PACKAGE = Path(__file__).resolve().parent
 PATHS = {"data": "data.train_path", "model": "model.name_or_path"}  # what was meant by a path
@@ -37,6 +38,19 @@ def no_such_key(key: str, place: Place | None = None) -> UserError:
         place=place,
         hint=what_was_meant(key) or "`cs336-sft train --cfg job` prints every key",
     )
+
+
+def with_other_keys(error: UserError, arguments: Sequence[str]) -> UserError:
+    """Name beside a key that does not exist the others of the command line: Hydra stops at the
+    first.
+    """
+    if error.code != "C101":
+        return error
+    typed = (re.match(r"[+~]*((?!hydra\.)\w+(?:\.\w+)+)=", word) for word in arguments)
+    keys = dict.fromkeys(match[1] for match in typed if match)
+    wrong = [key for key in keys if not any(f"{k}.".startswith(f"{key}.") for k in ALL_KEYS)]
+    others = [other for other in map(no_such_key, wrong) if other.message != error.message]
+    return UserErrors([error, *others]) if others else error
 
 
 def _no_such_key_of_source(key: str, place: Place | None) -> UserError:

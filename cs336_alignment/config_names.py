@@ -168,6 +168,8 @@ def nearest_key(key: str) -> str | None:
         'optimizer.learning_rate'
         >>> nearest_key("lr")
         'optimizer.learning_rate'
+        >>> nearest_key("model.name")
+        'model.name_or_path'
     """
     leaf = _leaf(key)
     if key in ALL_KEYS:
@@ -176,6 +178,8 @@ def nearest_key(key: str) -> str | None:
         return ALIASES[leaf].partition("=")[0]
     if leaf in SENTENCES:
         return None
+    if "." in key and len(begun := [full for full in ALL_KEYS if full.startswith(key)]) == 1:
+        return begun[0]
     by_leaf = {full.rsplit(".", 1)[-1]: full for full in reversed(ALL_KEYS)}
     if key not in by_leaf and (
         matches := difflib.get_close_matches(key, ALL_KEYS, n=1, cutoff=0.85)

@@ -146,7 +146,8 @@ def _inject(
     config.modules_to_save = None  # peft would copy them
     config.init_lora_weights, config.inference_mode = True, False
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="fan_in_fan_out")  # peft sets it right by itself
+        # What peft sets right by itself, and what is refused below.
+        warnings.filterwarnings("ignore", message="fan_in_fan_out|.*tie_word_embeddings")
         torch.manual_seed(seed)
         try:
             inject_adapter_in_model(config, model)

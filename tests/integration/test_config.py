@@ -270,6 +270,14 @@ def test_a_multirun_with_a_mistake_does_not_begin_and_leaves_no_file(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_all_keys_that_do_not_exist_are_told_at_once(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ("trainer.max_step=3", "optimizer.lr=1", "+model.nam=x", "data.lint={}", "seed=1")
+    status, error = error_of(capsys, *GIVEN, *words)
+    assert status == 78 and "3 errors in all" in error
+    for key in ("trainer.max_step", "optimizer.lr", "model.nam"):
+        assert error.count(f"no key {key}\n") == 1, error
+
+
 HIDDEN = (
     (("experiment=gsm8k_dataset_size", "model=smollm2"),
      ["model.name_or_path=models/SmolLM2-135M-Instruct"]),
