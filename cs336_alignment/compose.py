@@ -29,6 +29,7 @@ from cs336_alignment.compose_errors import (
     config_folder,
     no_such_key,
     presets,
+    refuse_deletions,
     translate,
     unreadable_preset,
     with_other_keys,
@@ -90,6 +91,7 @@ def run_with_config(
     # Words that no key of the config holds, `hydra.launcher.setup=…`, are in what resumes a run.
     refuse_secrets((word.partition("=")[0], word) for word in arguments)
     ConfigStore.instance().store(name="schema", node=Config, provider="cs336_alignment")
+    refuse_deletions(arguments)
     prints, words = _without_cfg(arguments)
     if prints:  # Hydra does it without a look at the values
         _compose(verb, arguments, lambda _: None)
@@ -191,6 +193,13 @@ def _compose(verb: str, arguments: Sequence[str], task: Callable[[DictConfig], A
         except (YAMLError, UnicodeDecodeError) as failure:
             raise unreadable_preset(failure) from failure
         except ValueError as failure:  # flags that do not combine, a plain error in Hydra
+            if "Config group override" in str(failure):
+                given = [w for w in arguments if re.fullmatch(r"\w+=([\d.]+|true|false)", w, re.I)]
+                raise UserError(
+                    "C110",
+                    f"a group takes the name of a preset, and got {', '.join(given)}",
+                    hint="a key of a group is typed with its name: lora.r=8",
+                ) from failure
             raise UserError(
                 "C115",
                 str(failure),

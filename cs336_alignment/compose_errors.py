@@ -40,6 +40,22 @@ def no_such_key(key: str, place: Place | None = None) -> UserError:
     )
 
 
+def refuse_deletions(arguments: Sequence[str]) -> None:
+    """Refuse Hydra's `~key` and `~group`: all keys are read, and a default would come back unseen.
+
+    Raises:
+        UserError: there is one (78).
+    """
+    for word in arguments:
+        if word.startswith("~") and not word.startswith("~hydra"):
+            raise UserError(
+                "C107",
+                "a key or group cannot be taken out of the config",
+                got=word,
+                hint="type another value for it, or null where it takes none: section.key=null",
+            )
+
+
 def with_other_keys(error: UserError, arguments: Sequence[str]) -> UserError:
     """Name beside a key that does not exist the others of the command line: Hydra stops at the
     first.
@@ -103,13 +119,6 @@ def translate(failure: Exception) -> UserError:
             place=place,
             got=text.splitlines()[0],
             hint="${section.key} is the value of a key, ${oc.env:NAME} that of a variable",
-        )
-    if re.search(r"Could not delete from config|Error merging override ~", text):
-        return UserError(
-            "C107",
-            "a key cannot be taken out of the config",
-            got=text.splitlines()[0],
-            hint="type another value for it, or null where it takes none: section.key=null",
         )
     if match := re.search(r"full_key: (\S+)", text):
         key = match[1]
