@@ -236,7 +236,8 @@ def refuse_foreign_flags(arguments: Sequence[str], verb: Verb) -> None:
             )
         following = arguments[index + 1] if index + 1 < len(arguments) else ""
         if not equals:
-            value = following if following and not following.startswith("-") else "true"
+            is_value = following and not following.startswith("-") and "=" not in following
+            value = following if is_value else "true"
         raise _foreign_flag(flag, value)
 
 

@@ -27,6 +27,7 @@ from yaml import YAMLError
 
 from cs336_alignment.compose_errors import (
     config_folder,
+    no_name_of_preset,
     no_such_key,
     presets,
     refuse_deletions,
@@ -194,12 +195,7 @@ def _compose(verb: str, arguments: Sequence[str], task: Callable[[DictConfig], A
             raise unreadable_preset(failure) from failure
         except ValueError as failure:  # flags that do not combine, a plain error in Hydra
             if "Config group override" in str(failure):
-                given = [w for w in arguments if re.fullmatch(r"\w+=([\d.]+|true|false)", w, re.I)]
-                raise UserError(
-                    "C110",
-                    f"a group takes the name of a preset, and got {', '.join(given)}",
-                    hint="a key of a group is typed with its name: lora.r=8",
-                ) from failure
+                raise no_name_of_preset(arguments) from failure
             raise UserError(
                 "C115",
                 str(failure),

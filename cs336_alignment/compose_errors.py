@@ -62,7 +62,7 @@ def with_other_keys(error: UserError, arguments: Sequence[str]) -> UserError:
     """
     if error.code != "C101":
         return error
-    typed = (re.match(r"[+~]*((?!hydra\.)\w+(?:\.\w+)+)=", word) for word in arguments)
+    typed = (re.match(r"\+*((?!hydra\.)\w+(?:\.\w+)+)=", word) for word in arguments)
     keys = dict.fromkeys(match[1] for match in typed if match)
     wrong = [key for key in keys if not any(f"{k}.".startswith(f"{key}.") for k in ALL_KEYS)]
     others = [other for other in map(no_such_key, wrong) if other.message != error.message]
@@ -236,12 +236,25 @@ def _unknown_preset(text: str) -> UserError:
     )
 
 
+def no_name_of_preset(arguments: Sequence[str]) -> UserError:
+    """Build the error for a group that was given a number or a truth value."""
+    words = (word.split("=", 1) for word in arguments if "=" in word)
+    given = [
+        f"{group}={value}" for group, value in words
+        if (folder := config_folder() / group).is_dir()
+        and not (folder / f"{value}.yaml").is_file()
+    ]  # fmt: skip
+    return UserError(
+        "C110",
+        f"a group takes the name of a preset, and got {', '.join(given)}",
+        hint="a key of a group is typed with its name: lora.r=8",
+    )
+
+
 def _unknown_key(text: str) -> str | None:
     """Find the key that does not exist, in full, from the several texts in which it is reported."""
-    if match := re.search(
-        r"Could not (?:override|append to config|delete from config).*?'([^']+)'", text
-    ):
-        key = match[1].split("=", 1)[0].lstrip("+~")
+    if match := re.search(r"Could not (?:override|append to config).*?'([^']+)'", text):
+        key = match[1].split("=", 1)[0].lstrip("+")
         if key not in ALL_KEYS:
             return key
     if match := re.search(r"Key '([^']+)' (?:not in|is not in struct|is not)", text):

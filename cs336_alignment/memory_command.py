@@ -21,18 +21,20 @@ from cs336_alignment.microbatch import Batching
 from cs336_alignment.model.fits import check_fits
 from cs336_alignment.model.loading import open_model
 from cs336_alignment.tracking.console import Console
+from cs336_alignment.training.foresight import (
+    ACTIVATIONS,
+    GAPS,
+    HEAD,
+    STATE,
+    WEIGHTS,
+    Foresight,
+)
 from cs336_alignment.training.heap import Heap
 from cs336_alignment.training.inputs import load_data, plan_of
 from cs336_alignment.training.live_bytes import PASSING
 from cs336_alignment.training.memory import (
-    ACTIVATIONS,
-    GAPS,
     GRADIENTS,
-    HEAD,
     SHARDED,
-    STATE,
-    WEIGHTS,
-    Foresight,
     Needs,
     device_memory,
     divided,
@@ -185,8 +187,7 @@ class Outlook:
         )  # fmt: skip
         longest = int(data.train.dataset.lengths.max())
         check_fits(foresight.policy.model, data.train.largest_token_id, longest)
-        gpus = torch.cuda.device_count()
-        local = processes if device.type == "cpu" else min(processes, gpus)
+        local = processes if device.type == "cpu" else min(processes, torch.cuda.device_count())
         return Outlook(
             config, console, data, foresight, foresight.batching(config.trainer.batching, longest),
             *plan_of(config, data), base, device_memory(device, local), local,

@@ -60,11 +60,7 @@ def evaluate(config: Config) -> ExitStatus:
         StopNow: a signal.
     """
     if config.data.eval_path is None:
-        raise UserError(
-            "C111",
-            "data.eval_path is not given",
-            hint="add data.eval_path=test.jsonl",
-        )
+        raise UserError("C111", "data.eval_path is not given", hint="add data.eval_path=test.jsonl")
     precision = refuse_launcher_options(config)
     refuse_sharding(config.parallel, "evaluate")
     folder = Path(config.output_root).expanduser() / (config.run_name or "")

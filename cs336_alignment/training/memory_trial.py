@@ -35,8 +35,9 @@ from cs336_alignment.orphans import end_with
 from cs336_alignment.tracking.console import Console
 from cs336_alignment.training.averaging import build_average
 from cs336_alignment.training.batching_choice import choose_batching
+from cs336_alignment.training.foresight import PASSES
 from cs336_alignment.training.inputs import load_data, plan_of
-from cs336_alignment.training.memory import PASSES, average_bytes
+from cs336_alignment.training.memory import average_bytes
 from cs336_alignment.training.optimizer import allocate_state, build_optimizer
 from cs336_alignment.training.parallel import set_threads
 from cs336_alignment.training.preflight import choose_cut, choose_precision, warm_up_compiled

@@ -72,10 +72,7 @@ def load_sharded(
 
     model: Any = processes.on_each(build)
     policy = Policy(model, compute_dtype)
-    shard(
-        policy, device, processes.count, cpu_offload=parallel.cpu_offload,
-        reshard_after_forward=parallel.reshard_after_forward,
-    )  # fmt: skip
+    shard(policy, device, processes.count, parallel)
     buffers = dict(policy.named_buffers(remove_duplicate=False))
     policy.to_empty(device="cpu" if parallel.cpu_offload else device)
     with torch.no_grad():

@@ -19,18 +19,12 @@ from torch.distributed.fsdp import (
     fully_shard,
 )
 
+from cs336_alignment.config import ParallelConfig
 from cs336_alignment.model.compile import repeated_layers
 from cs336_alignment.model.policy import Policy
 
 
-def shard(
-    policy: Policy,
-    device: torch.device,
-    num_processes: int,
-    *,
-    reshard_after_forward: bool,
-    cpu_offload: bool = False,
-) -> None:
+def shard(policy: Policy, device: torch.device, num_processes: int, config: ParallelConfig) -> None:
     """Cut the policy's parameters into rows, in place: each repeated layer is gathered and let go
     by itself, all else (embedding, last norm, head; a tied weight once) with the whole.
 
@@ -42,10 +36,10 @@ def shard(
         policy: its parameters may be on the meta device; they then still are.
         device: where this process computes.
         num_processes: that share the parameters.
-        reshard_after_forward: let a layer go between its forward and its backward pass.
-        cpu_offload: keep what a process holds in the machine's memory: weights are copied to
-            `device` to be gathered, and gradients back once they are reduced. Parameters must be on
-            the CPU before the first forward pass, buffers on `device`.
+        config: `reshard_after_forward` lets a layer go between its forward and its backward pass.
+            `cpu_offload` keeps what a process holds in the machine's memory: weights are copied to
+            `device` to be gathered, and gradients back once they are reduced. Parameters must then
+            be on the CPU before the first forward pass, buffers on `device`.
 
     Raises:
         UserError: the architecture does not name its layers (78).
@@ -61,11 +55,11 @@ def shard(
     options: dict[str, Any] = {
         "mesh": init_device_mesh(device.type, (num_processes,)), "mp_policy": precision,
     }  # fmt: skip
-    if cpu_offload:
+    if config.cpu_offload:
         policy.compute_device = device
         options["offload_policy"] = CPUOffloadPolicy(pin_memory=device.type == "cuda")
     for layer in layers:
-        fully_shard(layer, reshard_after_forward=reshard_after_forward, **options)
+        fully_shard(layer, reshard_after_forward=config.reshard_after_forward, **options)
     fully_shard(policy, **options)
     for module in _sharded(policy):
         if device.type == "cpu":  # gloo cannot average in every version

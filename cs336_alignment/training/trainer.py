@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import time
+from collections import namedtuple
 from collections.abc import Callable, Sequence
 from dataclasses import KW_ONLY, dataclass, field
 from itertools import compress
-from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -40,17 +40,8 @@ from cs336_alignment.training.stop import StopNow
 IDS_SHOWN = 32
 
 
-class _Sums(NamedTuple):
-    """What is added over the processes at each step; the flags count processes."""
-
-    nll: Any
-    entropy: Any
-    objective: Any
-    not_finite: Any
-    asked: Any
-    interrupted: Any
-    incomplete: Any
-    written: Any
+# What is added over the processes at each step; the flags count processes.
+_Sums = namedtuple("_Sums", "nll entropy objective not_finite asked interrupted incomplete written")
 
 
 @dataclass

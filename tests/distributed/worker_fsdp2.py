@@ -60,10 +60,7 @@ def build(
     checkpointing: bool | str = False,
 ) -> Policy:
     policy = Policy(build_model(name, dtype), compute)
-    shard(
-        policy, processes.device, processes.count, cpu_offload=config.cpu_offload,
-        reshard_after_forward=config.reshard_after_forward,
-    )  # fmt: skip
+    shard(policy, processes.device, processes.count, config)
     if checkpointing:
         enable_checkpointing(policy.model, selective=checkpointing == "selective")
     return policy.train()
@@ -138,7 +135,7 @@ def one_step(processes: Processes) -> dict[str, float]:
         reference = make(name, dtype)
         dense_loss(reference, dataset, STEPS["full"], "token").backward()
         policy = Policy(make(name, dtype))
-        shard(policy, processes.device, processes.count, reshard_after_forward=True)
+        shard(policy, processes.device, processes.count, USUAL)
         if checkpointing:
             enable_checkpointing(policy.model, selective=checkpointing == "selective")
         policy.train()
@@ -246,7 +243,7 @@ def main(path: str) -> None:
     dense_loss(wide, build_dataset(), range(8), "token").backward()
     report["narrow"] = relative_error(whole_gradient(narrow.model), gradient(wide))
     policy_of_part = Policy(adapted("qwen2", torch.float32), torch.bfloat16)
-    shard(policy_of_part, processes.device, processes.count, reshard_after_forward=True)
+    shard(policy_of_part, processes.device, processes.count, USUAL)
     wide = adapted("qwen2", torch.float32)
     dense_loss(wide, build_dataset(), range(8), "token").backward()
     accumulate_gradients(
@@ -266,7 +263,7 @@ def main(path: str) -> None:
         report["steps"][f"{dtype} {checkpointing}"] = many_steps(policy, processes)
         if THOROUGH or dtype == torch.float32:
             policy_of_part = Policy(adapted("llama", dtype))
-            shard(policy_of_part, processes.device, processes.count, reshard_after_forward=True)
+            shard(policy_of_part, processes.device, processes.count, USUAL)
             if checkpointing:
                 enable_checkpointing(policy_of_part.model)
             report["adapter steps"][f"{dtype} {checkpointing}"] = many_steps(

@@ -52,7 +52,7 @@ def main(path: str) -> None:
             errors[row.name][batching] = apart(got, want, start)
             if row.cells["fsdp2"] == "yes":
                 policy = Policy(build_model("llama"))
-                shard(policy, processes.device, 2, reshard_after_forward=True)
+                shard(policy, processes.device, 2, ParallelConfig("fsdp2", 2))
                 cut = Cut(None, 2, batching)
                 got = train(policy, policy, dataset, config, cut, sharding)
                 errors[row.name][f"{batching}, sharded"] = apart(got, want, start)

@@ -167,7 +167,7 @@ def test_sharded_steps_are_those_of_the_cpu(cpu_offload: bool, on_gpu: Processes
     processes, config = Processes(start_processes(sharding), sharding), config_of()
     dataset = build_dataset(prefix=PREFIX)
     policy = Policy(build_model("llama", torch.float32))
-    shard(policy, on_gpu.device, 1, reshard_after_forward=True, cpu_offload=cpu_offload)
+    shard(policy, on_gpu.device, 1, sharding)
     assert policy.device.type == "cuda"
     assert {p.is_cpu for p in policy.parameters()} == {cpu_offload}
     assert not any(buffer.is_cpu for buffer in policy.buffers())

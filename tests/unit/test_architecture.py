@@ -23,7 +23,7 @@ LAYERS = [
     {"compose_errors", "compose_groups", "compose", "data", "model", "training.loss"},
     {"training.parallel", "training.optimizer", "training.schedule_free", "training.averaging", "training.schedule", "training.checkpoint",
      "training.checkpoint_folders", "training.checkpoint_writer", "training.snapshot", "training.step", "training.stop", "training.spike",
-     "training.preflight", "training.rehearsal", "training.memory", "training.without_values", "training.heap", "training.live_bytes", "training.batching_choice", "training.safetensors_file",
+     "training.preflight", "training.rehearsal", "training.memory", "training.foresight", "training.without_values", "training.heap", "training.live_bytes", "training.batching_choice", "training.safetensors_file",
      "training.sharding", "training.sharded_loading", "training.shards",
      "training.status", "training.watchdog"},
     {"tracking"}, {"evaluation"},

@@ -38,11 +38,10 @@ from cs336_alignment.model.source import ModelSource, resolve_model
 from cs336_alignment.model.trainable import choose_trained
 from cs336_alignment.training import memory, run, run_model
 from cs336_alignment.training.averaging import build_average
+from cs336_alignment.training.foresight import WEIGHTS, Foresight
 from cs336_alignment.training.live_bytes import LiveBytes
 from cs336_alignment.training.memory import (
     GRADIENTS,
-    WEIGHTS,
-    Foresight,
     Needs,
     certain_needs,
     divided,
