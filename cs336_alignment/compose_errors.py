@@ -12,6 +12,8 @@ from hydra.errors import MissingConfigException, OverrideParseException
 from omegaconf.errors import InterpolationResolutionError
 
 from cs336_alignment.config import ALL_KEYS, ColumnsConfig, Config, SourceConfig, flatten
+from cs336_alignment.config_check import values_of
+from cs336_alignment.config_clashes import SOURCES
 from cs336_alignment.config_names import as_preset, what_was_meant, with_default
 from cs336_alignment.errors import Place, UserError, UserErrors
 
@@ -120,41 +122,38 @@ def translate(failure: Exception) -> UserError:
             got=text.splitlines()[0],
             hint="${section.key} is the value of a key, ${oc.env:NAME} that of a variable",
         )
-    if match := re.search(r"full_key: (\S+)", text):
-        key = match[1]
-        reason = next(
-            (
-                line
-                for line in text.splitlines()
-                if line.startswith(
-                    (
-                        "Value",
-                        "Cannot",
-                        "Unsupported",
-                        "Non optional",
-                        "field",
-                        "Incompatible",
-                        "Invalid",
-                    )
-                )
-            ),
-            text.splitlines()[0],
-        )
-        hint = with_default(key)
-        if "'none'" in reason.lower():
-            hint = f"{key}=null"
-        elif "not a ListConfig" in reason:
-            hint = f"{key}=[…] or [], a list"
-        return UserError(
-            "C108",
-            f"{key} has a value of the wrong type",
-            place=place,
-            got=reason.strip(),
-            hint=hint,
-        )
+    if match := re.search(r"full_key: *(\S+)|object_type=SourceConfig", text):
+        return _wrong_type(match[1] or "data.sources", text, place)
     if match := re.search(r"Ambiguous value for argument '([^=]+)=(.*)'", text):
         return _several_values(*match.groups())
     return UserError("C100", " ".join(text.split()), place=place)
+
+
+def _wrong_type(key: str, text: str, place: Place | None) -> UserError:
+    value = re.search(
+        r"Value '(.*)' (?:of type|is not a valid)|to string: '(.*)'|assigned: .* value: (.*)", text
+    )
+    got = next(filter(None, value.groups()), "''") if value else None
+    key = re.sub(r"\[\d+\]$", "", key)  # a list's rule is that of its entries
+    expected, hint = values_of(key), with_default(key)
+    if key == "data.sources" or re.search(r"object_type=(Source|Columns)Config", text):
+        key, hint = f"{key.removeprefix('data.sources') or 'an entry'} of data.sources", SOURCES
+    elif within := [full for full in ALL_KEYS if full.startswith(f"{key}.")]:
+        hint = f"its keys are typed one by one: {within[0]}=…"
+    elif "is not a ListConfig" in text:
+        hint = f"brackets make a list: '{key}=[…]'"
+    elif "is not Optional" in text:
+        got = "null"
+    elif str(got).lower() == "none" and expected and "null" in expected:
+        hint = f"{key}=null"
+    return UserError(
+        "C108",
+        f"{key} has a value of the wrong type",
+        place=place,
+        expected=expected,
+        got=got,
+        hint=hint,
+    )
 
 
 def _of_file(word: str) -> str | None:

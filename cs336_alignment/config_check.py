@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import re
@@ -165,7 +166,7 @@ _RULES = (
     _Rule(
         "optimizer.betas",
         lambda v: len(v) == 2 and all(0 <= beta < 1 for beta in v),
-        "two numbers from 0 to below 1",
+        "a list of two numbers from 0 to below 1",
     ),
     _Rule("optimizer.eps", _above(0), "a finite number above 0"),
     _Rule("optimizer.weight_decay", _at_least(0), "a finite number of at least 0"),
@@ -187,7 +188,9 @@ _RULES = (
     _Rule("evaluation.temperature", _at_least(0), "a finite number of at least 0 (0 = greedy)"),
     _Rule("evaluation.batch_size", _at_least(1), "a whole number of at least 1"),
     _Rule(
-        "evaluation.stop", lambda v: all(isinstance(s, str) and s for s in v), "non-empty strings"
+        "evaluation.stop",
+        lambda v: all(isinstance(s, str) and s for s in v),
+        "a list of strings, none empty",
     ),
     _Rule("evaluation.num_samples", _at_least(1), "a whole number of at least 1"),
     _Rule("evaluation.min_new_tokens", _at_least(0), "a whole number of at least 0"),
@@ -212,7 +215,11 @@ _RULES = (
     _Rule("evaluation.server_retries", _at_least(0), "a whole number of at least 0"),
     _one_of("inspect.select", SELECTIONS),
     _Rule("inspect.num_examples", _at_least(1), "a whole number of at least 1"),
-    _Rule("inspect.rows", lambda v: all(row >= 1 for row in v), "numbers of examples from 1"),
+    _Rule(
+        "inspect.rows",
+        lambda v: all(row >= 1 for row in v),
+        "a list of numbers from 1",
+    ),
     _Rule(
         "export.checkpoint",
         lambda v: v in ("best", "latest") or v.isdecimal(),
@@ -281,6 +288,20 @@ def refuse_secrets(values: Iterable[tuple[str, Any]]) -> None:
         raise UserErrors(errors)
 
 
+def values_of(key: str) -> str | None:
+    """Say which values a key takes; None: no rule says more than its type.
+
+    Example:
+        >>> values_of("trainer.max_steps")
+        'a whole number of at least 1, or null'
+        >>> values_of("trainer.compile")
+        'true or false'
+    """
+    rules = (rule.expected for rule in _RULES if rule.key == key)
+    switch = isinstance(dict(flatten(Config())).get(key), bool)
+    return next(rules, "true or false" if switch else None)
+
+
 def check(config: Config) -> None:
     """Refuse values out of range and options that do not combine.
 
@@ -303,6 +324,10 @@ def check(config: Config) -> None:
         for rule in _RULES
         if values[rule.key] is not None and not rule.holds(values[rule.key])
     ]
-    errors += clashes(config)
+    for error in clashes(config):
+        named = [key for key in ALL_KEYS if key in error.message.split()]
+        if error.code == "C104" and named:
+            error.got = ", ".join(f"{key}={json.dumps(values[key])}" for key in named)
+        errors.append(error)
     if errors:
         raise UserErrors(errors)

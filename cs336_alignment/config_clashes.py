@@ -22,6 +22,7 @@ from cs336_alignment.errors import UserError
 from cs336_alignment.metric_names import GENERATED, greater_is_better, nearest_metric
 
 HELD_WHOLE = "it is made in a model held whole: parallel=ddp"
+SOURCES = "'data.sources=[{path: a.jsonl, weight: 2}, {path: b.jsonl, weight: 1}]'"
 
 
 def clashes(config: Config) -> Iterator[UserError]:
@@ -263,7 +264,7 @@ def _bad_source(expected: str, got: str) -> UserError:
         "data.sources has a value that it cannot take",
         expected=expected,
         got=got,
-        hint="'data.sources=[{path: a.jsonl, weight: 2}, {path: b.jsonl, weight: 1}]'",
+        hint=SOURCES,
     )
 
 
