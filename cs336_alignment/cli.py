@@ -7,6 +7,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import os
+import re
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -34,7 +35,7 @@ class Verb:
         name: as typed.
         help: a line.
         run: what runs, with the arguments after it.
-        flags: its own, besides Hydra's.
+        flag: its own, besides Hydra's.
     """
 
     name: str
@@ -236,7 +237,7 @@ def refuse_foreign_flags(arguments: Sequence[str], verb: Verb) -> None:
             )
         following = arguments[index + 1] if index + 1 < len(arguments) else ""
         if not equals:
-            is_value = following and not following.startswith("-") and "=" not in following
+            is_value = not re.match(r"-|[+~]*\w+(\.\w+)+=|$", following)
             value = following if is_value else "true"
         raise _foreign_flag(flag, value)
 

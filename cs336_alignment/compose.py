@@ -173,7 +173,7 @@ def _read_configs(
 
     words = list(arguments)
     if launcher:  # all configs are checked here before the first job is handed over
-        words = [word for word in words if not word.lstrip("+~").startswith("hydra.launcher.")]
+        words = [word for word in words if not word.lstrip("+").startswith("hydra.launcher.")]
         words.append("hydra/launcher=basic")
     _compose(verb, words, task)
     if failed:
@@ -190,12 +190,16 @@ def _compose(verb: str, arguments: Sequence[str], task: Callable[[DictConfig], A
         try:
             entry(task)()
         except (HydraException, OmegaConfBaseException) as failure:
-            raise with_other_keys(translate(failure), arguments) from failure
+            unnamed = no_name_of_preset(arguments) if isinstance(failure, HydraException) else None
+            raise unnamed or with_other_keys(translate(failure), arguments) from failure
         except (YAMLError, UnicodeDecodeError) as failure:
             raise unreadable_preset(failure) from failure
-        except ValueError as failure:  # flags that do not combine, a plain error in Hydra
-            if "Config group override" in str(failure):
-                raise no_name_of_preset(arguments) from failure
+        except (ValueError, TypeError) as failure:  # plain errors in Hydra, or a job's own
+            if error := no_name_of_preset(arguments):
+                raise error from failure
+            if isinstance(failure, TypeError):
+                raise
+            # Flags that do not combine.
             raise UserError(
                 "C115",
                 str(failure),
@@ -314,7 +318,7 @@ def to_config(
     """
     _refuse_added_keys(OmegaConf.to_container(composed))
     optional = OPTIONAL_KEYS.get(verb, ())
-    given = {override.split("=", 1)[0].lstrip("+~") for override in overrides}
+    given = {override.split("=", 1)[0].lstrip("+") for override in overrides}
     has_sources = bool(composed.data.sources)
     if "data.train_path" in given and has_sources:
         if "data.sources" in given:
@@ -388,7 +392,7 @@ def _refuse_added_keys(composed: Any, prefix: str = "") -> None:
         if isinstance(value, dict) and key not in ALL_KEYS:
             _refuse_added_keys(value, f"{key}.")
         elif key not in ALL_KEYS:
-            raise no_such_key(key)
+            raise with_other_keys(no_such_key(key), HydraConfig.get().overrides.task)
 
 
 def _default_run_name(config: Config, verb: str) -> str:

@@ -49,7 +49,7 @@ def refuse_deletions(arguments: Sequence[str]) -> None:
         UserError: there is one (78).
     """
     for word in arguments:
-        if word.startswith("~") and not word.startswith("~hydra"):
+        if word.startswith("~"):
             raise UserError(
                 "C107",
                 "a key or group cannot be taken out of the config",
@@ -64,9 +64,10 @@ def with_other_keys(error: UserError, arguments: Sequence[str]) -> UserError:
     """
     if error.code != "C101":
         return error
-    typed = (re.match(r"\+*((?!hydra\.)\w+(?:\.\w+)+)=", word) for word in arguments)
+    typed = (re.match(r"\+*((?!hydra\.|sweep\.space\.)\w+(?:\.\w+)*)=", w) for w in arguments)
     keys = dict.fromkeys(match[1] for match in typed if match)
-    wrong = [key for key in keys if not any(f"{k}.".startswith(f"{key}.") for k in ALL_KEYS)]
+    known = {*ALL_KEYS, *(path.name for path in config_folder().iterdir())}  # keys and groups
+    wrong = [key for key in keys if not any(f"{k}.".startswith(f"{key}.") for k in known)]
     others = [other for other in map(no_such_key, wrong) if other.message != error.message]
     return UserErrors([error, *others]) if others else error
 
@@ -235,19 +236,18 @@ def _unknown_preset(text: str) -> UserError:
     )
 
 
-def no_name_of_preset(arguments: Sequence[str]) -> UserError:
-    """Build the error for a group that was given a number or a truth value."""
-    words = (word.split("=", 1) for word in arguments if "=" in word)
-    given = [
-        f"{group}={value}" for group, value in words
-        if (folder := config_folder() / group).is_dir()
-        and not (folder / f"{value}.yaml").is_file()
-    ]  # fmt: skip
-    return UserError(
+def no_name_of_preset(arguments: Sequence[str]) -> UserError | None:
+    """Build the error for a group that was given a number, a truth value, null or a list; None:
+    there is none.
+    """
+    groups = "|".join(path.name for path in config_folder().iterdir() if path.is_dir())
+    value = r"(.*,)?([-+\d._e]+|true|false|null|nan|inf|\[.*\])(,.*)?"
+    given = [w for w in arguments if re.fullmatch(rf"\+*({groups})(@[^=]*)?={value}", w, re.I)]
+    return None if not given else UserError(
         "C110",
         f"a group takes the name of a preset, and got {', '.join(given)}",
         hint="a key of a group is typed with its name: lora.r=8",
-    )
+    )  # fmt: skip
 
 
 def _unknown_key(text: str) -> str | None:

@@ -86,7 +86,6 @@ def test_contract_defaults() -> None:
         (("trainr.max_steps=1",), 78, ("no key trainr", "trainer.max_steps")),
         (("data.sources=[{path: a, formt: text}]",), 78, ("data.sources has no key formt", "mean format?")),
         (("+trainer.foo=1",), 78, ("no key trainer.foo",)),
-        (("~trainer.max_steps",), 78, ("trainer.max_steps",)),
         (("+=",), 78, ("section.key=value",)),
         (("trainer.max_steps=abc",), 78,
          ("trainer.max_steps has a value of the wrong type", "expected: a whole number of at least 1, or null; got: abc\n")),
@@ -158,6 +157,12 @@ def test_contract_defaults() -> None:
         (("--cpu_offload", "trainer.max_steps=1"), 2, ("type parallel.cpu_offload=true\n",)),
         (("lora=8",), 78, ("error[C110]", "got lora=8", "lora.r=8")),
         (("lora=1e3",), 78, ("error[C110]", "got lora=1e3")),
+        (("experiment=quickstart", "+lora=8"), 78, ("error[C110]", "and got +lora=8\n")),
+        (("-m", "optimizer=adamw,muon", "lora=8,16"), 78, ("error[C110]", "and got lora=8,16\n")),
+        (("lora=[8]",), 78, ("error[C110]", "and got lora=[8]\n")),
+        (("lora=[a]",), 78, ("error[C110]", "and got lora=[a]\n")),
+        (("~hydra.foo",), 78, ("error[C107]", "cannot be taken out")),
+        (("--output_dir", "a/lr=1"), 2, ("type output_root=a/lr=1\n",)),
         (("trainer.global_batch_size=0",), 78, ("error[C103]", "global_batch_size=32 is its default")),
         (("optimizer.eps=a",), 78, ("error[C108]", "optimizer.eps=1e-08 is its default")),
         (("--config", "dir/x.yaml"), 2, ("--config-dir dir experiment=x",)),
@@ -283,11 +288,22 @@ def test_a_multirun_with_a_mistake_does_not_begin_and_leaves_no_file(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_all_keys_that_do_not_exist_are_told_at_once(capsys: pytest.CaptureFixture[str]) -> None:
-    words = ("trainer.max_step=3", "optimizer.lr=1", "+model.nam=x", "data.lint={}", "seed=1")
+@pytest.mark.parametrize(
+    ("words", "keys"),
+    [
+        (("trainer.max_step=3", "optimizer.lr=1", "+model.nam=x", "data.lint={}", "seed=1",
+          "+sweep.space.lora.r=[4,8]", "experiment=quickstart"),
+         ["trainer.max_step", "optimizer.lr", "model.nam"]),
+        (("trainer.max_step=3", "max_samples=9"), ["trainer.max_step", "max_samples"]),
+        (("++trainer.max_step=3", "++optimizer.lr=1"), ["trainer.max_step", "optimizer.lr"]),
+    ],
+)  # fmt: skip
+def test_all_keys_that_do_not_exist_are_told_at_once(
+    words: tuple[str, ...], keys: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
     status, error = error_of(capsys, *GIVEN, *words)
-    assert status == 78 and "3 errors in all" in error
-    for key in ("trainer.max_step", "optimizer.lr", "model.nam"):
+    assert status == 78 and f"{len(keys)} errors in all" in error
+    for key in keys:
         assert error.count(f"no key {key}\n") == 1, error
 
 
