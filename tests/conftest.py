@@ -48,6 +48,8 @@ from transformers import (
     PreTrainedModel,
     Qwen2Config,
     Qwen2ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
 )
 
 from cs336_alignment.config import ParallelConfig
@@ -70,13 +72,17 @@ torch.set_num_threads(1)  # the models are so small that threads only wait for e
 read_presets_once()
 
 
-# Logits that are capped, divided, or have a bias; the second with tied embeddings.
-WITH_ANOTHER_HEAD: dict[str, tuple[Any, Any, dict[str, Any]]] = {
+# Logits that are capped, divided, or have a bias; the second with tied embeddings. Experts.
+MORE_MODELS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     "nanochat": (NanoChatConfig, NanoChatForCausalLM, {"final_logit_softcapping": 3.0}),
     "granite": (
         GraniteConfig, GraniteForCausalLM, {"logits_scaling": 4.0, "tie_word_embeddings": True}
     ),
     "phi": (PhiConfig, PhiForCausalLM, {}),
+    "qwen3_moe": (
+        Qwen3MoeConfig, Qwen3MoeForCausalLM,
+        {"num_experts": 4, "moe_intermediate_size": 16, "num_experts_per_tok": 2, "head_dim": 8},
+    ),
 }  # fmt: skip
 
 
@@ -96,8 +102,8 @@ def build_model(name: str, dtype: torch.dtype = torch.float64) -> PreTrainedMode
             Qwen2Config(hidden_size=32, intermediate_size=48, num_hidden_layers=2,
                         num_attention_heads=4, num_key_value_heads=2, **common)
         )  # fmt: skip
-    elif name in WITH_ANOTHER_HEAD:
-        config, architecture, options = WITH_ANOTHER_HEAD[name]
+    elif name in MORE_MODELS:
+        config, architecture, options = MORE_MODELS[name]
         model = architecture(
             config(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
                    num_key_value_heads=2, max_position_embeddings=128, **common, **options)

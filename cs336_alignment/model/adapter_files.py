@@ -57,7 +57,8 @@ def read_adapter_config(folder: Path) -> Any:
     default: Any = PeftLora()
     odd = [
         f.name for f in dataclasses.fields(config)
-        if f.name not in KNOWN and getattr(config, f.name) != getattr(default, f.name)
+        if f.name not in KNOWN
+        and (getattr(config, f.name) or None) != (getattr(default, f.name) or None)
         and (f.name, getattr(config, f.name)) != ("init_lora_weights", "gaussian")
     ]  # fmt: skip
     if odd:

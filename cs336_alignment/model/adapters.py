@@ -86,4 +86,6 @@ def describe_adapter(model: nn.Module) -> str:
     leaves = ", ".join(sorted({name.rpartition(".")[2] for name in names}))
     text = f"{kind} of rank {config.r}, scaled by {config.lora_alpha:g} / {divisor}, on "
     whole = ", ".join(config.modules_to_save or ())
-    return f"{text}{len(names)} layers ({leaves})" + (f"; trained whole: {whole}" if whole else "")
+    text += f"{len(names)} layers ({leaves})" + (f"; trained whole: {whole}" if whole else "")
+    fused = any(p.dim() == 3 and not p.requires_grad for p in model.parameters())
+    return f"{text}; fused experts stay as they are" if fused else text

@@ -6,6 +6,7 @@ Modules that are trained whole besides are trained where they are, not in a copy
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import warnings
 from collections.abc import Collection, Mapping
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from cs336_alignment.config import LoraConfig
 from cs336_alignment.errors import Place, UserError, first_line
@@ -94,13 +96,20 @@ def load_adapter(folder: Path, model: PreTrainedModel, base: Base) -> None:
 
 def _new_config(model: PreTrainedModel, options: LoraConfig) -> Any:
     from peft import LoraConfig as PeftLora
+    from peft import inject_adapter_in_model
 
     assert options.r is not None
     targets = options.target_modules
     if isinstance(targets, list):
         _refuse_unknown(model, targets, "lora.target_modules")
     _refuse_unknown(model, options.modules_to_save, "lora.modules_to_save")
-    return PeftLora(
+    if all_linear := targets == "all-linear":
+        head = model.get_output_embeddings()
+        targets = {
+            name for name, module in model.named_modules()
+            if isinstance(module, nn.Linear | Conv1D) and module is not head
+        }  # fmt: skip
+    config = PeftLora(
         r=options.r,
         lora_alpha=options.alpha or 2 * options.r,  # type: ignore[arg-type]  # any number will do
         target_modules=targets,
@@ -108,6 +117,15 @@ def _new_config(model: PreTrainedModel, options: LoraConfig) -> Any:
         use_rslora=options.rslora,
         task_type="CAUSAL_LM",
     )
+    if all_linear:
+        # Some names of linear layers peft takes, in every file, for experts that are one parameter
+        # now: it says which where it finds nothing.
+        hollow = nn.Module()
+        vars(hollow)["config"] = model.config
+        with contextlib.suppress(ValueError):
+            inject_adapter_in_model(config, hollow)
+        config.target_parameters, config.rank_pattern, config.alpha_pattern = None, {}, {}
+    return config
 
 
 def _refuse_other_options(folder: Path, config: Any, options: LoraConfig) -> None:
@@ -147,7 +165,7 @@ def _inject(
     config.init_lora_weights, config.inference_mode = True, False
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         # What peft sets right by itself, and what is refused below.
-        warnings.filterwarnings("ignore", message="fan_in_fan_out|.*tie_word_embeddings")
+        warnings.filterwarnings("ignore", message="fan_in_fan|.*tie_word_emb|.*_pattern keys")
         torch.manual_seed(seed)
         try:
             inject_adapter_in_model(config, model)
@@ -156,16 +174,19 @@ def _inject(
                 raise unfit(folder, first_line(failure)) from failure
             raise UserError(
                 "M124",
-                "lora.target_modules finds nothing that can have an adapter",
+                "lora.target_modules finds nothing, or what cannot have an adapter",
                 got=first_line(failure),
                 hint=_linear_names(model),
             ) from failure
     adapted = adapter_layers(model)
-    if refused := sorted(ends & adapted.keys()):
+    fused, config.target_parameters = sorted(config.target_parameters or ()), None
+    if refused := fused or sorted(ends & adapted.keys()):
+        whole_name = "experts" if fused else refused[0].rsplit(".", 1)[-1]
         raise UserError(
             "M125",
-            f"lora.target_modules finds {', '.join(refused)}: an embedding gets no adapter here",
-            hint=f"train it whole: lora.modules_to_save=[{refused[0].rsplit('.', 1)[-1]}]",
+            f"lora.target_modules finds {', '.join(refused)}: embedding, LM head and fused experts "
+            "get no adapter here",
+            hint=f"leave it out, or train it whole: lora.modules_to_save=[{whole_name}]",
         )
     for layer in adapted.values():
         layer.cast_input_dtype_enabled = False  # autocast would only narrow it again

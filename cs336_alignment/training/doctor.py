@@ -127,8 +127,11 @@ def examine(config: Config, processes: Processes, console: Console) -> Iterator[
     dtypes = [torch.float32]
     if count < FLOAT64_PARAMETERS and processes.device.type == "cpu":
         dtypes.append(torch.float64)
+    experts = model.config._experts_implementation
     for dtype in dtypes:
         model.to(dtype)  # type: ignore[arg-type]  # its decorators hide its type
+        if dtype == torch.float64:  # which the kernel for all experts at once does not know
+            model.set_experts_implementation("eager")
         check = partial(
             _check_gradients, replace(subject, dataset=dataset), subject, dtype,
             compiled=config.trainer.compile and dtype == torch.float32,
@@ -136,6 +139,7 @@ def examine(config: Config, processes: Processes, console: Console) -> Iterator[
         )  # fmt: skip
         yield from guarded(f"gradients, {DTYPE_NAMES[dtype]}", check)
     model.to(torch.float32)  # type: ignore[arg-type]
+    model.set_experts_implementation(experts)
     yield from guarded("log-probs and files", lambda: _check_files(
         subject, tokenizer, load, options.trust_remote_code))  # fmt: skip
     if has_choices(config):  # in a model of its own: the adapters of this one are merged by now

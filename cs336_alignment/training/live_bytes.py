@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -44,7 +45,11 @@ class LiveBytes(TorchDispatchMode):
         if func is torch.ops.aten.equal.default:  # of values, which nobody knows: as if foretold
             return True
         scratch = self._scratch(func, args)
+        dtype = args[0].dtype if func is torch.ops.aten._grouped_mm.default else None
+        if dtype is not None and isinstance(args[0], FakeTensor):  # as such it knows one dtype only
+            args = [x.bfloat16() if isinstance(x, Tensor) and x.dtype == dtype else x for x in args]
         result = func(*args, **(kwargs or {}))
+        result = result if dtype is None else result.to(dtype)
         for value in tree_leaves(result):
             if isinstance(value, Tensor) and value.device.type == self._device:
                 self.add(value, self._part)

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from cs336_alignment.config import LoraConfig, TrainerConfig
 from cs336_alignment.errors import UserError
-from cs336_alignment.model.adapters import adapter_tensors
+from cs336_alignment.model.adapters import adapter_layers, adapter_tensors, describe_adapter
 from cs336_alignment.model.base_model import Base, weights_sha256
 from cs336_alignment.model.lora import (
     add_adapter,
@@ -52,6 +52,11 @@ KINDS: dict[str, dict[str, Any]] = {
         "modules_to_save": ["embed_tokens", "norm"],
     },
 }
+# Experts that are one parameter have no adapter, and can be trained whole.
+MADE = [
+    *(("llama", options) for options in KINDS.values()),
+    *(("qwen3_moe", options) for options in ({}, {"modules_to_save": ["experts"]})),
+]
 
 
 @pytest.fixture
@@ -129,10 +134,10 @@ def test_every_cut_gives_the_gradient_of_peft_alone(
         assert error <= 1e-12, (cut, error)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_merged_gives_the_log_probs_of_unmerged(kind: str) -> None:
-    model, dataset = adapted("llama", torch.float32, **KINDS[kind]), build_dataset()
-    plain = build_model("llama", torch.float32)
+@pytest.mark.parametrize(("name", "options"), MADE)
+def test_merged_gives_the_log_probs_of_unmerged(name: str, options: dict[str, Any]) -> None:
+    model, dataset = adapted(name, torch.float32, **options), build_dataset()
+    plain = build_model(name, torch.float32)
     apart, mask = dense_log_probs(model, dataset, IDS)
     names = set(plain.state_dict())
     merge_adapter(model)
@@ -143,27 +148,25 @@ def test_merged_gives_the_log_probs_of_unmerged(kind: str) -> None:
     assert (base - apart)[mask].abs().max() > 1e-2  # or it would prove nothing
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("name", "options"), MADE)
 def test_peft_and_this_project_read_an_adapter_as_it_was_trained(
-    kind: str, tmp_path: Path, tokenizer: Any
+    name: str, options: dict[str, Any], tmp_path: Path, tokenizer: Any
 ) -> None:
-    model, dataset = adapted("llama", torch.float32, **KINDS[kind]), build_dataset()
+    model, dataset = adapted(name, torch.float32, **options), build_dataset()
     with torch.no_grad():  # what is trained whole is trained
-        for name, parameter in model.named_parameters():
-            if parameter.requires_grad and "lora_" not in name:
+        for key, parameter in model.named_parameters():
+            if parameter.requires_grad and "lora_" not in key:
                 parameter.mul_(1.25)
     want, _ = dense_log_probs(model, dataset, IDS)
     export_model(tmp_path / "adapter", model, tokenizer, "card")
-    theirs: Any = PeftModel.from_pretrained(
-        build_model("llama", torch.float32), tmp_path / "adapter"
-    )
+    theirs: Any = PeftModel.from_pretrained(build_model(name, torch.float32), tmp_path / "adapter")
     assert torch.equal(dense_log_probs(theirs, dataset, IDS)[0], want)
-    ours = build_model("llama", torch.float32)
+    ours = build_model(name, torch.float32)
     load_adapter(
         tmp_path / "adapter", ours, Base("org/m", None, weights_sha256(ours.named_parameters()))
     )
     assert torch.equal(dense_log_probs(ours, dataset, IDS)[0], want)
-    build_model("llama", torch.float32).save_pretrained(tmp_path / "base")
+    build_model(name, torch.float32).save_pretrained(tmp_path / "base")
     config = json.loads((tmp_path / "adapter/adapter_config.json").read_text())
     config["base_model_name_or_path"] = str(tmp_path / "base")
     (tmp_path / "adapter/adapter_config.json").write_text(json.dumps(config))
@@ -293,6 +296,22 @@ def test_an_adapter_goes_on_only_where_it_belongs(tmp_path: Path, tokenizer: Any
     weights = folder / "adapter_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
     assert "adapter_model.safetensors cannot be read" in refused("M127")
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_a_mixture_has_adapters_on_its_linear_layers(dropout: float) -> None:
+    def layers(**options: Any) -> list[str]:
+        return sorted(adapter_layers(adapted("qwen3_moe", dropout=dropout, **options)))
+
+    attention = ["q_proj", "k_proj", "v_proj", "o_proj"]
+    assert layers() == layers(target_modules=attention) and len(layers()) == 2 * len(attention)
+    assert describe_adapter(adapted("qwen3_moe")).endswith("; fused experts stay as they are")
+    whole = describe_adapter(adapted("qwen3_moe", modules_to_save=["experts"]))
+    assert whole.endswith("trained whole: model.layers.0.mlp.experts, model.layers.1.mlp.experts")
+    with pytest.raises(UserError) as error:  # with dropout peft refuses them first
+        layers(target_modules=".*_proj")
+    assert error.value.code == ("M124" if dropout else "M125")
+    assert dropout or "lora.modules_to_save=[experts]" in str(error.value)
 
 
 def test_freezing_by_name() -> None:
