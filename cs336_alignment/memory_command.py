@@ -71,7 +71,7 @@ def report_memory(config: Config) -> ExitStatus:
             "C129", "the doctor works in one process, and the launcher started several",
             hint="type cs336-sft doctor --memory parallel.num_processes=…",
         )  # fmt: skip
-    outlook, sharded = Outlook.of(config, console), config.parallel.strategy == SHARDED
+    outlook = Outlook.of(config, console)
     whole = outlook.whole(config)
     parts = placed(outlook.each(config, whole), config, outlook.device)
     for device, part in parts.items():
@@ -87,7 +87,7 @@ def report_memory(config: Config) -> ExitStatus:
         warning = refuse_too_large(part, found, device, config)
         if warning is not None:
             console.warn(warning)
-    if len(parts) > 1 or (sharded and outlook.processes > 1):
+    if config.parallel.strategy == SHARDED:
         console.note("not measured: what could be tried here is one process that shards nothing")
         return ExitStatus.DONE
     console.note("measuring  the worst microbatch, in a process of its own")
@@ -228,7 +228,7 @@ class Outlook:
         compute = self.foresight.policy.autocast_dtype or torch.float32
         several = self._accumulates(choose_cut(config.trainer, self.batching))
         return divided(
-            whole, self.foresight.policy.model, config.parallel.strategy, self.processes,
+            whole, self.foresight.policy.model, config.parallel, self.processes,
             accumulates=several, compute_bytes=compute.itemsize,
         )  # fmt: skip
 

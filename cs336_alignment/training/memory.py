@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from cs336_alignment.config import Config, OptimizerConfig
+from cs336_alignment.config import Config, OptimizerConfig, ParallelConfig
 from cs336_alignment.config_clashes import clashes
 from cs336_alignment.errors import UserError
 from cs336_alignment.machine_memory import Memory, found_memory
@@ -70,29 +70,30 @@ class Needs:
 
 
 def divided(
-    needs: Needs, model: PreTrainedModel, strategy: str, processes: int, *, accumulates: bool,
-    compute_bytes: int,
+    needs: Needs, model: PreTrainedModel, parallel: ParallelConfig, processes: int, *,
+    accumulates: bool, compute_bytes: int,
 ) -> Needs:  # fmt: skip
     """Give what each process needs, from what one that knows of no other would.
 
     DDP (Li and others, arXiv 2006.15704) keeps buckets as large as all gradients; `.grad` is a view
     of them once a step's last microbatch has been reduced, and apart from them in those before.
     FSDP2 (`fully_shard`) divides weights, gradients and state; gathered at a time are what lies
-    outside the blocks, with its gradient, and of blocks the one that is computed, the next one,
-    and one's gradient, where they are trained. Activations are each process's own.
+    outside the blocks, with its gradient, and of blocks the one that is computed, the next one (all
+    of them without `reshard_after_forward`), and one's gradient, where they are trained. Without
+    `shard_gradients` they wait whole for the last microbatch. Activations are each process's own.
 
     Args:
         needs: of one process, of the microbatch that each of them takes.
         model: its blocks are looked at, not its values.
-        strategy: `parallel.strategy`.
+        parallel: how the processes share the work.
         processes: how many.
         accumulates: whether a step has several microbatches.
         compute_bytes: of a number in the compute dtype, in which parameters are gathered.
     """
-    if processes == 1 and strategy != SHARDED:
+    if processes == 1 and parallel.strategy != SHARDED:
         return needs
     parts = needs.microbatch.copy()
-    if strategy != SHARDED:
+    if parallel.strategy != SHARDED:
         if not accumulates:
             parts.pop(GRADIENTS, None)
             return replace(needs, gradients=0, shared=needs.gradients, microbatch=parts)
@@ -101,14 +102,16 @@ def divided(
     blocks = [_sizes(module) for module in model.modules() if type(module).__name__ in names]
     numbers, trained = zip(*blocks, strict=True) if blocks else ((0,), (0,))
     root, of_root = _sizes(model)
-    gathered = root - sum(numbers) + of_root - sum(trained) + 2 * max(numbers) + max(trained)
+    at_once = 2 * max(numbers) if parallel.reshard_after_forward else sum(numbers)
+    gathered = root - sum(numbers) + of_root - sum(trained) + at_once + max(trained)
+    waiting = needs.gradients if accumulates and not parallel.shard_gradients else 0
     parts[GRADIENTS] //= processes
     return replace(
         needs,
         weights=needs.weights // processes,
         gradients=needs.gradients // processes,
         state=needs.state // processes,
-        shared=compute_bytes * gathered,
+        shared=compute_bytes * gathered + waiting,
         microbatch=parts,
     )
 
@@ -162,10 +165,10 @@ def certain_needs(
         return failure.message
     except (RuntimeError, ValueError, TypeError) as failure:  # code of libraries reads values
         return str(failure).strip().partition("\n")[0] or type(failure).__name__
-    strategy = config.parallel.strategy
-    if strategy != SHARDED:  # DDP's buckets depend on how many microbatches a step has
+    if config.parallel.strategy != SHARDED:  # DDP's buckets hang on how many microbatches there are
         return needs
-    return divided(needs, model, strategy, processes, accumulates=True, compute_bytes=2)
+    width = (dtype or torch.float32).itemsize
+    return divided(needs, model, config.parallel, processes, accumulates=False, compute_bytes=width)
 
 
 def state_bytes(model: nn.Module, config: OptimizerConfig, ema_decay: float | None = None) -> int:

@@ -168,6 +168,7 @@ def test_new_tokens_have_rows(grows: bool, tmp_path: Path, tokenizer_of: Any) ->
         ("llama", torch.bfloat16, "selective", "flat_shared_prefix"),
         ("llama", torch.bfloat16, True, "padded"), ("qwen2", None, "selective", "padded"),
         ("gpt2", None, False, "flat"), ("granite", None, False, "flat"),
+        ("qwen3_moe", None, False, "flat_shared_prefix"), ("qwen3_moe", None, True, "padded"),
     ],
 )  # fmt: skip
 def test_without_values_as_much_is_alive_as_with_them(
@@ -186,7 +187,7 @@ def test_without_values_as_much_is_alive_as_with_them(
     assert not any(isinstance(p, torch._subclasses.FakeTensor) for p in real.policy.parameters())
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2", "phi"])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "phi", "qwen3_moe"])
 def test_weights_gradients_and_state_are_exact(name: str, tmp_path: Path) -> None:
     fake, real = foresee(name, tmp_path, Config())
     dataset, model = build_dataset(), real.policy.model
@@ -247,18 +248,23 @@ def test_processes_divide_what_they_share() -> None:
     model = build_model("llama", torch.float32)
     needs = Needs(1000, 800, 1600, 0, Counter({GRADIENTS: 800, "activations": 500}), 7)
     common: dict[str, Any] = {"compute_bytes": 2}
-    assert divided(needs, model, "ddp", 1, accumulates=True, **common) == needs
+    assert divided(needs, model, ParallelConfig("ddp"), 1, accumulates=True, **common) == needs
     # Where a step is one microbatch its gradients lie in the buckets alone.
-    buckets = divided(needs, model, "ddp", 4, accumulates=False, **common)
+    buckets = divided(needs, model, ParallelConfig("ddp"), 4, accumulates=False, **common)
     assert buckets.certain == needs.certain
     assert buckets.at_microbatch == 1000 + 1600 + 800 + 500
-    several = divided(needs, model, "ddp", 4, accumulates=True, **common)
+    several = divided(needs, model, ParallelConfig("ddp"), 4, accumulates=True, **common)
     assert several.at_microbatch == needs.at_microbatch + 800
-    sharded = divided(needs, model, "fsdp2", 4, accumulates=True, **common)
+    sharded = divided(needs, model, ParallelConfig("fsdp2"), 4, accumulates=True, **common)
     block = sum(p.numel() for p in model.model.layers[0].parameters())
     root = sum(p.numel() for p in model.parameters()) - 2 * block
     assert (sharded.weights, sharded.gradients, sharded.state) == (250, 200, 400)
     assert sharded.shared == 2 * (2 * root + 3 * block)
+    held = ParallelConfig("fsdp2", reshard_after_forward=False, shard_gradients=False)
+    whole = divided(needs, model, held, 4, accumulates=True, **common)
+    assert whole.shared == 2 * (2 * root + 3 * block) + 800
+    once = divided(needs, model, held, 4, accumulates=False, **common)
+    assert once.shared == whole.shared - 800
     assert sharded.microbatch == Counter({GRADIENTS: 200, "activations": 500})
 
 
