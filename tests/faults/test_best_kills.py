@@ -71,7 +71,8 @@ def left(folder: Path) -> dict[str, Any]:
     [
         (None, {3, 4, 6}, 23),
         (2, {3, 4, 5}, 31),
-        pytest.param(None, {3, 4, 6}, 1, marks=pytest.mark.slow),
+        # Each of several hundred operations costs two processes.
+        pytest.param(None, {3, 4, 6}, 1, marks=[pytest.mark.slow, pytest.mark.timeout(1200)]),
     ],
 )
 @pytest.mark.parametrize("behind", [False, pytest.param(True, marks=pytest.mark.slow)])
