@@ -19,7 +19,8 @@ training/    loss · step (one step's gradient) · trainer (the loop) · run (a 
              optimizer · schedule · parallel · status · stop
              checkpoint → snapshot (what it holds), checkpoint_folders (which there are)
              run_folder, earlier_config (may a command go on?) · held_out (when it is evaluated)
-             preflight · rehearsal · memory · report · manifest · export · doctor (invariances)
+             preflight · rehearsal · memory, foresight · report · manifest · export
+             doctor (invariances)
              best (which step) · finish (the end of a run) · reload_check (the export, loaded anew)
 evaluation/  loss · generate (sampling) · log_generations · evaluator · run (`cs336-sft evaluate`:
              arms, kept_responses, statistics, summary, categories) · chat, chat_session

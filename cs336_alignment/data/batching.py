@@ -154,11 +154,9 @@ def cut_by_tokens(
         return rows
     alone = sorted(i for i in example_ids if lengths[i] > microbatch_tokens)
     rest = [i for i in example_ids if lengths[i] <= microbatch_tokens]
-    num_bins = math.ceil(sum(lengths[i] for i in rest) / microbatch_tokens)
-    bins = balance(rest, lengths, num_bins)
+    bins = balance(rest, lengths, math.ceil(sum(lengths[i] for i in rest) / microbatch_tokens))
     while any(sum(lengths[i] for i in b) > microbatch_tokens for b in bins):
-        num_bins += 1
-        bins = balance(rest, lengths, num_bins)
+        bins = balance(rest, lengths, len(bins) + 1)
     return [[i] for i in alone] + bins
 
 

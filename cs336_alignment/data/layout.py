@@ -65,11 +65,9 @@ class Layout:
     lettered: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        last = f" to `{self.lettered[-1]}`" if self.lettered else ""
+        last = {"choices": f" to `{self.lettered[-1]}`"} if self.lettered else {}
         roles = ", ".join(
-            role
-            if role == column
-            else f"{role} from `{column}`" + (last if role == "choices" else "")
+            role if role == column else f"{role} from `{column}`{last.get(role, '')}"
             for role, column in self.columns.items()
             if role not in self.late
         )

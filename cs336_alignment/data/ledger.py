@@ -102,11 +102,9 @@ class LedgerEntry:
             lengths: (examples,) tokens of each.
         """
         counts, edges = np.histogram(lengths, bins=HISTOGRAM_BINS)
+        values = np.percentile(lengths, PERCENTILES)
         self.lengths = {
-            "percentiles": {
-                str(p): int(value)
-                for p, value in zip(PERCENTILES, np.percentile(lengths, PERCENTILES), strict=True)
-            },
+            "percentiles": {str(p): int(v) for p, v in zip(PERCENTILES, values, strict=True)},
             "histogram": {"edges": edges.round(1).tolist(), "counts": counts.tolist()},
         }
 
@@ -139,8 +137,7 @@ class LedgerEntry:
         yield "tokens", f"{self.tokens:,}"
         yield "trained tokens", f"{self.response_tokens:,} ({1 - self.prompt_share:.1%})"
         yield "end with a stop token", f"{self.ends_with_stop / max(1, self.kept):.1%}"
-        percentiles = self.lengths.get("percentiles", {})
-        if percentiles:
+        if percentiles := self.lengths.get("percentiles"):
             yield "length, median", f"{percentiles['50']:,}"
             yield "length, 95 %", f"{percentiles['95']:,}"
         yield "length, longest", f"{self.longest:,}"

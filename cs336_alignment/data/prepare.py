@@ -234,10 +234,8 @@ def _prepare(
 def _update(digest: Any, done: Encoded) -> None:
     for row in done.rows:
         digest.update(len(row.input_ids).to_bytes(8, "little"))
-        digest.update(row.input_ids.tobytes())
-        digest.update(row.spans.tobytes())
-        digest.update(row.span_weights.tobytes())
-        digest.update(np.float32(row.example_weight).tobytes())
+        for part in (row.input_ids, row.spans, row.span_weights, np.float32(row.example_weight)):
+            digest.update(part.tobytes())
 
 
 def _refuse_bad_rows(ledger: LedgerEntry, errors: Sequence[UserError], config: DataConfig) -> None:

@@ -96,13 +96,11 @@ class StoreWriter:
         """Append a batch."""
         if not done.rows:
             return
-        rows = done.rows
-        spans = [row.spans.reshape(-1) for row in rows]
         self._writer.write_batch(pa.record_batch([
-            _ragged([row.input_ids for row in rows], pa.int32()),
-            _ragged(spans, pa.int32()),
-            _ragged([row.span_weights for row in rows], pa.float32()),
-            pa.array([row.example_weight for row in rows], pa.float32()),
+            _ragged([row.input_ids for row in done.rows], pa.int32()),
+            _ragged([row.spans.reshape(-1) for row in done.rows], pa.int32()),
+            _ragged([row.span_weights for row in done.rows], pa.float32()),
+            pa.array([row.example_weight for row in done.rows], pa.float32()),
             pa.array(done.places, pa.string()),
             pa.array(done.ground_truths, pa.string()),
             pa.array(done.choices, pa.list_(pa.string())),

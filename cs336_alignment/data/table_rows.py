@@ -40,12 +40,10 @@ def read_csv(file: IO[bytes], path: Path, delimiter: str) -> Iterator[Row | User
     if not head:
         raise bad_row("the file has no header", Place(path, 1), "a first line with names")
     header = columns_without_header(*(cells for _, cells in head))
-    named: dict[str, str] = {}
+    named = {} if header is None else {"subject": subject_of(path)}
     if header is None:
         place, cells = head.pop(0)
         header = _check_header(cells, place)
-    else:
-        named = {"subject": subject_of(path)}
     for place, cells in chain(head, records):
         if any(not cell.isascii() and SURROGATE.search(cell) for cell in cells):
             yield bad_row("invalid UTF-8 in the row", place, "UTF-8 text")

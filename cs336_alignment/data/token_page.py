@@ -51,12 +51,8 @@ def page_data(
         tokens = [
             places.setdefault((token.token_id, token.text), len(places)) for token in example.tokens
         ]
-        runs = [
-            [KINDS.index(kind), weight, len(list(run))]
-            for (kind, weight), run in groupby(
-                example.tokens, key=lambda token: (token.kind, token.weight)
-            )
-        ]
+        groups = groupby(example.tokens, key=lambda token: (token.kind, token.weight))
+        runs = [[KINDS.index(kind), weight, len(list(run))] for (kind, weight), run in groups]
         shown.append(
             {
                 "title": example.title,

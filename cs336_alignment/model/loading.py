@@ -118,20 +118,18 @@ def load_model(
             ignore_mismatched_sizes=True,  # reported like missing ones, and refused below
             **common,
         )
-        model, info = loaded
-        _refuse_drawn_weights(source, info)
-        if is_adapted(model):
-            raise UserError(
-                "M109", f"{source.location} is an adapter on the hub",
-                hint=f"hf download {source.location} --local-dir FOLDER, and give the folder"
-            )  # fmt: skip
-        return model
-    except UserError:
-        raise
     except Exception as failure:
         raise _cannot_load("model", source, failure) from failure
     finally:
         transformers.logging.set_verbosity(level)
+    model, info = loaded
+    _refuse_drawn_weights(source, info)
+    if is_adapted(model):
+        raise UserError(
+            "M109", f"{source.location} is an adapter on the hub",
+            hint=f"hf download {source.location} --local-dir FOLDER, and give the folder"
+        )  # fmt: skip
+    return model
 
 
 def in_four_bits(device: torch.device, compute: torch.dtype) -> dict[str, Any]:

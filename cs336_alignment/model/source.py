@@ -39,9 +39,8 @@ def resolve_model(name_or_path: str, revision: str | None, trust_remote_code: bo
         UserError: it looks like a path and there is no such folder (66); a revision of something
             that is not on the hub (78).
     """
-    if revision is not None and (
-        name_or_path.startswith(BUILTIN) or Path(name_or_path).expanduser().is_dir()
-    ):
+    given = Path(name_or_path).expanduser()
+    if revision is not None and (name_or_path.startswith(BUILTIN) or given.is_dir()):
         raise UserError(
             "C114",
             f"model.revision={revision} names a commit on the hub, and {name_or_path} is local",
@@ -56,10 +55,9 @@ def resolve_model(name_or_path: str, revision: str | None, trust_remote_code: bo
                 expected="builtin:arithmetic",
             )
         return ModelSource(str(folder), None, False)
-    folder = Path(name_or_path).expanduser()
-    if folder.is_dir():
-        return ModelSource(str(folder), None, trust_remote_code)
-    if name_or_path.count("/") != 1 or name_or_path[0] in "./~" or folder.parent.is_dir():
+    if given.is_dir():
+        return ModelSource(str(given), None, trust_remote_code)
+    if name_or_path.count("/") != 1 or name_or_path[0] in "./~" or given.parent.is_dir():
         raise UserError(
             "M101",
             f"there is no model folder {name_or_path}",

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -17,28 +16,22 @@ from torch import Tensor
 OTHER = "other_weights"
 
 
-class Average(Protocol):
-    """What the trainer asks of an average."""
+class Average:
+    """What the trainer asks of an average; as it stands, nothing changes what is shown."""
 
     def update(self) -> None:
         """Take a step's new weights into account."""
 
     def shown(self) -> contextlib.AbstractContextManager[None]:
         """Have the average in the model within a context, then the trained weights, bit for bit."""
-
-
-class NoAverage:
-    """The trained weights are what is shown."""
-
-    def update(self) -> None:
-        """Nothing to do."""
-
-    def shown(self) -> contextlib.AbstractContextManager[None]:
-        """Nothing to change."""
         return contextlib.nullcontext()
 
 
-class MovingAverage:
+class NoAverage(Average):
+    """The trained weights are what is shown."""
+
+
+class MovingAverage(Average):
     """An exponential moving average, as long as training lasts.
 
     Args:
@@ -75,7 +68,7 @@ class MovingAverage:
             other.copy_(kept)
 
 
-class ScheduleFreeAverage:
+class ScheduleFreeAverage(Average):
     """The average that a schedule-free optimizer computes from its state.
 
     Its way back from the average is not exact to the last bit, so the weights are set aside: their
@@ -87,9 +80,6 @@ class ScheduleFreeAverage:
 
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
         self._optimizer = optimizer
-
-    def update(self) -> None:
-        """Nothing to do: the optimizer's step did it."""
 
     @contextlib.contextmanager
     def shown(self) -> Iterator[None]:

@@ -109,11 +109,8 @@ def _measure(
     if policy.compute_dtype is not None and is_sharded(policy):  # gathered in it: no float32 to see
         alone = torch.cat([_log_probs(policy, [row], "padded") for row in rows])
         floor = max(floor, NOISE_RATIO * _apart(alone, padded))
-    joined = TokenizedExample(
-        torch.cat([row.input_ids for row in rows]),
-        torch.cat([row.response_mask for row in rows]),
-        0,
-    )
+    ids = torch.cat([row.input_ids for row in rows])
+    joined = TokenizedExample(ids, torch.cat([row.response_mask for row in rows]), 0)
     leak = _apart(_log_probs(policy, [joined], "padded"), padded)
     try:
         error = _apart(_log_probs(policy, rows, batching), padded)
@@ -121,9 +118,8 @@ def _measure(
             return f"a {batching} row differs from padded ones by {error:.0e}"
         if compute is not None:
             policy.autocast_dtype = compute
-            noise, narrow = (
-                _apart(_log_probs(policy, rows, b), padded) for b in ("padded", batching)
-            )
+            noise = _apart(_log_probs(policy, rows, "padded"), padded)
+            narrow = _apart(_log_probs(policy, rows, batching), padded)
             if not narrow <= max(leak / LEAK_RATIO, NOISE_RATIO * noise):
                 name = str(compute).removeprefix("torch.")
                 return f"in {name} a {batching} row differs from padded ones by {narrow:.0e}"

@@ -67,11 +67,9 @@ def refuse_changes(
         UserError: a key differs (78), with old and new value of each; the file cannot be read (74).
     """
     changed = _changed(read_config(path), config)
-    refused = {key: values for key, values in changed.items() if not may_change(key)}
-    if refused:
-        raise _refusal(
-            refused, f"{what} whose config differs where it changes them", Place(path), config
-        )
+    if refused := {key: values for key, values in changed.items() if not may_change(key)}:
+        text = f"{what} whose config differs where it changes them"
+        raise _refusal(refused, text, Place(path), config)
 
 
 def compare(old: Mapping[str, Any], new: Config, place: Place) -> tuple[list[str], bool]:

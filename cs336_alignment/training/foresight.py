@@ -28,13 +28,7 @@ from cs336_alignment.model.source import ModelSource
 from cs336_alignment.training.batching_choice import dropout_options
 from cs336_alignment.training.heap import Heap
 from cs336_alignment.training.live_bytes import PASSING, LiveBytes
-from cs336_alignment.training.memory import (
-    GRADIENTS,
-    Needs,
-    average_bytes,
-    held_bytes,
-    state_bytes,
-)
+from cs336_alignment.training.memory import GRADIENTS, Needs, average_bytes, held_bytes, state_bytes
 from cs336_alignment.training.optimizer import allocate_state, build_optimizer
 from cs336_alignment.training.rehearsal import try_microbatch
 from cs336_alignment.training.without_values import ReadAsOne, exchange_tensors, without_values

@@ -160,9 +160,8 @@ def check_launch(
         marker.unlink(missing_ok=True)
     _refuse_others(first, of_keys, [(host, other) for host, other, _, _ in found], "C212")
     _refuse_others(first, of_made, [(host, other) for host, _, other, _ in found], "C213")
-    if blind := [
-        f"process {i} on {host}" for i, (host, _, _, seen) in enumerate(found) if not seen
-    ]:
+    blind = [f"process {i} on {host}" for i, (host, _, _, seen) in enumerate(found) if not seen]
+    if blind:
         raise UserError(
             "R107",
             f"not all processes see the run's folder {shared.parent}",
@@ -174,11 +173,8 @@ def check_launch(
 
 def _other(main: Mapping[str, str], own: Mapping[str, str]) -> dict[str, str]:
     """Give what this process has otherwise than the main process."""
-    return {
-        name: own.get(name, "missing")
-        for name in sorted({*main, *own})
-        if own.get(name) != main.get(name)
-    }
+    names = [name for name in sorted({*main, *own}) if own.get(name) != main.get(name)]
+    return {name: own.get(name, "missing") for name in names}
 
 
 def _refuse_others(

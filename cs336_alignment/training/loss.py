@@ -15,10 +15,7 @@ from cs336_alignment.microbatch import Microbatch
 
 
 def masked_normalize(
-    tensor: Tensor,
-    mask: Tensor,
-    dim: int | None = None,
-    normalize_constant: float | Tensor = 1.0,
+    tensor: Tensor, mask: Tensor, dim: int | None = None, normalize_constant: float | Tensor = 1.0
 ) -> Tensor:
     """Sum the masked-in elements and divide by a constant: `sum(tensor * mask, dim) / constant`.
 

@@ -116,11 +116,8 @@ def _changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     names = (
         "num_processes", "parallel", "threads_per_process", "git_commit", "python", *PACKAGES,
     )  # fmt: skip
-    return [
-        f"{name} was {before[name]} and is {now.get(name)}"
-        for name in names
-        if name in before and before[name] != now.get(name)
-    ]
+    changed = [name for name in names if name in before and before[name] != now.get(name)]
+    return [f"{name} was {before[name]} and is {now.get(name)}" for name in changed]
 
 
 def versions() -> dict[str, str]:
@@ -148,9 +145,8 @@ def git_commit() -> str | None:
 
 def count_parameters(module: nn.Module) -> dict[str, int]:
     """Count parameters: all, trained, and held by this process (the main one has most)."""
-    sizes = [(p.numel(), p.requires_grad) for p in module.parameters()]
-    total = sum(size for size, _ in sizes)
-    trained = sum(size for size, requires_grad in sizes if requires_grad)
+    total = sum(p.numel() for p in module.parameters())
+    trained = sum(p.numel() for p in module.parameters() if p.requires_grad)
     local = sum(part_of(p).rows.numel() for p in module.parameters())
     return {"parameters": total, "trainable_parameters": trained, "local_parameters": local}
 
@@ -165,9 +161,7 @@ def _evaluation_hash(config: Config, held_out: PreparedData | None, reward: str 
     """Hash what an evaluation's numbers depend on besides the model."""
     evaluation, default = config.evaluation, EvaluationConfig()
     later = ("num_samples", "min_new_tokens", "top_p")  # runs that had none keep their hash
-    more = {
-        n: getattr(evaluation, n) for n in later if getattr(evaluation, n) != getattr(default, n)
-    }
+    more = {n: v for n in later if (v := getattr(evaluation, n)) != getattr(default, n)}
     text = [
         held_out and held_out.fingerprint, evaluation.num_prompts, evaluation.max_new_tokens,
         evaluation.temperature, evaluation.stop, evaluation.reward,

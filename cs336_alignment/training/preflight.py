@@ -77,10 +77,8 @@ def describe_batches(
 ) -> list[str]:
     """Write the batch arithmetic as equations, from the first step's real microbatches."""
     lengths = dataset.lengths
-    of_each = [
-        cut.of_process(plan.example_ids(0), lengths, num_processes, index)
-        for index in range(num_processes)
-    ]
+    first = plan.example_ids(0)
+    of_each = [cut.of_process(first, lengths, num_processes, i) for i in range(num_processes)]
     counts = [len(microbatches) for microbatches in of_each]
     spread = f"{min(counts)}" if min(counts) == max(counts) else f"{min(counts)} to {max(counts)}"
     limit = (

@@ -45,17 +45,14 @@ def largest_microbatch(
     lengths = dataset.lengths
 
     def size(ids: Sequence[int]) -> int:
-        if not ids:
-            return 0
         of_each = [int(lengths[i]) for i in ids]
-        return len(ids) * max(of_each) if cut.batching == "padded" else sum(of_each)
+        return len(ids) * max(of_each, default=0) if cut.batching == "padded" else sum(of_each)
 
     candidates: list[list[int]] = []
     if len(steps) > STEPS_LOOKED_AT:
         candidates.append([int(lengths.argmax())])
     for step in steps[:STEPS_LOOKED_AT]:
-        ids = plan.example_ids(step)
-        candidates += cut.of_process(ids, lengths, num_processes, process_index)
+        candidates += cut.of_process(plan.example_ids(step), lengths, num_processes, process_index)
     if cut.batching == "flat_shared_prefix":
         return _largest_after_sharing(sorted(candidates, key=size, reverse=True), size, dataset)
     return max(candidates, key=size, default=[])

@@ -153,9 +153,8 @@ def check_export(
             last = (_read(complained).strip().splitlines() or ["it said nothing"])[-1]
             return ReloadResult("failed", (f"plain transformers cannot use it: {last[:300]}",))
         got = json.loads(_read(said))
-    reasons = [*_differences(want, got, model), *_unchanged(base, want["checksums"])]
-    if reasons:
-        return ReloadResult("failed", tuple(reasons))
+    if reasons := tuple(_differences(want, got, model, base)):
+        return ReloadResult("failed", reasons)
     seen = () if checksums is None else ("every bit of its weights; log-probs were not compared",)
     return ReloadResult("passed", seen, tuple(_doubts(want, request, tokenizer, stop_ids)))
 
@@ -265,7 +264,7 @@ def _trained(
 
 
 def _differences(
-    want: Mapping[str, Any], got: Mapping[str, Any], model: PreTrainedModel
+    want: Mapping[str, Any], got: Mapping[str, Any], model: PreTrainedModel, base: Mapping[str, int]
 ) -> Iterator[str]:
     sums, other = want["checksums"], got["checksums"]
     if bad := [name for name, row in other.items() if not row[2]]:
@@ -288,7 +287,12 @@ def _differences(
         ended = mine and mine[-1] in want["stop_ids"]
         if ended and theirs[: len(mine)] == mine and len(theirs) > len(mine):
             yield f"it goes on after token {mine[-1]}, where the trained model stops"
-            return
+            break
+    if kept := [name for name, total in base.items() if name in sums and sums[name][0] == total]:
+        yield (
+            f"training left {first_few(kept)} as in the base model (if that must be, as for an "
+            "expert that no token reached: trainer.reload_check=false)"
+        )
 
 
 def _farthest(
@@ -306,15 +310,6 @@ def _farthest(
     return text
 
 
-def _unchanged(base: Mapping[str, int], now: Mapping[str, Sequence[Any]]) -> Iterator[str]:
-    names = [name for name, total in base.items() if name in now and now[name][0] == total]
-    if names:
-        yield (
-            f"training left {first_few(names)} as in the base model (if that must be, as for an "
-            "expert that no token reached: trainer.reload_check=false)"
-        )
-
-
 def _doubts(
     want: Mapping[str, Any],
     request: Mapping[str, Any],
@@ -324,7 +319,6 @@ def _doubts(
     said = [ids for ids in want.get("continuations", ()) if ids]
     if said and not any(ids[-1] in stop_ids for ids in said):
         yield f"the trained model does not stop: none of {len(said)} responses came to an end"
-    ends = {i for i in request["ends"] if i in tokenizer.all_special_ids} - set(stop_ids)
-    if ends:
+    if ends := {i for i in request["ends"] if i in tokenizer.all_special_ids} - set(stop_ids):
         names = ", ".join(str(tokenizer.convert_ids_to_tokens(i)) for i in sorted(ends))
         yield f"trained responses end with {names}, at which generation from model/ does not stop"

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -276,9 +275,8 @@ class _Run:
                 self._rehearse_saving(writer, policy, optimizer, total_steps - state.step)
             self.stop.wait_for_steps()
             with watchdog, telling_out_of_memory(self.processes.device):
-                begin = state.step
                 fitted = trainer.fit()
-            if self.processes.agree(self.stop.out_of_time) and state.step == begin:
+            if self.processes.agree(self.stop.out_of_time) and state.step == steps.start:
                 raise _no_time(config.trainer.max_hours)
             if fitted == ExitStatus.DONE:
                 manifest["stopped_early"] = state.step < total_steps
@@ -327,8 +325,7 @@ class _Run:
         state, checkpoint = TrainState(), self.decision.checkpoint
         if checkpoint is not None:
             with average.shown():
-                read = partial(restore, checkpoint, policy.model, optimizer)
-                state = self.processes.on_each(read)
+                state = self.processes.on_each(lambda: restore(checkpoint, policy.model, optimizer))
             self.console.note(
                 f"resuming   {checkpoint}: step {state.step} of {total_steps} is done"
             )

@@ -31,11 +31,7 @@ ADAPTER = "adapter"
 LOCK = "run.lock"
 
 # What a folder holds, by what nothing else leaves there.
-KINDS = {
-    "a run": METRICS,
-    "an expert iteration": "iteration-01",
-    "a sweep": "study.db",
-}
+KINDS = {"a run": METRICS, "an expert iteration": "iteration-01", "a sweep": "study.db"}
 
 
 @dataclass(frozen=True)

@@ -19,12 +19,7 @@ from cs336_alignment.model.trainable import load_to_train
 from cs336_alignment.tracking.console import Console
 from cs336_alignment.training.inputs import Inputs
 from cs336_alignment.training.manifest import count_parameters
-from cs336_alignment.training.memory import (
-    certain_needs,
-    device_memory,
-    placed,
-    refuse_too_large,
-)
+from cs336_alignment.training.memory import certain_needs, device_memory, placed, refuse_too_large
 from cs336_alignment.training.parallel import Processes, set_threads
 from cs336_alignment.training.reload_check import bit_sums, tensor_sums, trained_sums
 from cs336_alignment.training.sharded_loading import load_sharded

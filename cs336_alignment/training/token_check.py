@@ -71,10 +71,7 @@ def read_again(data: PreparedData, config: Config, places: Sequence[str]) -> lis
 
 
 def compare(
-    example: TokenizedExample,
-    row: Example,
-    tokenizer: PreTrainedTokenizerBase,
-    config: Config,
+    example: TokenizedExample, row: Example, tokenizer: PreTrainedTokenizerBase, config: Config
 ) -> tuple[str, str]:
     """Say what is wrong with an example's tokens, and what is worth a note; both may be empty."""
     length = len(example.input_ids)
@@ -128,13 +125,11 @@ def _compare_conversation(
     assert row.messages is not None
     replies = [m for m in row.messages if m["role"] == "assistant" and m.get("train", True)]
     content = replies[-1].get("content") if replies else None
-    if not isinstance(content, str) or not content.strip():
+    if not isinstance(content, str) or not (text := content.strip()):
         return ""
     ids: Ids = example.input_ids.tolist()
     trained: Ids = example.input_ids[example.response_mask].tolist()
-    if content.strip() in _decode(tokenizer, ids) and content.strip() not in _decode(
-        tokenizer, trained
-    ):
+    if text in _decode(tokenizer, ids) and text not in _decode(tokenizer, trained):
         return "the last reply is not trained whole"
     special = set(tokenizer.all_special_ids)
     behind = ids[int(example.response_mask.nonzero()[-1]) + 1 :][:1]

@@ -244,10 +244,8 @@ class Trainer:
             incomplete=not result.complete,
             written=self._writing is not None and self.writer.has_ended,
         )
-        values = [
-            torch.as_tensor(value, dtype=torch.float64, device=self.processes.device)
-            for value in own
-        ]
+        device = self.processes.device
+        values = [torch.as_tensor(value, dtype=torch.float64, device=device) for value in own]
         return _Sums(*self.processes.sum(torch.stack(values)).tolist())
 
     def _is_sound(self, loss: float, example_ids: Sequence[int]) -> bool:
