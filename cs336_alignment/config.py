@@ -289,7 +289,7 @@ class LoggerConfig:
 
 @dataclass
 class Config:
-    """One run, whole. Functions receive a section or plain values of it, never the root."""
+    """One run, whole. What puts runs together takes it, all else a section or plain values."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)

@@ -48,7 +48,8 @@ def export(config: Config, name: str, given: Collection[str]) -> ExitStatus:
         raise UserError(
             "C173",
             f"{', '.join(useless)} has no effect on an export",
-            expected="export.…, hub.… or output_root; all else is as the run was trained",
+            expected="export.…, hub.…, output_root, data.cache_dir or data.num_workers; all else "
+            "is as the run was trained",
             hint="leave it out; to train otherwise: cs336-sft train with another run_name",
         )
     if launched_processes() > 1:
