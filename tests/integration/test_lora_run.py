@@ -15,7 +15,12 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
 
 from tests.conftest import ROOT, Sft, without_times
 from tests.zygote import Zygote, metrics_hold, when
@@ -189,6 +194,48 @@ def test_new_tokens_are_trained_and_saved(
     if lora:
         refused = sft("train", *command, "lora.export=both", "run_name=s")
         assert refused.returncode == 78 and "error[M128]" in refused.stderr
+
+
+@pytest.fixture(scope="module")
+def mixture(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A mixture of experts that reads as the base does."""
+    folder = tmp_path_factory.mktemp("models") / "mixture"
+    shutil.copytree(base, folder)
+    plain = json.loads((base / "config.json").read_text())
+    config = Qwen3MoeConfig(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=8, num_experts=4, moe_intermediate_size=16,
+        num_experts_per_tok=2, vocab_size=plain["vocab_size"], eos_token_id=plain["eos_token_id"],
+        pad_token_id=None, bos_token_id=None,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    Qwen3MoeForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("more", "texts"),
+    [
+        (
+            ("lora.r=4", "lora.dropout=0.1", "trainer.reload_check=true"),
+            ("fused experts stay as they are", "reload check passed"),
+        ),
+        (("trainer.precision=bf16",), ("experts    compute in fp32",)),
+    ],
+)
+def test_a_mixture_of_experts_is_trained(
+    more: tuple[str, ...], texts: tuple[str, ...], sft: Sft, mixture: Path, rows: Path
+) -> None:
+    done = sft("train", *overrides(mixture, rows, "trainer.max_steps=2", "run_name=r", *more))
+    assert done.returncode == 0, done.stderr
+    assert all(text in done.stdout for text in texts), done.stdout
+
+
+def test_a_mixture_of_experts_is_checked_and_foretold(sft: Sft, mixture: Path, rows: Path) -> None:
+    checked = sft("doctor", *overrides(mixture, rows, "run_name=d"))
+    assert checked.returncode == 0 and "padded, fp64: pass" in checked.stdout, checked.stdout
+    foretold = sft("doctor", "--memory", *overrides(mixture, rows, "run_name=m"))
+    assert foretold.returncode == 0 and "estimate for the cpu" in foretold.stdout, foretold.stderr
 
 
 BAD: list[tuple[list[str], str, str]] = [
