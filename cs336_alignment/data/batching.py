@@ -250,10 +250,8 @@ def collate(examples: Sequence[TokenizedExample], *, batching: Batching) -> Micr
     masks = [example.response_mask[1 + prefix :] for example in examples]
     if batching != "padded":
         row_starts = list(accumulate(widths[:-1], initial=prefix))
-        parts = [examples[0].input_ids[:prefix]]
-        parts += [example.input_ids[prefix:-1] for example in examples]
-        positions = [torch.arange(prefix)]
-        positions += [torch.arange(prefix, prefix + width) for width in widths]
+        parts = [examples[0].input_ids[:prefix], *(e.input_ids[prefix:-1] for e in examples)]
+        positions = [torch.arange(prefix), *(torch.arange(prefix, prefix + n) for n in widths)]
         input_ids, position_ids = torch.cat(parts)[None], torch.cat(positions)[None]
         attention_mask = None
     else:

@@ -24,10 +24,10 @@ from transformers import (
 )
 
 from cs336_alignment.config import ModelConfig
-from cs336_alignment.errors import UserError, first_line
+from cs336_alignment.errors import Place, UserError, first_line
 from cs336_alignment.model.adapter_files import is_adapter, read_adapter_config
 from cs336_alignment.model.adapters import is_adapted
-from cs336_alignment.model.base_model import Base, weights_sha256
+from cs336_alignment.model.base_model import ADAPTER_CONFIG, Base, weights_sha256
 from cs336_alignment.model.lora import load_adapter, merge_adapter
 from cs336_alignment.model.source import ModelSource, require_weights, resolve_model
 
@@ -161,7 +161,12 @@ def in_four_bits(device: torch.device, compute: torch.dtype) -> dict[str, Any]:
 def _base_of(source: ModelSource) -> ModelSource:
     config = read_adapter_config(Path(source.location))
     name = config.base_model_name_or_path or ""
-    return resolve_model(name, config.revision, source.trust_remote_code)
+    try:
+        return resolve_model(name, config.revision, source.trust_remote_code)
+    except UserError as error:
+        error.place = Place(f"{source.location}/{ADAPTER_CONFIG}", field="base_model_name_or_path")
+        error.hint = "put the base model there, or in a copy of the adapter write where it is now"
+        raise
 
 
 def load_adapted(source: ModelSource) -> PreTrainedModel:
@@ -203,12 +208,10 @@ def build_model(source: ModelSource) -> PreTrainedModel:
     Raises:
         UserError: there is no config, or no such architecture (66).
     """
-    common = {"revision": source.revision, "trust_remote_code": source.trust_remote_code}
+    common: dict[str, Any] = {"trust_remote_code": source.trust_remote_code}
     try:
-        config = AutoConfig.from_pretrained(source.location, **common)
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(
-            config, dtype=torch.float32, trust_remote_code=source.trust_remote_code
-        )
+        config = AutoConfig.from_pretrained(source.location, revision=source.revision, **common)
+        model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.float32, **common)
     except Exception as failure:
         raise _cannot_load("model", source, failure) from failure
     with contextlib.suppress(OSError):  # not every model has one

@@ -17,6 +17,7 @@ from cs336_alignment.config import LoraConfig, TrainerConfig
 from cs336_alignment.errors import UserError
 from cs336_alignment.model.adapters import adapter_layers, adapter_tensors, describe_adapter
 from cs336_alignment.model.base_model import Base, weights_sha256
+from cs336_alignment.model.loading import load_model
 from cs336_alignment.model.lora import (
     add_adapter,
     copy_adapter,
@@ -27,6 +28,7 @@ from cs336_alignment.model.lora import (
 from cs336_alignment.model.narrow import narrow_frozen, narrowed_to
 from cs336_alignment.model.policy import Policy
 from cs336_alignment.model.recompute import enable_checkpointing
+from cs336_alignment.model.source import resolve_model
 from cs336_alignment.model.trainable import freeze
 from cs336_alignment.training.batching_choice import choose_batching, dropout_options
 from cs336_alignment.training.export import export_model
@@ -296,6 +298,15 @@ def test_an_adapter_goes_on_only_where_it_belongs(tmp_path: Path, tokenizer: Any
     weights = folder / "adapter_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
     assert "adapter_model.safetensors cannot be read" in refused("M127")
+
+
+def test_a_base_model_that_went_is_told_with_the_adapter(tmp_path: Path, tokenizer: Any) -> None:
+    model = build_model("llama", torch.float32)
+    add_adapter(model, LoraConfig(r=2), Base(str(tmp_path / "gone"), None, ""), seed=0)
+    export_model(tmp_path / "adapter", model, tokenizer, "")
+    with pytest.raises(UserError, match=r"no model folder .*gone") as error:
+        load_model(resolve_model(str(tmp_path / "adapter"), None, False), random_init=False, seed=0)
+    assert 'adapter_config.json, field "base_model_name_or_path"' in str(error.value)
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
