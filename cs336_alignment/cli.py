@@ -237,7 +237,7 @@ def refuse_foreign_flags(arguments: Sequence[str], verb: Verb) -> None:
             )
         following = arguments[index + 1] if index + 1 < len(arguments) else ""
         if not equals:
-            is_value = not re.match(r"-|[+~]*\w+(\.\w+)+=|$", following)
+            is_value = not re.match(r"-|[+~]*(hydra/)?\w+(\.\w+)*=|$", following)
             value = following if is_value else "true"
         raise _foreign_flag(flag, value)
 

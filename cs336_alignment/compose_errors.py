@@ -65,7 +65,8 @@ def with_other_keys(error: UserError, arguments: Sequence[str]) -> UserError:
     if error.code != "C101":
         return error
     typed = (re.match(r"\+*((?!hydra\.|sweep\.space\.)\w+(?:\.\w+)*)=", w) for w in arguments)
-    keys = dict.fromkeys(match[1] for match in typed if match)
+    # Without a dot `+name=` may be a group of the user's own.
+    keys = dict.fromkeys(m[1] for m in typed if m and ("." in m[1] or m[0][0] != "+"))
     known = {*ALL_KEYS, *(path.name for path in config_folder().iterdir())}  # keys and groups
     wrong = [key for key in keys if not any(f"{k}.".startswith(f"{key}.") for k in known)]
     others = [other for other in map(no_such_key, wrong) if other.message != error.message]
@@ -137,7 +138,8 @@ def _wrong_type(key: str, text: str, place: Place | None) -> UserError:
     got = next(filter(None, value.groups()), "''") if value else None
     key = re.sub(r"\[\d+\]$", "", key)  # a list's rule is that of its entries
     expected, hint = values_of(key), with_default(key)
-    if key == "data.sources" or re.search(r"object_type=(Source|Columns)Config", text):
+    of_source = re.search(r"object_type=(Source|Columns)Config", text)
+    if key == "data.sources" or (of_source and not key.startswith("data.columns")):
         key, hint = f"{key.removeprefix('data.sources') or 'an entry'} of data.sources", SOURCES
     elif within := [full for full in ALL_KEYS if full.startswith(f"{key}.")]:
         hint = f"its keys are typed one by one: {within[0]}=…"
@@ -241,7 +243,8 @@ def no_name_of_preset(arguments: Sequence[str]) -> UserError | None:
     there is none.
     """
     groups = "|".join(path.name for path in config_folder().iterdir() if path.is_dir())
-    value = r"(.*,)?([-+\d._e]+|true|false|null|nan|inf|\[.*\])(,.*)?"
+    number = r"[-+]?(\d[\d_]*\.?\d*|\.\d+)(e[-+]?\d+)?"
+    value = rf"(.*,)?({number}|true|false|null|nan|[-+]?inf|\[.*\])(,.*)?"
     given = [w for w in arguments if re.fullmatch(rf"\+*({groups})(@[^=]*)?={value}", w, re.I)]
     return None if not given else UserError(
         "C110",

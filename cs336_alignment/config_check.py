@@ -153,6 +153,10 @@ _RULES = (
     ),
     _Rule("trainer.save_total_limit", _at_least(1), "a whole number of at least 1"),
     _Rule("trainer.metric_for_best_model", lambda v: bool(v.strip()), "a metric's name, or null"),
+    *(
+        _Rule(key, lambda v: isinstance(v, bool), "true, false, or null where the name tells")
+        for key in ("trainer.greater_is_better", "sweep.greater_is_better")
+    ),
     _Rule("trainer.early_stopping_patience", _at_least(1), "a whole number of at least 1, or null"),
     _Rule("trainer.resume", lambda v: bool(v.strip()), "auto, never or the path of a checkpoint"),
     _Rule("trainer.max_hours", _above(0), "a number above 0, or null"),
@@ -327,7 +331,8 @@ def check(config: Config) -> None:
     for error in clashes(config):
         named = [key for key in ALL_KEYS if key in error.message.split()]
         if error.code == "C104" and named:
-            error.got = ", ".join(f"{key}={json.dumps(values[key])}" for key in named)
+            shown = {key: json.dumps(values[key], ensure_ascii=False) for key in named}
+            error.got = ", ".join(f"{k}={v}" for k, v in shown.items() if k != "data.sources")
         errors.append(error)
     if errors:
         raise UserErrors(errors)

@@ -41,11 +41,6 @@ def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
     return {f"{PREFIX}{name}": tensor for name, tensor in found.items()}
 
 
-def fused_experts(model: nn.Module) -> list[nn.Parameter]:
-    """Give the parameters that hold all experts of a layer."""
-    return [p for name, p in model.named_parameters() if ".experts." in name and p.dim() == 3]
-
-
 def base_tensors(model: nn.Module) -> dict[str, Tensor]:
     """Give the parameters (a tied one once) and persistent buffers that are no adapter's, by the
     names that they have without adapters.
@@ -92,5 +87,6 @@ def describe_adapter(model: nn.Module) -> str:
     text = f"{kind} of rank {config.r}, scaled by {config.lora_alpha:g} / {divisor}, on "
     whole = ", ".join(config.modules_to_save or ())
     text += f"{len(names)} layers ({leaves})" + (f"; trained whole: {whole}" if whole else "")
-    fused = any(not parameter.requires_grad for parameter in fused_experts(model))
+    experts = (p for name, p in model.named_parameters() if ".experts." in name and p.dim() == 3)
+    fused = any(not parameter.requires_grad for parameter in experts)
     return f"{text}; fused experts stay as they are" if fused else text

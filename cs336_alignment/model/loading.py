@@ -165,7 +165,10 @@ def _base_of(source: ModelSource) -> ModelSource:
         return resolve_model(name, config.revision, source.trust_remote_code)
     except UserError as error:
         error.place = Place(f"{source.location}/{ADAPTER_CONFIG}", field="base_model_name_or_path")
-        error.hint = "put the base model there, or in a copy of the adapter write where it is now"
+        if error.code == "M101":
+            error.hint = (
+                "put the base model there, or in a copy of the adapter write where it is now"
+            )
         raise
 
 

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import re
 import warnings
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -22,7 +23,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from cs336_alignment.config import LoraConfig
-from cs336_alignment.errors import Place, UserError, first_line
+from cs336_alignment.errors import Place, UserError, first_few, first_line
 from cs336_alignment.model.adapter_files import (
     load_weights,
     read_adapter_config,
@@ -99,33 +100,71 @@ def _new_config(model: PreTrainedModel, options: LoraConfig) -> Any:
     from peft import inject_adapter_in_model
 
     assert options.r is not None
-    targets = options.target_modules
-    if isinstance(targets, list):
-        _refuse_unknown(model, targets, "lora.target_modules")
+    targets, hollow = _targets(model, options.target_modules), nn.Module()
     _refuse_unknown(model, options.modules_to_save, "lora.modules_to_save")
-    if all_linear := targets == "all-linear":
-        head = model.get_output_embeddings()
-        targets = {
-            name for name, module in model.named_modules()
-            if isinstance(module, nn.Linear | Conv1D) and module is not head
-        }  # fmt: skip
-    config = PeftLora(
+    config: Any = PeftLora(
         r=options.r,
         lora_alpha=options.alpha or 2 * options.r,  # type: ignore[arg-type]  # any number will do
-        target_modules=targets,
+        target_modules=sorted(targets),
         use_dora=options.dora,
         use_rslora=options.rslora,
         task_type="CAUSAL_LM",
     )
-    if all_linear:
-        # Some names of linear layers peft takes, in every file, for experts that are one parameter
-        # now: it says which where it finds nothing.
-        hollow = nn.Module()
-        vars(hollow)["config"] = model.config
-        with contextlib.suppress(ValueError):
-            inject_adapter_in_model(config, hollow)
-        config.target_parameters, config.rank_pattern, config.alpha_pattern = None, {}, {}
+    # Some names of linear layers peft takes, in every file, for experts that are one parameter now:
+    # it says which where it finds nothing.
+    vars(hollow)["config"] = model.config
+    with contextlib.suppress(ValueError):
+        inject_adapter_in_model(config, hollow)
+    if fused := sorted(config.target_parameters or ()):
+        if options.target_modules != "all-linear":
+            raise _no_adapter(fused, "experts" if "_proj" in str(fused) else "gate")
+        kept = tuple(f".{name}" for name in config.target_modules or ())
+        targets = {name for name in targets if f".{name}".endswith(kept)}
+    config.target_modules, config.target_parameters = targets, None
+    config.rank_pattern, config.alpha_pattern = {}, {}
     return config
+
+
+def _targets(model: PreTrainedModel, wanted: list[str] | str) -> set[str]:
+    """Name the modules that get adapters, as they are given or in full."""
+    if isinstance(wanted, list):
+        _refuse_unknown(model, wanted, "lora.target_modules")
+        return set(wanted)
+    modules, head = dict(model.named_modules()), model.get_output_embeddings()
+    if wanted == "all-linear":
+        return {
+            name for name, module in modules.items()
+            if isinstance(module, nn.Linear | Conv1D)
+            and module is not head and not _computes_otherwise(module)
+        }  # fmt: skip
+    found = {name for name in modules if re.fullmatch(wanted, name)}
+    if not found:
+        raise UserError(
+            "M124", f"lora.target_modules={wanted} matches no module's whole name",
+            hint=_linear_names(model),
+        )  # fmt: skip
+    return found
+
+
+def _computes_otherwise(layer: Any) -> bool:
+    """Whether a linear layer of a model's own kind gives something else, as some routers do."""
+    if not type(layer).forward.__module__.startswith("transformers.models."):
+        return False
+    try:
+        with torch.no_grad():
+            given = layer(layer.weight.new_zeros(1, layer.in_features))
+    except (AttributeError, RuntimeError, ValueError, TypeError, IndexError):
+        return True
+    return not isinstance(given, Tensor) or given.shape != (1, layer.out_features)
+
+
+def _no_adapter(names: Sequence[str], whole: str) -> UserError:
+    return UserError(
+        "M125",
+        f"lora.target_modules finds {first_few(names)}: embedding, LM head, routers and fused "
+        "experts get no adapter here",
+        hint=f"leave it out, or train it whole: lora.modules_to_save=[{whole}]",
+    )
 
 
 def _refuse_other_options(folder: Path, config: Any, options: LoraConfig) -> None:
@@ -179,15 +218,12 @@ def _inject(
                 hint=_linear_names(model),
             ) from failure
     adapted = adapter_layers(model)
-    fused, config.target_parameters = sorted(config.target_parameters or ()), None
-    if refused := fused or sorted(ends & adapted.keys()):
-        whole_name = "experts" if fused else refused[0].rsplit(".", 1)[-1]
-        raise UserError(
-            "M125",
-            f"lora.target_modules finds {', '.join(refused)}: embedding, LM head and fused experts "
-            "get no adapter here",
-            hint=f"leave it out, or train it whole: lora.modules_to_save=[{whole_name}]",
-        )
+    if folder is not None and (fused := config.target_parameters):
+        raise unfit(folder, f"it has adapters on fused experts: {', '.join(sorted(fused))}")
+    config.target_parameters = None
+    ends |= {n for n, layer in adapted.items() if _computes_otherwise(layer.get_base_layer())}
+    if refused := sorted(ends & adapted.keys()):
+        raise _no_adapter(refused, refused[0].rpartition(".")[2])
     for layer in adapted.values():
         layer.cast_input_dtype_enabled = False  # autocast would only narrow it again
         plain = type(layer) is LoraLinear and isinstance(layer.get_base_layer(), nn.Linear)

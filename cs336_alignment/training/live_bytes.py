@@ -45,11 +45,12 @@ class LiveBytes(TorchDispatchMode):
         if func is torch.ops.aten.equal.default:  # of values, which nobody knows: as if foretold
             return True
         scratch = self._scratch(func, args)
-        dtype = args[0].dtype if func is torch.ops.aten._grouped_mm.default else None
-        if dtype is not None and isinstance(args[0], FakeTensor):  # as such it knows one dtype only
-            args = [x.bfloat16() if isinstance(x, Tensor) and x.dtype == dtype else x for x in args]
-        result = func(*args, **(kwargs or {}))
-        result = result if dtype is None else result.to(dtype)
+        if func is torch.ops.aten._grouped_mm.default and isinstance(args[0], FakeTensor):
+            rows, weights, groups = args[:3]  # without values it knows bfloat16 alone
+            shape = (len(rows), weights.shape[-1])
+            result = rows.new_empty(shape if weights.dim() == 3 else (len(groups), *shape))
+        else:
+            result = func(*args, **(kwargs or {}))
         for value in tree_leaves(result):
             if isinstance(value, Tensor) and value.device.type == self._device:
                 self.add(value, self._part)

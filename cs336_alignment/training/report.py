@@ -20,7 +20,7 @@ from cs336_alignment.data.splits import PreparedData
 from cs336_alignment.errors import ExitStatus
 from cs336_alignment.metric_names import greater_is_better
 from cs336_alignment.model.adapter_files import is_adapter
-from cs336_alignment.model.adapters import describe_adapter, fused_experts, is_adapted
+from cs336_alignment.model.adapters import describe_adapter, is_adapted
 from cs336_alignment.model.narrow import narrowed_to
 from cs336_alignment.model.policy import Policy
 from cs336_alignment.sharing.card import before_and_after
@@ -109,11 +109,10 @@ def describe_run(
         lines.append(
             ("LM head", "the model's own, since it is not just a linear layer: whole logits")
         )
-    if policy.autocast_dtype is not None and fused_experts(policy):
-        # transformers' kernel for all experts is none that autocast knows.
-        lines.append(
-            ("experts", f"compute in {dtype}, as they are held; with parallel=fsdp2 in bf16")
-        )
+    kernel = policy.model.config._experts_implementation
+    if policy.autocast_dtype is not None and kernel == "grouped_mm":  # autocast does not know it
+        text = f"compute in {dtype}, as they are held; with parallel=fsdp2 in bf16"
+        lines.append(("experts", text))
     if names := dropout_options(policy):
         text = f"{', '.join(names)}: runs repeat, but the result depends on the cut of a step"
         lines.append(("dropout", text))

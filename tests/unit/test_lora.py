@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,14 @@ import torch
 from peft import LoraConfig as PeftLora
 from peft import PeftModel, get_peft_model, set_peft_model_state_dict
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    CTRLConfig,
+    FalconConfig,
+    PhimoeConfig,
+    PreTrainedModel,
+    Qwen3MoeConfig,
+)
 
 from cs336_alignment.config import LoraConfig, TrainerConfig
 from cs336_alignment.errors import UserError
@@ -309,6 +317,38 @@ def test_a_base_model_that_went_is_told_with_the_adapter(tmp_path: Path, tokeniz
     assert 'adapter_config.json, field "base_model_name_or_path"' in str(error.value)
 
 
+TINY = {"vocab_size": 50, "num_hidden_layers": 5, "num_attention_heads": 4}
+MANY = [  # twenty linear layers, from which on peft shortens their names
+    # A layer of others and a linear one in it are both called 0; linear layers of a class of its own.
+    CTRLConfig(vocab_size=50, n_embd=32, dff=48, n_layer=4, n_head=4, n_positions=32),
+    FalconConfig(hidden_size=32, **TINY),
+    PhimoeConfig(hidden_size=32, intermediate_size=48, num_key_value_heads=2, num_local_experts=4, **TINY),
+    Qwen3MoeConfig(
+        hidden_size=32, intermediate_size=48, num_key_value_heads=2, head_dim=8, num_experts=4,
+        moe_intermediate_size=16, num_experts_per_tok=2, mlp_only_layers=[0], **TINY,
+    ),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("config", MANY, ids=lambda config: config.model_type)
+def test_every_linear_layer_is_found_that_computes_as_one(
+    config: Any, tmp_path: Path, tokenizer: Any
+) -> None:
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    plain, ids = copy.deepcopy(model), torch.arange(12)[None]
+    linear = [n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)]
+    # The first layer's names here are those that peft takes for experts.
+    dense = "gate_proj", "up_proj", "down_proj"
+    apart = "lm_head", "router", *(dense if config.model_type == "qwen3_moe" else ())
+    add_adapter(model, LoraConfig(r=2), Base("m", None, ""), seed=0)
+    assert sorted(adapter_layers(model)) == sorted(n for n in linear if not n.endswith(apart))
+    assert len(adapter_layers(model)) >= 20
+    wake_adapters(model)
+    export_model(tmp_path, model, tokenizer, "")
+    load_adapter(tmp_path, plain, Base("m", None, ""))
+    assert torch.equal(plain(ids).logits, model(ids).logits)
+
+
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 def test_a_mixture_has_adapters_on_its_linear_layers(dropout: float) -> None:
     def layers(**options: Any) -> list[str]:
@@ -319,10 +359,13 @@ def test_a_mixture_has_adapters_on_its_linear_layers(dropout: float) -> None:
     assert describe_adapter(adapted("qwen3_moe")).endswith("; fused experts stay as they are")
     whole = describe_adapter(adapted("qwen3_moe", modules_to_save=["experts"]))
     assert whole.endswith("trained whole: model.layers.0.mlp.experts, model.layers.1.mlp.experts")
-    with pytest.raises(UserError) as error:  # with dropout peft refuses them first
-        layers(target_modules=".*_proj")
-    assert error.value.code == ("M124" if dropout else "M125")
-    assert dropout or "lora.modules_to_save=[experts]" in str(error.value)
+    assert len(layers(target_modules=".*_proj")) == 2 * len(attention)
+    assert layers(target_modules=r"model\.layers\.0\..*q_proj") == [
+        "model.layers.0.self_attn.q_proj"
+    ]
+    with pytest.raises(UserError) as error:
+        layers(target_modules=["q_proj", "gate"])
+    assert error.value.code == "M125" and "lora.modules_to_save=[gate]" in str(error.value)
 
 
 def test_freezing_by_name() -> None:

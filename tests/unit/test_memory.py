@@ -261,9 +261,10 @@ def test_processes_divide_what_they_share() -> None:
     assert (sharded.weights, sharded.gradients, sharded.state) == (250, 200, 400)
     assert sharded.shared == 2 * (2 * root + 3 * block)
     held = ParallelConfig("fsdp2", reshard_after_forward=False, shard_gradients=False)
-    whole = divided(needs, model, held, 4, accumulates=True, **common)
-    assert whole.shared == 2 * (2 * root + 3 * block) + 800
-    once = divided(needs, model, held, 4, accumulates=False, **common)
+    deep = type(model)(type(model.config)(**{**model.config.to_dict(), "num_hidden_layers": 5}))
+    whole = divided(needs, deep, held, 4, accumulates=True, **common)
+    assert whole.shared == 2 * (2 * root + 6 * block) + 800
+    once = divided(needs, deep, held, 4, accumulates=False, **common)
     assert once.shared == whole.shared - 800
     assert sharded.microbatch == Counter({GRADIENTS: 200, "activations": 500})
 
