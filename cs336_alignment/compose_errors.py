@@ -18,6 +18,10 @@ from cs336_alignment.config_names import as_preset, what_was_meant, with_default
 from cs336_alignment.errors import Place, UserError, UserErrors
 
 PACKAGE = Path(__file__).resolve().parent
+USUAL_KEYS = (  # what a number for a group was probably meant for
+    "lora.r", "parallel.num_processes", "optimizer.learning_rate", "trainer.global_batch_size",
+    "evaluation.num_prompts", "expert_iteration.iterations", "sweep.num_trials",
+)  # fmt: skip
 PATHS = {"data": "data.train_path", "model": "model.name_or_path"}  # what was meant by a path
 
 
@@ -100,7 +104,8 @@ def translate(failure: Exception) -> UserError:
             expected="section.key=value",
             got=text.splitlines()[0],
             hint=_of_file(str(failure.override))
-            or "put quotes around values with '=', ',' or spaces: 'key=\"a,b\"'",
+            or "put quotes around values with '=', ',', '<' or spaces, and others around the whole "
+            "for the shell: 'key=\"a,b\"', 'key=[\"<a>\"]'",
         )
     place = None
     if match := re.search(r"In '([^']+)'", text):
@@ -161,6 +166,8 @@ def _wrong_type(key: str, text: str, place: Place | None) -> UserError:
 
 def _of_file(word: str) -> str | None:
     """Say how a config or data in a file are given; None: the word names no such file."""
+    if "=" not in word and Path(word).expanduser().is_dir():
+        return f"type model.name_or_path={word}, if it is a model"
     kind = "" if "=" in word else Path(word).suffix
     if kind in (".yaml", ".yml"):
         return as_preset(Path(word))
@@ -246,11 +253,18 @@ def no_name_of_preset(arguments: Sequence[str]) -> UserError | None:
     number = r"[-+]?(\d[\d_]*\.?\d*|\.\d+)(e[-+]?\d+)?"
     value = rf"(.*,)?({number}|true|false|null|nan|[-+]?inf|\[.*\])(,.*)?"
     given = [w for w in arguments if re.fullmatch(rf"\+*({groups})(@[^=]*)?={value}", w, re.I)]
-    return None if not given else UserError(
+    if not given:
+        return None
+    group = re.split("[@=]", given[0].lstrip("+"))[0]
+    names = sorted(path.stem for path in (config_folder() / group).glob("*.yaml"))
+    keys = [key for key in ALL_KEYS if key.startswith(f"{group}.")]
+    usual = next((key for key in keys if key in USUAL_KEYS), keys[0] if keys else None)
+    return UserError(
         "C110",
         f"a group takes the name of a preset, and got {', '.join(given)}",
-        hint="a key of a group is typed with its name: lora.r=8",
-    )  # fmt: skip
+        expected=f"one of {', '.join(names)}",
+        hint=f"its keys are typed one by one: {usual}=…" if usual else None,
+    )
 
 
 def _unknown_key(text: str) -> str | None:

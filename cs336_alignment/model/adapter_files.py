@@ -44,7 +44,7 @@ def read_adapter_config(folder: Path) -> Any:
     if not (folder / ADAPTER_CONFIG).is_file() or not (folder / ADAPTER_WEIGHTS).is_file():
         raise UserError(
             "M122",
-            f"{folder} holds no adapter" if folder.is_dir() else f"there is no folder {folder}",
+            f"{folder} holds no adapter" if folder.exists() else f"there is no folder {folder}",
             expected=f"{ADAPTER_CONFIG} and {ADAPTER_WEIGHTS}",
             hint=_where_adapters_are(folder),
         )
@@ -70,6 +70,8 @@ def _where_adapters_are(folder: Path) -> str:
     if (folder / "sharded").is_dir():
         what = f"{folder.resolve()} export.format=adapter"
         return f"it is a checkpoint in parts: `cs336-sft export {what}` makes it whole"
+    if folder.is_file():
+        return f"give the folder it is in: {folder.parent}"
     run = folder if (folder / "adapter").is_dir() else folder.parent
     if (run / "adapter" / ADAPTER_CONFIG).is_file():
         return f"that of the run is in {run / 'adapter'}"

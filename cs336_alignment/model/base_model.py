@@ -65,7 +65,7 @@ class Base:
                 place=Place(folder),
                 expected=was,
                 got=f"sha256 {self.sha256[:16]}" if found else self.name,
-                hint="give the model it was trained on, unchanged, as model.name_or_path"
+                hint="the model it was trained on has to be there, unchanged"
                 if found
                 else f"if it is the same model, write its name into {folder / ADAPTER_CONFIG}",
             )

@@ -219,7 +219,7 @@ def _inject(
             ) from failure
     adapted = adapter_layers(model)
     if folder is not None and (fused := config.target_parameters):
-        raise unfit(folder, f"it has adapters on fused experts: {', '.join(sorted(fused))}")
+        raise unfit(folder, f"what it adapts are fused experts here: {', '.join(sorted(fused))}")
     config.target_parameters = None
     ends |= {n for n, layer in adapted.items() if _computes_otherwise(layer.get_base_layer())}
     if refused := sorted(ends & adapted.keys()):
@@ -361,5 +361,6 @@ def _refuse_unknown(model: nn.Module, wanted: Collection[str], key: str) -> None
 
 
 def _linear_names(model: nn.Module) -> str:
-    names = {name.rpartition(".")[2] for name, m in model.named_modules() if hasattr(m, "weight")}
+    modules = model.named_modules()
+    names = {name.rpartition(".")[2] for name, m in modules if [*m.parameters(recurse=False)]}
     return f"its modules are {', '.join(sorted(names))}: in […] their names, else a pattern"

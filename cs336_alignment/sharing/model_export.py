@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from cs336_alignment.config import ExportConfig
 from cs336_alignment.data.dataset import TokenizedDataset
@@ -61,6 +61,8 @@ def fill_folder(
     console.note(f"loading  {source}")
     adapter = options.format == "adapter"
     model, tokenizer = load_trained(source, run.config, adapter=adapter)
+    if adapter:
+        _refuse_more_rows(model, run.config.model.trust_remote_code)
     template = load_template(run.config.data.prompt_template)
     if options.chat_template == "trained":
         _take_chat_template(run, tokenizer, template, console)
@@ -89,6 +91,22 @@ def fill_folder(
                 path.unlink()
         plain.rmdir()
     return outcome
+
+
+def _refuse_more_rows(model: PreTrainedModel, trusted: bool) -> None:
+    base = vars(model)["adapter_base"]
+    config = AutoConfig.from_pretrained(
+        base.name, revision=base.revision, trust_remote_code=trusted
+    )
+    rows = len(model.get_input_embeddings().weight)  # type: ignore[arg-type]
+    if rows > (own := config.get_text_config().vocab_size):
+        raise UserError(
+            "M128",
+            "new tokens have grown the embedding: the adapter would not load on its base model",
+            expected=f"{own} rows",
+            got=f"{rows}",
+            hint="export.format=hf merges it",
+        )
 
 
 def _take_chat_template(
@@ -132,11 +150,14 @@ def _probes(
 def _round(model: PreTrainedModel, probes: TokenizedDataset, name: str, console: Console) -> None:
     """Bring weights to a precision, and tell by how much that changes what they compute."""
     model.eval()
-    if DTYPES[name] == model.dtype:
+    dtype, saved = DTYPES[name], model.state_dict()
+    if dtype == model.dtype:
         return
     sequences = [probes[i].input_ids.tolist() for i in range(len(probes))]
     before = chain.from_iterable(log_probs(model, sequences))
-    model.to(DTYPES[name])  # type: ignore[arg-type]  # its decorator hides its type
+    for key, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if key in saved and tensor.is_floating_point():  # rotary frequencies are not, and stay
+            tensor.data = tensor.data.to(dtype)
     after = chain.from_iterable(log_probs(model, sequences))
     gap = max(abs(mine - rounded) for mine, rounded in zip(before, after, strict=True))
     console.note(f"weights  rounded to {name}: log-probs of text move by at most {gap:.2g} nats")

@@ -197,7 +197,7 @@ def refuse_sharding(config: ParallelConfig, verb: str) -> None:
         raise UserError(
             "C222",
             f"{verb} holds the whole model on every process, and parallel=fsdp2 would not",
-            hint="parallel=ddp",
+            hint="parallel=ddp, and no parallel.num_processes but those that are started",
         )
 
 

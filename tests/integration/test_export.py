@@ -26,8 +26,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from cs336_alignment import cli
 from cs336_alignment.data.templates import load_template
 from cs336_alignment.sharing import gguf, model_export
+from cs336_alignment.tracking.console import Console
 from cs336_alignment.training.reload_check import ReloadResult
-from tests.conftest import TINY, Zygote, clean_environment
+from tests.conftest import TINY, Zygote, build_dataset, build_model, clean_environment
 
 STEPS = 12
 LM_EVAL = shutil.which("lm_eval", path=str(Path(sys.executable).parent))
@@ -105,6 +106,16 @@ def test_an_export_is_checked_sharded_and_asked_as_it_was_trained(
     assert export("r", f"export.output_dir={folder}") == 73
     assert "error[R360]" in capsys.readouterr().err
     assert {path.name for path in folder.parent.iterdir()} == {folder.name}
+
+
+def test_rounded_weights_compute_what_a_reader_of_the_file_computes(tmp_path: Path) -> None:
+    model, probes = build_model("qwen2", torch.float32), build_dataset()
+    model_export._round(model, probes, "bf16", Console())
+    model.save_pretrained(tmp_path)
+    read = AutoModelForCausalLM.from_pretrained(tmp_path, dtype="auto")
+    ids = torch.arange(96)[None]
+    assert read.dtype == torch.bfloat16
+    assert torch.equal(read(ids).logits, model(ids).logits)
 
 
 def test_the_card_is_valid_and_its_code_runs(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -186,6 +186,9 @@ def test_new_tokens_are_trained_and_saved(
     assert (rows_now[ids[0]] - mean).abs().max() < 0.03 < (before[3] - mean).abs().max()
     shown = sft("inspect", *command[:2], command[7])
     assert shown.returncode == 0 and "<tool>" in shown.stdout
+    if lora:
+        grown = sft("export", "r", "export.format=adapter")
+        assert grown.returncode == 78 and "error[M128]" in grown.stderr
     evaluated = sft(
         "evaluate", f"model.name_or_path={tmp_path}/outputs/r/checkpoints/step-000002",
         f"data.eval_path={rows}", "run_name=e", "evaluation.num_prompts=1",
