@@ -277,8 +277,9 @@ class Outlook:
             ("with model, forward and backward", needs.at_microbatch, trial.at_microbatch),
             ("with model, optimizer's step", needs.at_step, trial.at_step),
         ]
+        alone = " by one process that shares with no other" if self.processes > 1 else ""
         self.console.table(
-            f"{trial.tokens:,} tokens, tried (GiB)",
+            f"{trial.tokens:,} tokens, tried{alone} (GiB)",
             ["peak", "estimate", "measured", "ratio"],
             [
                 [name, f"{(self.base + size) / 2**30:.2f}", f"{measured / 2**30:.2f}",
@@ -313,12 +314,13 @@ class Outlook:
         chosen = trials[best]
         assert chosen is not None
         more = ", which is a whole step: more changes nothing" if best == whole_step else ""
-        peak = chosen.peak + self._foreseen(best).shared
+        shared = self._foreseen(best).shared
+        peak = f"{gib(chosen.peak + shared)}{' with the buckets' if shared else ''}"
         typed = f"trainer.microbatch_tokens={best}"
         if self.config.trainer.gradient_accumulation_steps is not None:
             typed += " trainer.gradient_accumulation_steps=null"
         self.console.note(
-            f"{'proposed':<10} {typed}, the largest tried that fits{more}: {gib(peak)} of "
+            f"{'proposed':<10} {typed}, the largest tried that fits{more}: {peak} of "
             f"{gib(self.room)}"
         )
         for budget, found in {now: trial, best: chosen}.items():
