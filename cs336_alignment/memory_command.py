@@ -88,7 +88,10 @@ def report_memory(config: Config) -> ExitStatus:
         if warning is not None:
             console.warn(warning)
     if config.parallel.strategy == SHARDED:
-        console.note("not measured: what could be tried here is one process that shards nothing")
+        copies = " (on a CPU gloo's own copies come on top)" if outlook.device.type == "cpu" else ""
+        console.note(
+            f"not measured: what could be tried here is one process that shards nothing{copies}"
+        )
         return ExitStatus.DONE
     console.note("measuring  the worst microbatch, in a process of its own")
     trial = measure(config, outlook.processes, outlook.room)
