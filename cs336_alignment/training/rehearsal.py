@@ -187,9 +187,11 @@ def rehearse_microbatch(
                     policy.zero_grad(set_to_none=True)
     finally:
         policy.zero_grad(set_to_none=True)
-    tokens = batch.input_ids.numel()
+    tokens, counted = batch.input_ids.numel(), int(dataset.lengths[list(ids)].sum())
+    is_shared = tokens + len(ids) < counted  # flat rows are without their last token
+    unshared = f" ({counted:,} before the prefix is shared)" if is_shared else ""
     text = (
-        f"{tokens:,} tokens in the largest microbatch, tried with weights, gradients and "
+        f"{tokens:,} tokens{unshared} in the largest microbatch, tried with weights, gradients and "
         f"optimizer: peak {peak_memory(device) / 2**30:.2f} GiB"
     )
     return text, seconds
